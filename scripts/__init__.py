@@ -1,0 +1,1 @@
+"""What you run: one program a stage, `python -m scripts.<stage>`."""

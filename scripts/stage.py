@@ -1,0 +1,410 @@
+"""Runs stages of the pipeline, each only when its inputs, settings, pins or code changed; the Makefile calls it.
+
+python -m scripts.stage run calibrate postprocess --profile tiny --scratch scratch
+python -m scripts.stage why calibrate --profile tiny --scratch scratch
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from v4forge import pins, stamps
+from v4forge.errors import UserError, run_main
+from v4forge.files import write_json
+from v4forge.stamps import Digests, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+REASONS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Which model, and how much calibration."""
+
+    source: str  # the upstream checkpoint; "" is what `fetch` downloads
+    corpus: str  # a file; "" is the pinned data set
+    heldout: str  # text for `evaluate`
+    samples: int
+    seq_len: int
+    runtime: str
+
+
+PROFILES = {
+    "tiny": Profile("models/tiny", "models/tiny/calibration.jsonl", "models/tiny/heldout.txt", 64, 256, "host"),
+    "flash": Profile("", "", "", 768, 512, "docker"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program and what decides its outputs.
+
+    `arguments` is a template over the settings and the folders {work} and {source}; a tuple in it is left out when the
+    setting it names is empty. `inputs` and `outputs` are keys of FILES; `after` are the stages that write the inputs.
+    """
+
+    program: str
+    does: str
+    arguments: tuple[str | tuple[str, str], ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    pins: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+# name -> path template and the files below it that do not belong to it.
+FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "source": ("{source}", ()),
+    "corpus": ("{corpus}", ()),
+    "heldout": ("{heldout}", ()),
+    "upstream": ("{work}/upstream", ()),
+    "dequant": ("{work}/dequant", ()),
+    "layers": ("{work}/layers", ()),
+    "layers-rtn": ("{work}/layers-rtn", ()),
+    # verify writes the certificate into the artifact, and the model card comes later still.
+    "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
+    "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
+    "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
+    "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
+    "reports/index.html": ("{work}/reports/index.html", ()),
+}
+
+NUMERICS = ("TORCH_VERSION", "TRANSFORMERS_VERSION", "LLMCOMPRESSOR_VERSION", "COMPRESSED_TENSORS_VERSION")
+STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
+CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
+CALIBRATE = (
+    *("--source", "{source}", ("--corpus", "corpus"), "--samples", "{samples}", "--seq-len", "{seq_len}"),
+    *("--seed", "{seed}", "--on-mismatch", "move"),
+)
+
+STAGES: dict[str, Stage] = {
+    "fetch": Stage(
+        program="scripts.fetch",
+        does="downloading the upstream checkpoint",
+        arguments=("--out", "{work}/upstream"),
+        outputs=("upstream",),
+        pins=("FLASH_REPO", "FLASH_REVISION"),
+    ),
+    "dequant": Stage(
+        program="scripts.dequant",
+        does="decoding the checkpoint to BF16",
+        arguments=("--source", "{source}", "--out", "{work}/dequant"),
+        inputs=("source",),
+        outputs=("dequant",),
+        pins=STORAGE,
+        after=("fetch",),
+    ),
+    "calibrate": Stage(
+        program="scripts.calibrate",
+        does="GPTQ of the routed experts, {samples} x {seq_len} tokens",
+        arguments=("--work", "{work}/layers", "--method", "gptq", *CALIBRATE),
+        inputs=("source", "corpus"),
+        outputs=("layers",),
+        settings=("samples", "seq_len", "seed"),
+        pins=(*NUMERICS, *CORPUS),
+        after=("fetch",),
+    ),
+    "postprocess": Stage(
+        program="scripts.postprocess",
+        does="writing the artifact",
+        arguments=("--source", "{source}", "--work", "{work}/layers", "--out", "{work}/artifact"),
+        inputs=("source", "layers"),
+        outputs=("artifact",),
+        pins=STORAGE,
+        after=("calibrate",),
+    ),
+    "verify": Stage(
+        program="scripts.verify",
+        does="checking every tensor of the artifact",
+        arguments=("--artifact", "{work}/artifact", "--source", "{source}"),
+        inputs=("source", "artifact"),
+        outputs=("artifact/certificate.json",),
+        pins=STORAGE,
+        after=("postprocess",),
+    ),
+    "rtn": Stage(
+        program="scripts.calibrate",
+        does="round-to-nearest of the routed experts, to compare with",
+        arguments=("--work", "{work}/layers-rtn", "--method", "rtn", *CALIBRATE),
+        inputs=("source", "corpus"),
+        outputs=("layers-rtn",),
+        settings=("samples", "seq_len", "seed"),
+        pins=(*NUMERICS, *CORPUS),
+        after=("fetch",),
+    ),
+    "postprocess-rtn": Stage(
+        program="scripts.postprocess",
+        does="writing the round-to-nearest artifact",
+        arguments=("--source", "{source}", "--work", "{work}/layers-rtn", "--out", "{work}/artifact-rtn"),
+        inputs=("source", "layers-rtn"),
+        outputs=("artifact-rtn",),
+        pins=STORAGE,
+        after=("rtn",),
+    ),
+    "evaluate": Stage(
+        program="scripts.evaluate",
+        does="perplexity and MTP acceptance of source and artifacts",
+        arguments=(
+            *("--source", "{source}", "--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
+            *("--heldout", "{heldout}", "--out", "{work}/reports/evaluation.json"),
+        ),
+        inputs=("source", "artifact", "artifact-rtn", "heldout"),
+        outputs=("reports/evaluation.json",),
+        pins=NUMERICS,
+        after=("postprocess", "postprocess-rtn"),
+    ),
+    "report": Stage(
+        program="scripts.report",
+        does="writing the report",
+        arguments=(
+            *("--evaluation", "{work}/reports/evaluation.json", "--work", "{work}/layers", "--source", "{source}"),
+            *("--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
+            *("--run", "{work}/reports/run.json", "--out", "{work}/reports/index.html"),
+        ),
+        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "artifact-rtn", "source"),
+        outputs=("reports/index.html",),
+        pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
+        after=("evaluate", "verify"),
+    ),
+}
+
+
+# The stages that are Make targets of their own; the others run as parts of `make demo`.
+TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify")
+
+
+class Runner:
+    """Runs stages of `table` in one work folder, `<scratch>/<profile>`."""
+
+    def __init__(self, values: Mapping[str, Any], table: Mapping[str, Stage], root: Path = ROOT) -> None:
+        self.values = dict(values)
+        self.table = table
+        self.root = root
+        self.work = Path(values["work"])
+        self.digests = Digests(self.work / ".stamps" / "digests.json")
+        self.unsaid: list[str] = []  # about stages that need not run: said once another one runs
+
+    def files(self, names: Sequence[str]) -> list[Files]:
+        """The files under these names; one whose setting is empty is left out."""
+        groups = []
+        for name in names:
+            template, without = FILES[name]
+            path = template.format(**self.values)
+            if path:
+                groups.append(Files(name, Path(path), without))
+        return groups
+
+    def skipped(self, name: str) -> str:
+        """Why there is nothing to run for a stage whatever changed; '' when there may be."""
+        if name == "fetch" and self.values["source"] != f"{self.work}/upstream":
+            return f"the source is {self.values['source']}"
+        return ""
+
+    def stamp_file(self, name: str) -> Path:
+        return self.work / ".stamps" / f"{name}.json"
+
+    def record(self, name: str) -> stamps.Record:
+        stage = self.table[name]
+        code = stamps.code_closure(stage.program, self.root)
+        if not code:
+            raise UserError(f"{name} has no program {stage.program}", "git status: is a file missing?")
+        return stamps.record(
+            command=[part if isinstance(part, str) else " ".join(part) for part in stage.arguments],
+            settings={key: self.values[key] for key in stage.settings},
+            pins={key: pins.read().get(key, "") for key in stage.pins},
+            inputs=self.files(stage.inputs),
+            code=code,
+            root=self.root,
+            digests=self.digests,
+        )
+
+    def reasons(self, name: str, now: stamps.Record) -> list[str]:
+        outputs = self.files(self.table[name].outputs)
+        return stamps.differences(stamps.read_json(self.stamp_file(name)), now, outputs, self.digests)
+
+    def why(self, name: str) -> list[str]:
+        """Lines that say whether the stage would run and why, after the first earlier stage that would."""
+        for earlier in self.table[name].after:
+            lines = self.why(earlier)
+            if not lines[-1].endswith(" is up to date"):
+                last = f"{name} would run after {lines[-1].split(' would run')[0]}"
+                return [*lines, last] if not self._own_reasons(name) else [*lines, self._own_line(name)]
+        return [self._own_line(name)]
+
+    def _own_reasons(self, name: str) -> list[str]:
+        return [] if self.skipped(name) else self.reasons(name, self.record(name))
+
+    def _own_line(self, name: str) -> str:
+        reasons = self._own_reasons(name)
+        return f"{name} would run: {listed(reasons)}" if reasons else f"{name} is up to date"
+
+    def command(self, name: str) -> list[str]:
+        stage = self.table[name]
+        command = [sys.executable, "-m", stage.program]
+        for part in stage.arguments:
+            if isinstance(part, str):
+                command.append(part.format(**self.values))
+            elif self.values[part[1]]:
+                command += [part[0], str(self.values[part[1]])]
+        return command
+
+    def say_unsaid(self) -> None:
+        while self.unsaid:
+            say(self.unsaid.pop(0))
+
+    def run(self, name: str, lock: int) -> bool:
+        """Runs the stage unless it is up to date; whether it ran.
+
+        Raises UserError when an input is missing, SystemExit with the program's code when it fails.
+        """
+        if skipped := self.skipped(name):
+            self.unsaid.append(f"{name}: {skipped}")
+            return False
+        stage = self.table[name]
+        for group in self.files(stage.inputs):
+            if not group.members():
+                raise UserError(f"{name} needs {group.path}", self._maker(group.name))
+        now = self.record(name)
+        reasons = self.reasons(name, now)
+        if not reasons:
+            self.unsaid.append(f"{name}: up to date")
+            return False
+        again = f" ({listed(reasons)})" if self.stamp_file(name).exists() else ""
+        self.say_unsaid()
+        say(f"{name}: {stage.does.format(**self.values)}{again}")
+        command = self.command(name)
+        started, clock = datetime.now(timezone.utc), time.monotonic()
+        code = execute(command, self.root, lock)
+        elapsed_s = round(time.monotonic() - clock, 3)
+        if code:
+            sys.exit(code)
+        outputs = self.files(stage.outputs)
+        for group in outputs:
+            if not group.members():
+                raise UserError(f"{name} ended without writing {group.path}", f"python -m {stage.program} --help")
+        stamps.seal(self.stamp_file(name), now, outputs, self.digests)
+        run_file = self.work / "reports" / "run.json"
+        shown = " ".join(["python", *command[1:]])
+        entry = {"elapsed_s": elapsed_s, "started": started.isoformat(timespec="seconds"), "command": shown}
+        write_json(run_file, {**stamps.read_json(run_file), name: entry})
+        say(f"{name}: done in {elapsed_s:.1f} s")
+        return True
+
+    def _maker(self, name: str) -> str:
+        """What to do about missing files of this name."""
+        profile = "" if self.values["profile"] == "tiny" else f" PROFILE={self.values['profile']}"
+        if name == "source":
+            return f"make fetch{profile}" if not self.skipped("fetch") else "make … SOURCE=<an upstream checkpoint>"
+        for stage, spec in self.table.items():
+            if name in spec.outputs:
+                return f"make {stage}{profile}" if stage in TARGETS else "make demo"
+        return f"make … {name.upper()}=<file>"
+
+
+def listed(reasons: Sequence[str]) -> str:
+    more = len(reasons) - REASONS_SHOWN
+    return "; ".join(reasons[:REASONS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def execute(command: Sequence[str], root: Path, lock: int) -> int:
+    """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
+    while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
+        previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+        try:
+            code = program.wait()
+        except KeyboardInterrupt:
+            program.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    return code if code >= 0 else 128 - code
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the templates of STAGES and FILES are filled with: the profile's values, then the user's."""
+    profile = PROFILES[args.profile]
+    values: dict[str, Any] = dataclasses.asdict(profile)
+    for key in ("source", "corpus", "heldout", "samples", "seq_len", "runtime"):
+        if getattr(args, key) not in (None, ""):
+            values[key] = getattr(args, key)
+    values["profile"], values["seed"] = args.profile, args.seed
+    values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
+    values["source"] = values["source"] or f"{values['work']}/upstream"
+    return values
+
+
+def check_runtime(runtime: str, gpus: int) -> None:
+    if runtime == "docker":
+        raise UserError("RUNTIME=docker: the images are not there yet", "run it in .venv: make … RUNTIME=host")
+    if gpus > 1:
+        raise UserError(f"GPUS={gpus}: only one GPU is used so far", "leave GPUS out; DEVICES=1 picks another GPU")
+
+
+def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("run", "why"))
+    parser.add_argument("stages", nargs="+", metavar="stage", help=", ".join(names))
+    parser.add_argument("--profile", default="tiny", choices=sorted(PROFILES), help="default: %(default)s")
+    parser.add_argument("--scratch", default="scratch", help="where everything is written (default: %(default)s)")
+    parser.add_argument("--title", default="", help="name of the whole: one line when nothing of it has to run")
+    parser.add_argument("--runtime", choices=("", "host", "docker"), help="default: host for tiny, docker for flash")
+    parser.add_argument("--gpus", type=int, default=1, help="how many GPUs (default: %(default)s)")
+    parser.add_argument("--source", help="another upstream checkpoint than the profile's")
+    parser.add_argument("--corpus", help="another calibration text than the profile's, .jsonl or .txt")
+    parser.add_argument("--heldout", help="another text to evaluate on than the profile's")
+    parser.add_argument("--samples", type=int, help="calibration samples")
+    parser.add_argument("--seq-len", type=int, help="tokens in a sample")
+    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name in args.stages:
+        if name not in names:
+            parser.error(f"no stage {name!r}; there are: {', '.join(names)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None, table: Mapping[str, Stage] = STAGES, root: Path = ROOT) -> int:
+    args = parse(argv, list(table))
+    runner = Runner(settings_of(args), table, root)
+    if args.action == "why":
+        for name in args.stages:
+            print("\n".join(runner.why(name)))
+        runner.digests.save()
+        return 0
+
+    check_runtime(runner.values["runtime"], args.gpus)
+    hint = "wait for it, or give this run a folder of its own: make … SCRATCH=<folder>"
+    busy = UserError(f"another run is writing to {runner.work}", hint)
+    with stamps.exclusive(runner.work / ".stamps" / "lock", lambda: busy) as lock:
+        try:
+            ran = [runner.run(name, lock) for name in args.stages]
+        finally:
+            runner.digests.save()
+    if args.title and not any(ran):
+        say(f"{args.title}: nothing to do, everything is up to date")
+    else:
+        runner.say_unsaid()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,188 @@
+"""Sharded safetensors checkpoints: a reader over the index that checks before it reads, and an atomic shard writer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v4forge.codec import FORMATS, CodecError
+from v4forge.errors import UserError
+from v4forge.files import atomic_path, write_json
+from v4forge.layout import Config, TensorSpec, load_config, stored_name
+from v4forge.recipe import rule_for
+
+INDEX = "model.safetensors.index.json"
+# Names of the safetensors format, https://github.com/huggingface/safetensors#format
+DTYPES = {
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INTEGER_TABLES = (torch.int32, torch.int64)  # tid2eid keeps whichever its source has
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
+
+    The library's own writer orders more than one metadata entry at random, so the header is written here.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # wide types first: all data aligned
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in order:
+            file.write(tensor_bytes(tensors[name]))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor of any dtype, on the CPU, without a copy where it lies contiguous there."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Writes model.safetensors.index.json: tensor name -> shard."""
+    write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
+
+
+class Checkpoint:
+    """A folder of safetensors shards under one index. Opening it reads headers only.
+
+    `form` is "source" (upstream FP4/FP8) or "artifact"; it picks the column of the recipe by which `load` decodes.
+    Raises UserError for a missing index or shard, a truncated shard, or an index that disagrees with the shards.
+    """
+
+    def __init__(self, directory: Path, form: str = "source") -> None:
+        self.directory = Path(directory)
+        self.form = form
+        self._hint = f"restore the file in {self.directory}; python -m scripts.fetch downloads what is missing"
+        try:
+            self.weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
+        except FileNotFoundError:
+            raise UserError(f"{self.directory / INDEX} does not exist", self._hint) from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
+        self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
+        self._names = {shard: set(file.keys()) for shard, file in self._shards.items()}
+        for name, shard in self.weight_map.items():
+            if name not in self._names[shard]:
+                raise UserError(f"{name} is not in {shard}, where the index has it", self._hint)
+        for shard, names in self._names.items():
+            if extra := sorted(n for n in names if self.weight_map.get(n) != shard):
+                raise UserError(f"{shard} holds {extra[0]}, which the index does not have there", self._hint)
+
+    def _open(self, shard: str) -> Any:
+        path = self.directory / shard
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise UserError(f"shard {path} is missing", self._hint) from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"shard {path} is truncated or not safetensors ({error})", self._hint) from None
+
+    @cached_property
+    def config(self) -> Config:
+        """The checked config.json beside the shards."""
+        return load_config(self.directory)
+
+    @property
+    def shard_names(self) -> list[str]:
+        return list(self._shards)
+
+    def metadata(self, shard: str) -> dict[str, str]:
+        return self._shards[shard].metadata() or {}
+
+    def spec(self, name: str) -> TensorSpec:
+        """dtype and shape from the shard's header; KeyError when there is no such tensor."""
+        piece = self._shards[self.weight_map[name]].get_slice(name)
+        dtype = piece.get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(f"{name} in {self.directory} has dtype {dtype}, which no DeepSeek-V4 file uses", self._hint)
+        return TensorSpec(DTYPES[dtype], tuple(piece.get_shape()))
+
+    def raw(self, name: str) -> Tensor:
+        """A stored tensor as it is; raises UserError when it is missing."""
+        if name not in self.weight_map:
+            raise UserError(f"tensor {name} is missing from {self.directory}", self._hint)
+        return self._shards[self.weight_map[name]].get_tensor(name)
+
+    def parts(self, logical: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The stored tensors of a logical one by part name, checked by dtype and shape."""
+        wanted = FORMATS[getattr(rule_for(logical), self.form)].parts(shape)
+        parts = {}
+        for part, (dtype, part_shape) in wanted.items():
+            name = stored_name(logical, part)
+            tensor = self.raw(name)
+            self._check(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), TensorSpec(dtype, part_shape))
+            parts[part] = tensor
+        return parts
+
+    def _check(self, name: str, found: TensorSpec, expected: TensorSpec) -> None:
+        if not matches(found, expected):
+            raise UserError(
+                f"{name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, config.json asks for"
+                f" {DTYPE_NAMES[expected.dtype]} {list(expected.shape)}",
+                "use the config.json that belongs to these shards",
+            )
+
+    def load(self, logical: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+        """A logical tensor on `device`: quantized formats decoded to BF16 exactly, the others as stored.
+
+        Raises UserError, naming the tensor, for a missing part, NaN or Inf, or a scale outside BF16's range.
+        """
+        parts = {k: v.to(device) for k, v in self.parts(logical, shape).items()}
+        decode = FORMATS[getattr(rule_for(logical), self.form)].decode
+        try:
+            tensor = decode(*parts.values())
+        except CodecError as error:
+            raise UserError(f"{logical}: {error}", self._hint) from None
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{logical} holds NaN or Inf", self._hint)
+        return tensor
+
+    def validate(self, expected: Mapping[str, TensorSpec]) -> None:
+        """Raises UserError for the first missing, unknown or wrongly shaped tensor; reads headers only."""
+        missing = next((n for n in expected if n not in self.weight_map), None)
+        if missing is not None:
+            what = "the MTP block is missing: no tensor" if missing.startswith("mtp.") else "no tensor"
+            raise UserError(f"{what} {missing} in {self.directory}", self._hint)
+        unknown = next((n for n in sorted(self.weight_map) if n not in expected), None)
+        if unknown is not None:
+            raise UserError(
+                f"{self.weight_map[unknown]} holds {unknown}, which DeepSeek-V4 with this config.json does not have",
+                "use the config.json that belongs to these shards, and the first release of DeepSeek-V4-Flash",
+            )
+        for name, spec in expected.items():
+            self._check(name, self.spec(name), spec)
+
+
+def matches(found: TensorSpec, expected: TensorSpec) -> bool:
+    """Whether a stored tensor is what the layout asks for; an integer table may have either width."""
+    if expected.dtype == torch.int64 and len(expected.shape) == 2:
+        return found.shape == expected.shape and found.dtype in INTEGER_TABLES
+    return found == expected

@@ -1,0 +1,199 @@
+"""Number formats of DeepSeek-V4 checkpoints: FP4, FP8 and INT4 weights to BF16 and back.
+
+A `Format` says how one logical weight is stored: which tensors (suffix, dtype, shape), and how they decode. Every
+decode to BF16 here is exact, or refused: an FP4 or FP8 value times a power of two has at most 4 significant bits, so
+only the exponent range of BF16 can lose something, and the E8M0 bytes for which it would are errors.
+
+OCP Microscaling Formats (MX) v1.0 defines E2M1, E4M3 and E8M0; INT4 is compressed-tensors' `pack-quantized`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+FP4_GROUP = 32  # inputs that share one E8M0 scale
+FP8_BLOCK = 128  # rows and columns of a block that share one scale
+INT4_GROUP = 128  # inputs that share one BF16 scale
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by the low three bits of a code; bit 3 is the sign
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+# E8M0 bytes b (scale 2^(b - 127)) for which every finite value of the format is exact in BF16: its largest finite
+# number is below 2^128, its smallest subnormal 2^-133. FP4: 6 x 2^125 fits, 0.5 x 2^-127 too. FP8: 448 x 2^119 fits,
+# 2^-9 x 2^-124 is 2^-133.
+FP4_SCALES, FP8_SCALES = (0, 252), (3, 246)
+
+
+class CodecError(ValueError):
+    """A stored tensor that does not decode exactly; the message says which byte or value."""
+
+
+def e8m0_to_f32(scale: Tensor) -> Tensor:
+    """2^(b - 127) for E8M0 bytes, f32, exact including the subnormal 2^-127; byte 255 becomes NaN."""
+    return scale.view(torch.float8_e8m0fnu).float()
+
+
+def _check_scales(scale: Tensor, allowed: tuple[int, int]) -> None:
+    byte = scale.view(torch.uint8)
+    low, high = allowed
+    if byte.numel() and (int(byte.min()) < low or int(byte.max()) > high):
+        bad = byte[(byte < low) | (byte > high)][0].item()
+        what = "NaN" if bad == 255 else f"2^{bad - 127}"
+        raise CodecError(f"E8M0 scale byte {bad} ({what}) is outside {low}..{high}, where BF16 is exact")
+
+
+@lru_cache
+def e2m1_values(device: torch.device) -> Tensor:
+    """The values of the 16 E2M1 codes, [16] f32; made once a device, because a copy to one waits for it."""
+    return torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float32, device=device)
+
+
+def decode_fp4(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight: [out, in/2] i8, two E2M1 codes a byte, low nibble first; scale: [out, in/32] e8m0 -> [out, in] bf16."""
+    _check_scales(scale, FP4_SCALES)
+    byte = weight.view(torch.uint8)
+    pairs = torch.stack((byte & 15, byte >> 4), dim=-1).int()
+    values = e2m1_values(weight.device)[pairs].view(weight.shape[0], -1, FP4_GROUP)
+    return (values * e8m0_to_f32(scale).unsqueeze(-1)).to(torch.bfloat16).flatten(1)
+
+
+def decode_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """weight: [out, in] e4m3; scale: one per 128x128 block, [ceil(out/128), ceil(in/128)] e8m0 or f32 -> bf16."""
+    if scale.dtype == torch.float32:
+        scale = f32_to_e8m0(scale)
+    _check_scales(scale, FP8_SCALES)
+    if bool((weight.view(torch.uint8) & 0x7F == 0x7F).any()):
+        raise CodecError("the E4M3 weight holds NaN")
+    out, inp = weight.shape
+    by_row = e8m0_to_f32(scale).repeat_interleave(FP8_BLOCK, 1)[:, :inp]
+    rows = by_row.repeat_interleave(FP8_BLOCK, 0)[:out]
+    return (weight.float() * rows).to(torch.bfloat16)
+
+
+def f32_to_e8m0(scale: Tensor) -> Tensor:
+    """The E8M0 form of f32 powers of two; raises CodecError for any other value."""
+    exact = scale.to(torch.float8_e8m0fnu)
+    if not torch.equal(exact.float(), scale):
+        raise CodecError("the F32 scale holds a value that is not a power of two")
+    return exact
+
+
+def decode_int4(weight_packed: Tensor, weight_scale: Tensor, weight_shape: Tensor) -> Tensor:
+    """weight_packed: [out, in/8] i32; weight_scale: [out, in/128] bf16; weight_shape: [2] i64 -> [out, in] bf16."""
+    codes = unpack_int4(weight_packed, weight_shape)
+    return dequantize_int4(codes, weight_scale)
+
+
+def unpack_int4(weight_packed: Tensor, weight_shape: Tensor) -> Tensor:
+    """The signed codes -8..7, [out, in] i8."""
+    shape = torch.Size(weight_shape.tolist())
+    return unpack_from_int32(weight_packed, 4, shape)
+
+
+def dequantize_int4(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes: [..., out, in] i8; scale: [..., out, in/128] bf16 -> code times scale, rounded to bf16, as served."""
+    grouped = codes.unflatten(-1, (-1, INT4_GROUP)).float() * scale.float().unsqueeze(-1)
+    return grouped.to(torch.bfloat16).flatten(-2)
+
+
+def encode_int4(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """codes: [out, in] i8 in -8..7; scale: [out, in/128] -> the three tensors of a `pack-quantized` weight."""
+    return {
+        "weight_packed": pack_to_int32(codes, 4),
+        "weight_scale": scale.to(torch.bfloat16),
+        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return torch.where(mantissa == 0.5, exponent - 1, exponent)
+
+
+def power_of_two_scale(amax: Tensor, largest: float, allowed: tuple[int, int]) -> Tensor:
+    """The smallest E8M0 scale with amax / scale <= largest, as bytes, clamped to those that decode exactly."""
+    return (_ceil_log2(amax / largest) + 127).clamp(*allowed).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def round_to_e2m1(x: Tensor) -> Tensor:
+    """The code 0..15 of the nearest E2M1 value, ties to even, saturating; x: f32 -> u8."""
+    levels = e2m1_values(x.device)[:8]
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    magnitude = x.abs()
+    above = torch.bucketize(magnitude, midpoints)  # a tie stays at the lower level ...
+    tie = (above < 7) & (magnitude == midpoints[above.clamp(max=6)])
+    code = torch.where(tie & (above % 2 == 1), above + 1, above)  # ... unless the lower one is odd
+    return (code | (torch.signbit(x).long() << 3)).to(torch.uint8)
+
+
+def encode_fp4(weight: Tensor) -> dict[str, Tensor]:
+    """weight: [out, in], in divisible by 32 -> upstream's `weight` [out, in/2] i8 and `scale` [out, in/32] e8m0."""
+    groups = weight.float().unflatten(-1, (-1, FP4_GROUP))
+    scale = power_of_two_scale(groups.abs().amax(-1), E2M1_MAX, FP4_SCALES)
+    code = round_to_e2m1(groups / e8m0_to_f32(scale).unsqueeze(-1)).flatten(1)
+    return {"weight": (code[:, ::2] | code[:, 1::2] << 4).view(torch.int8), "scale": scale}
+
+
+def encode_fp8(weight: Tensor) -> dict[str, Tensor]:
+    """weight: [out, in] -> upstream's `weight` e4m3 and `scale` [ceil(out/128), ceil(in/128)] e8m0."""
+    out, inp = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -inp % FP8_BLOCK, 0, -out % FP8_BLOCK))
+    blocks = padded.unflatten(0, (-1, FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK))
+    scale = power_of_two_scale(blocks.abs().amax((1, 3)), E4M3_MAX, FP8_SCALES)
+    scaled = blocks / e8m0_to_f32(scale)[:, None, :, None]
+    return {"weight": scaled.flatten(2).flatten(0, 1)[:out, :inp].to(torch.float8_e4m3fn), "scale": scale}
+
+
+Shape = tuple[int, ...]
+Parts = Mapping[str, tuple[torch.dtype, Shape]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a logical weight is stored. `parts`: logical shape -> {suffix: (dtype, shape)}; `decode`: parts -> tensor."""
+
+    parts: Callable[[Shape], Parts]
+    decode: Callable[..., Tensor]
+
+
+def _fp8_parts(suffix: str, dtype: torch.dtype) -> Callable[[Shape], Parts]:
+    return lambda s: {
+        "weight": (torch.float8_e4m3fn, s),
+        suffix: (dtype, (ceil(s[0] / FP8_BLOCK), ceil(s[1] / FP8_BLOCK))),
+    }
+
+
+def _plain(dtype: torch.dtype) -> Format:
+    return Format(lambda s: {"": (dtype, s)}, lambda tensor: tensor)
+
+
+# A part named "" is the logical tensor itself, under its own name.
+FORMATS: dict[str, Format] = {
+    "fp4": Format(
+        lambda s: {
+            "weight": (torch.int8, (s[0], s[1] // 2)),
+            "scale": (torch.float8_e8m0fnu, (s[0], s[1] // FP4_GROUP)),
+        },
+        decode_fp4,
+    ),
+    "fp8": Format(_fp8_parts("scale", torch.float8_e8m0fnu), decode_fp8),
+    "fp8-ct": Format(
+        _fp8_parts("weight_scale", torch.float32), lambda weight, weight_scale: decode_fp8(weight, weight_scale)
+    ),
+    "int4": Format(
+        lambda s: {
+            "weight_packed": (torch.int32, (s[0], s[1] // 8)),
+            "weight_scale": (torch.bfloat16, (s[0], s[1] // INT4_GROUP)),
+            "weight_shape": (torch.int64, (2,)),
+        },
+        decode_int4,
+    ),
+    "bf16": _plain(torch.bfloat16),
+    "f32": _plain(torch.float32),
+    "int": _plain(torch.int64),
+}

@@ -1,0 +1,227 @@
+"""Whether a stage is up to date, by content: what it read, was told, ran and wrote, each by digest and not by time.
+
+A stage that succeeds leaves a stamp, `<work>/.stamps/<stage>.json`, with a record of these components. It is up to date
+while a record made now says the same and its outputs still have the digests of the stamp. Digests of files are cached
+by (size, mtime_ns, inode), so that hundreds of GB are read once.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from v4forge.files import write_json
+
+CHUNK_BYTES = 8 << 20
+HASH_THREADS = min(8, os.cpu_count() or 1)
+
+Record = dict[str, dict[str, Any]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} when there is none; a torn or foreign file counts as none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Digests:
+    """sha256 of files, remembered in a JSON file. Hard links share an entry: the inode is what was read."""
+
+    def __init__(self, cache_file: Path) -> None:
+        self.cache_file = cache_file
+        self._by_path: dict[str, list[Any]] = read_json(cache_file)
+        self._by_inode = {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
+        self._changed = False
+
+    def of(self, paths: Sequence[Path]) -> dict[Path, str]:
+        """path -> sha256 in hex. Raises OSError for a path that cannot be read."""
+        keys = {path: _identity(path) for path in paths}
+        unknown = {key: path for path, key in keys.items() if key not in self._by_inode}
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            self._by_inode.update(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
+        for path, key in keys.items():
+            entry = [*key, self._by_inode[key]]
+            if self._by_path.get(str(path)) != entry:
+                self._by_path[str(path)] = entry
+                self._changed = True
+        return {path: self._by_inode[key] for path, key in keys.items()}
+
+    def save(self) -> None:
+        """Writes the cache, without the files that are gone."""
+        if self._changed:
+            kept = {path: entry for path, entry in self._by_path.items() if os.path.exists(path)}
+            write_json(self.cache_file, kept)
+            self._changed = False
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Files:
+    """A file, or all files below a folder, that a stage reads or writes.
+
+    `name` stands for the path in records, so that moving a folder changes nothing. Hidden and partial files, and those
+    matching a pattern of `without`, are not part of it.
+    """
+
+    name: str
+    path: Path
+    without: tuple[str, ...] = ()
+
+    def members(self) -> dict[str, Path]:
+        """label -> path, empty when the path does not exist."""
+        if self.path.is_file():
+            return {self.name: self.path}
+        return {f"{self.name}/{path.relative_to(self.path).as_posix()}": path for path in self._walk()}
+
+    def _walk(self) -> Iterator[Path]:
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not any(fnmatch.fnmatch(name, pattern) for pattern in (".*", "*.tmp", *self.without)):
+                    yield Path(folder, name)
+
+
+def digests_of(files: Sequence[Files], digests: Digests) -> dict[str, str]:
+    """label -> sha256 of every member."""
+    members = {label: path for group in files for label, path in group.members().items()}
+    by_path = digests.of(list(members.values()))
+    return {label: by_path[path] for label, path in members.items()}
+
+
+def code_closure(module: str, root: Path) -> list[Path]:
+    """The project's files that importing `module` can run: its own, and all that it imports from below `root`.
+
+    Found by reading import statements, those inside functions too; names computed at run time are not seen.
+    """
+    found: dict[str, Path] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = _module_file(name, root)
+        if path is None or name in found:
+            continue
+        found[name] = path
+        pending += [".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)]
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+            if isinstance(node, ast.Import):
+                pending += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                base = ".".join([*above, *([node.module] if node.module else [])])
+                pending += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return sorted(set(found.values()))
+
+
+def _module_file(name: str, root: Path) -> Path | None:
+    path = root.joinpath(*name.split("."))
+    candidates = (path.with_name(path.name + ".py"), path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def record(
+    *,
+    command: Sequence[str],
+    settings: Mapping[str, Any],
+    pins: Mapping[str, str],
+    inputs: Sequence[Files],
+    code: Sequence[Path],
+    root: Path,
+    digests: Digests,
+) -> Record:
+    """What decides a stage's outputs, as it is now. `command` is the template, without paths."""
+    code_digests = digests.of(list(code))
+    return {
+        "command": {"template": list(command)},
+        "settings": dict(settings),
+        "pins": dict(pins),
+        "input": digests_of(inputs, digests),
+        "code": {path.relative_to(root).as_posix(): code_digests[path] for path in code},
+    }
+
+
+def differences(stamp: Record, now: Record, outputs: Sequence[Files], digests: Digests) -> list[str]:
+    """Why a stage with this stamp has to run again; empty when it is up to date."""
+    if not stamp:
+        return ["it has not run yet"]
+    reasons = []
+    for kind, singular in (("settings", "setting"), ("pins", "pin")):
+        before, after = stamp.get(kind, {}), now[kind]
+        reasons += [
+            f"{singular} {key} was {_shown(before.get(key))}, is {_shown(after.get(key))}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+    for kind in ("input", "code"):
+        reasons += [f"{kind} {change}" for change in _changes(stamp.get(kind, {}), now[kind], "is gone", "is new")]
+    if stamp.get("command") != now["command"]:
+        reasons.append("its command line changed")
+    # Files that another stage adds to an output folder are no reason: only what this stage wrote counts.
+    recorded = stamp.get("output", {})
+    members = {label: path for group in outputs for label, path in group.members().items() if label in recorded}
+    by_path = digests.of(list(members.values()))
+    current = {label: by_path[path] for label, path in members.items()}
+    reasons += [f"output {change}" for change in _changes(recorded, current, "missing", "is new")]
+    return reasons
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str], gone: str, new: str) -> Iterator[str]:
+    for label in sorted(before.keys() | after.keys()):
+        if label not in after:
+            yield f"{label} {gone}"
+        elif label not in before:
+            yield f"{label} {new}"
+        elif before[label] != after[label]:
+            yield f"{label} changed"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value in (None, "") else str(value)
+
+
+def seal(path: Path, now: Record, outputs: Sequence[Files], digests: Digests) -> None:
+    """Writes the stamp of a stage that succeeded. `now` is the record made before it ran."""
+    write_json(path, {**now, "output": digests_of(outputs, digests)})
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, busy: Callable[[], Exception]) -> Iterator[int]:
+    """Holds a lock file. A program started with the yielded descriptor keeps holding it when its parent is killed.
+
+    Raises busy() when another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy() from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
