@@ -77,6 +77,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
     "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
     "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
+    "templates": ("v4forge/templates", ()),
     "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
     "reports/index.html": ("{work}/reports/index.html", ()),
 }
@@ -158,7 +159,7 @@ STAGES: dict[str, Stage] = {
         does="perplexity and MTP acceptance of source and artifacts",
         arguments=(
             *("--source", "{source}", "--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
-            *("--heldout", "{heldout}", "--out", "{work}/reports/evaluation.json"),
+            *(("--heldout", "heldout"), "--out", "{work}/reports/evaluation.json"),
         ),
         inputs=("source", "artifact", "artifact-rtn", "heldout"),
         outputs=("reports/evaluation.json",),
@@ -169,13 +170,13 @@ STAGES: dict[str, Stage] = {
         program="scripts.report",
         does="writing the report",
         arguments=(
-            *("--evaluation", "{work}/reports/evaluation.json", "--work", "{work}/layers", "--source", "{source}"),
-            *("--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
-            *("--run", "{work}/reports/run.json", "--out", "{work}/reports/index.html"),
+            *("--evaluation", "{work}/reports/evaluation.json", "--layers", "{work}/layers"),
+            *("--artifact", "{work}/artifact", "--run", "{work}/reports/run.json"),
+            *("--out", "{work}/reports/index.html"),
         ),
-        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "artifact-rtn", "source"),
+        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "templates"),
         outputs=("reports/index.html",),
-        pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
+        pins=("JINJA2_VERSION", "RICH_VERSION"),
         after=("evaluate", "verify"),
     ),
 }

@@ -26,17 +26,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.train_tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("models/tiny"), metavar="DIR", help="holds the tokenizer and heldout.txt; gets the shards (default: %(default)s)")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="training text of scripts.tiny_text --train-out")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("models/tiny"),
+        metavar="DIR",
+        help="holds the tokenizer and heldout.txt; gets the shards (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text", type=Path, required=True, metavar="FILE", help="training text of scripts.tiny_text --train-out"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     for field in dataclasses.fields(tiny_train.Settings):
         parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="default: %(default)s"
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            help="default: %(default)s",
         )
     arguments = parser.parse_args()
     if not arguments.text.is_file():
         raise UserError(f"{arguments.text} does not exist", f"python -m scripts.tiny_text --train-out {arguments.text}")
-    settings = tiny_train.Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(tiny_train.Settings)})
+    settings = tiny_train.Settings(
+        **{f.name: getattr(arguments, f.name) for f in dataclasses.fields(tiny_train.Settings)}
+    )
     device = torch.device(arguments.device)
     text = torch.from_numpy(tiny_text.train_tokens(arguments.out, arguments.text).astype("int64"))
     heldout = torch.from_numpy(tiny_text.heldout_tokens(arguments.out, arguments.out / "heldout.txt").astype("int64"))
@@ -46,7 +59,10 @@ def main() -> None:
     def progress(step: int, main: float, draft: float) -> None:
         elapsed = time.monotonic() - started
         eta = elapsed / (step + 1) * (settings.steps - step - 1)
-        print(f"step {step:5}/{settings.steps}  loss {main:.4f}  draft {draft:.4f}  {elapsed:5.0f} s, {eta:4.0f} s left", flush=True)
+        print(
+            f"step {step:5}/{settings.steps}  loss {main:.4f}  draft {draft:.4f}  {elapsed:5.0f} s, {eta:4.0f} s left",
+            flush=True,
+        )
 
     tiny, config = tiny_train.train(text, settings, device, progress)
     train_s = time.monotonic() - started

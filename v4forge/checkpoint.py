@@ -62,7 +62,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor of any dtype, on the CPU, without a copy where it lies contiguous there."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:

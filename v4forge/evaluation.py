@@ -47,9 +47,7 @@ def evaluate(
     for index in checkpoint.config.layers:
         progress(f"layer {index + 1}/{len(checkpoint.config.layers)}")
         layer = model.load_layer(weights, config, index)
-        streams = [
-            model.run_layer(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)
-        ]
+        streams = [model.run_layer(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)]
         del layer
     progress("head and MTP block")
     mtp = model.load_mtp(weights, config)

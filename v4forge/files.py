@@ -15,15 +15,17 @@ from v4forge.errors import UserError
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed over it after an fsync if the block succeeds, removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}", "free disk space or choose another folder") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}", "free disk space or choose another folder"
+        ) from None
     finally:
         with suppress(OSError):
             temporary.unlink()

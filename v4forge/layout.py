@@ -57,7 +57,7 @@ class Config:
 
 
 def load_config(directory: Path) -> Config:
-    """Reads and checks `directory`/config.json; raises UserError for anything that is not DeepSeek-V4 with one MTP block."""
+    """Reads and checks `directory`/config.json; UserError for anything that is not DeepSeek-V4 with one MTP block."""
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -81,13 +81,14 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
     missing = [n for n in names if n not in raw]
     if missing:
         refuse(f"no {missing[0]!r}: this is not DeepSeek-V4's upstream config")
-    config = Config(raw=raw, **{n: tuple(raw[n]) if n == "compress_ratios" else int(raw[n]) for n in names})
+    fields: dict[str, Any] = {n: tuple(raw[n]) if n == "compress_ratios" else int(raw[n]) for n in names}
+    config = Config(raw=raw, **fields)
     if raw.get("num_nextn_predict_layers") != 1:
         refuse(f"num_nextn_predict_layers is {raw.get('num_nextn_predict_layers')!r}, only 1 MTP block is supported")
     if len(config.compress_ratios) != config.num_hidden_layers + 1:
         refuse(
-            f"compress_ratios has {len(config.compress_ratios)} entries for {config.num_hidden_layers} layers + 1 MTP block"
-            " (the -0731 release has more)"
+            f"compress_ratios has {len(config.compress_ratios)} entries for {config.num_hidden_layers} layers"
+            " + 1 MTP block (the -0731 release has more)"
         )
     if bad := [r for r in config.compress_ratios if r not in COMPRESS_RATIOS]:
         refuse(f"compress_ratios holds {bad[0]}, known are {sorted(COMPRESS_RATIOS)}")
@@ -192,7 +193,7 @@ def parameters(c: Config) -> Iterator[tuple[str, Shape]]:
 
 
 def stored_name(logical: str, part: str) -> str:
-    """`part` of a logical tensor under its stored name: layers.0.attn.wq_a.weight, scale -> layers.0.attn.wq_a.scale."""
+    """The stored name of `part` of a logical tensor: layers.0.attn.wq_a.weight, scale -> layers.0.attn.wq_a.scale."""
     return logical.rsplit(".", 1)[0] + "." + part if part else logical
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,7 @@ def hf_config(config: Config) -> DeepseekV4Config:
     """transformers' config with one more layer than the model: index `num_hidden_layers` is the MTP block's."""
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "architectures", "torch_dtype")}
     n = config.num_hidden_layers
-    made = DeepseekV4Config(**raw | {"num_hidden_layers": n + 1})
+    made = DeepseekV4Config(**deepcopy(raw) | {"num_hidden_layers": n + 1})  # it writes into its nested arguments
     made._attn_implementation = "eager"
     return made
 
@@ -136,7 +138,7 @@ class Weights:
         """The state dict of a DeepseekV4DecoderLayer from the tensors under `prefix`; experts stacked [E, out, in]."""
         c = self.checkpoint.config
         inner, hidden = c.moe_intermediate_size, c.hidden_size
-        new = {"dtype": self.dtype, "device": self.device}
+        new: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         gate_up = torch.empty(c.n_routed_experts, 2 * inner, hidden, **new)
         down = torch.empty(c.n_routed_experts, hidden, inner, **new)
         slots = {"w1": gate_up[:, :inner], "w3": gate_up[:, inner:], "w2": down}
@@ -257,7 +259,7 @@ class Attended:
 
 
 def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) -> Attended:
-    """The first half of a decoder layer: attention, router and shared expert. streams: [batch, seq, hc_mult, hidden]."""
+    """The first half of a decoder layer: attention, router, shared expert. streams: [batch, seq, hc_mult, hidden]."""
     dtype = streams.dtype
     post, comb, collapsed = layer.attn_hc(streams)
     attention, _ = layer.self_attn(
@@ -289,7 +291,7 @@ def combine(attended: Attended, routed: Tensor) -> Tensor:
 
 @dataclass
 class Routing:
-    """Tokens sorted by expert: row r of a sorted tensor is token `token[r]`; expert e has rows bounds[e]:bounds[e+1]."""
+    """Tokens sorted by expert: row r of a sorted tensor is token `token[r]`; expert e has bounds[e]:bounds[e+1]."""
 
     token: Tensor  # [tokens * top_k]
     inverse: Tensor  # [tokens * top_k], position of (token, choice) in the sorted order
@@ -314,7 +316,8 @@ def activation(gate_up: Tensor, limit: float) -> Tensor:
 def routed_experts(attended: Attended, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
     """The routed experts' weighted sum, [tokens, hidden]; gate_up: [E, 2 * inner, hidden], down: [E, hidden, inner].
 
-    Each token's outputs are added in the order of its choices, in F32: the same bits however tokens are batched.
+    Each token's outputs are added in the order of its choices, in F32, however tokens are batched. (The GEMMs before
+    that may round otherwise for another number of rows: seen on the CPU in F32 below 256 tokens, not in BF16.)
     """
     routing = sort_by_expert(attended.indices, gate_up.shape[0])
     x = attended.x[routing.token]

@@ -66,10 +66,18 @@ RULES: tuple[Rule, ...] = (
         r".*\.(attn_sink|ape|hc_(attn|ffn)_(fn|base|scale)|hc_head_(fn|base|scale)|gate\.bias)|hc_head_(fn|base|scale)",
         "f32",
         "f32",
-        "hyper-connections, sinks, position biases and router biases are sensitive: written as BF16 they lose bits (C13)",
+        "hyper-connections, sinks, position and router biases are sensitive: written as BF16 they lose bits (C13)",
     ),
-    Rule("hash routing tables", r"layers\.\d+\.ffn\.gate\.tid2eid", "int", "int", "token id to expert ids, data not weights"),
-    Rule("everything else", r".*\.weight", "bf16", "bf16", "norms, router gates, compressors, indexer, embedding: small"),
+    Rule(
+        "hash routing tables",
+        r"layers\.\d+\.ffn\.gate\.tid2eid",
+        "int",
+        "int",
+        "token id to expert ids, data not weights",
+    ),
+    Rule(
+        "everything else", r".*\.weight", "bf16", "bf16", "norms, router gates, compressors, indexer, embedding: small"
+    ),
 )
 
 # Copies that loaders other than vLLM expect inside the MTP block: alias -> the logical tensor it repeats (C14).
@@ -145,5 +153,12 @@ def quantization_config(num_layers: int) -> dict:
                 "output_activations": None,
             },
         },
-        "ignore": ["lm_head", "head", r"re:.*mtp\..*", r"re:.*compressor.*", r"re:.*indexer.*", r"re:.*shared_experts.*"],
+        "ignore": [
+            "lm_head",
+            "head",
+            r"re:.*mtp\..*",
+            r"re:.*compressor.*",
+            r"re:.*indexer.*",
+            r"re:.*shared_experts.*",
+        ],
     }

@@ -93,11 +93,11 @@ SHARD_BYTES = 11 << 20  # two shards, each well under 16 MiB
 class Settings:
     """Of the training; the defaults made models/tiny."""
 
-    steps: int = 2400
+    steps: int = 1400
     batch: int = 32
     seq_len: int = 512
     learning_rate: float = 2.5e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.4
     warmup: int = 150
     mtp_weight: float = 0.5
     quantized_from: float = 0.5  # share of the steps after which weights are rounded to FP4 and FP8
@@ -131,7 +131,9 @@ class TinyModel(nn.Module):
         def run(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: model.Context) -> Tensor:
             attended = model.attend(layer, streams, context)
             experts = layer.mlp.experts
-            dense = torch.zeros(len(attended.x), experts.num_experts, device=tokens.device, dtype=attended.weights.dtype)
+            dense = torch.zeros(
+                len(attended.x), experts.num_experts, device=tokens.device, dtype=attended.weights.dtype
+            )
             dense = dense.scatter(1, attended.indices, attended.weights)
             loads.append((dense.detach() > 0).float().mean(0))
             hidden = model.activation(torch.einsum("th,eih->tei", attended.x, experts.gate_up_proj), experts.limit)
@@ -186,14 +188,16 @@ def _own_mtp_name(local: str) -> str | None:
 
 
 def initialize(tiny: TinyModel, config: layout.Config, seed: int) -> None:
-    """Random weights: Linears N(0, 1/in), those that write to the streams smaller, norms 1, hyper-connections near even."""
+    """Random weights: Linears N(0, 1/in), smaller if they write to streams; norms 1, hyper-connections near even."""
     generator = torch.Generator().manual_seed(seed)
     writers = 1 / math.sqrt(2 * (config.num_hidden_layers + 1))
     with torch.no_grad():
         for name, tensor in logical_tensors(tiny, config):
             shape = tensor.shape
             if name.endswith("tid2eid"):
-                rows = [torch.randperm(config.n_routed_experts, generator=generator)[: shape[1]] for _ in range(shape[0])]
+                rows = [
+                    torch.randperm(config.n_routed_experts, generator=generator)[: shape[1]] for _ in range(shape[0])
+                ]
                 value = torch.stack(rows)
             elif "norm.weight" in name or name.endswith("_scale"):
                 value = torch.ones(shape)
@@ -242,7 +246,10 @@ class Trainer:
             p.data = p.data.to(torch.float32 if fmt == "f32" else torch.bfloat16)
         decayed = [m.dim() > 1 and f != "f32" for m, f in zip(self.masters, self.formats, strict=True)]
         groups = [
-            {"params": [m for m, d in zip(self.masters, decayed, strict=True) if d], "weight_decay": settings.weight_decay},
+            {
+                "params": [m for m, d in zip(self.masters, decayed, strict=True) if d],
+                "weight_decay": settings.weight_decay,
+            },
             {"params": [m for m, d in zip(self.masters, decayed, strict=True) if not d], "weight_decay": 0.0},
         ]
         self.learning_rate = torch.zeros((), device=device)
@@ -348,7 +355,9 @@ def export(tiny: TinyModel, config: layout.Config, out: Path) -> None:
             stored |= {layout.stored_name(name, part): t for part, t in encoded.items()}
         else:
             stored[name] = value.to({"bf16": torch.bfloat16, "f32": torch.float32, "int": torch.int64}[fmt])
-    straddling = {n for n in stored if n.startswith(f"layers.{config.num_hidden_layers - 1}.attn.") and n.endswith(".scale")}
+    straddling = {
+        n for n in stored if n.startswith(f"layers.{config.num_hidden_layers - 1}.attn.") and n.endswith(".scale")
+    }
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in stored.items():

@@ -1,0 +1,61 @@
+"""Quantizes the routed experts of a DeepSeek-V4 checkpoint to INT4, one decoder layer at a time, straight from its
+FP4/FP8 bytes. Each finished layer is one file in --work; run the same command again to continue after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from scripts.cli import parser_for, steps
+from v4forge import calibration, corpus, layers
+from v4forge.checkpoint import Checkpoint
+from v4forge.errors import run_main
+from v4forge.layout import upstream
+
+
+def main() -> None:
+    defaults = layers.Settings()
+    parser = parser_for("calibrate", __doc__)
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="upstream checkpoint: shards, index, config.json, tokenizer.json")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="gets one layer-NNN.safetensors and one report a layer")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="local .jsonl ({\"messages\": […]} or {\"text\": …} a line) or .txt; default: the pinned UltraChat split")
+    parser.add_argument("--samples", type=int, default=768, help="calibration samples (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens a sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
+    parser.add_argument("--method", choices=("gptq", "rtn"), default=defaults.method, help="rtn is round-to-nearest, without a corpus, to compare with (default: %(default)s)")
+    parser.add_argument("--dampening", type=float, default=defaults.dampening, help="share of the mean of the Hessian's diagonal (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=defaults.micro_batch, help="samples a forward pass; part of what fixes the bytes (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=defaults.threads, help="CPU threads; part of what fixes the bytes (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--on-mismatch", choices=("refuse", "move"), default="refuse", help="what to do when --work holds layers made with other inputs or settings (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check the source and the corpus, say what would be done, write nothing")
+    arguments = parser.parse_args()
+
+    settings = layers.Settings(arguments.method, arguments.dampening, arguments.micro_batch, arguments.threads)
+    torch.set_num_threads(settings.threads)
+    device = torch.device(arguments.device)
+    source = Checkpoint(arguments.source)
+    source.validate(upstream(source.config))
+    samples = None
+    if settings.method == "gptq":
+        samples = corpus.load(
+            arguments.source, arguments.corpus, arguments.samples, arguments.seq_len, arguments.seed, source.config.vocab_size
+        )
+    cache = arguments.work.parent / ".stamps" / "digests.json"
+    digests = layers.source_digests(arguments.source, source.shard_names, cache)
+    mark = layers.fingerprint(digests, samples, settings, device)
+    todo = source.config.layers
+    done = [i for i in todo if layers.finished(arguments.work, i, layers.digest_of(mark))]
+    print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {device}")
+    if arguments.dry_run:
+        return
+    layers.claim(arguments.work, mark, arguments.on_mismatch, print)
+    with steps("calibrate", len(todo)) as advance:
+        calibration.calibrate(source, samples, arguments.work, settings, mark, device, advance)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,140 @@
+"""Measures perplexity and greedy MTP acceptance of the source and of two artifacts on the same held-out tokens.
+
+    python -m scripts.evaluate --source models/tiny --heldout models/tiny/heldout.txt \\
+        --artifact scratch/tiny/artifact --baseline scratch/tiny/artifact-rtn --out scratch/tiny/reports/evaluation.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.cli import parser_for, steps
+from v4forge.checkpoint import Checkpoint
+from v4forge.corpus import encode_documents, load_tokenizer, read_documents
+from v4forge.errors import UserError, run_main
+from v4forge.evaluation import evaluate, unigram_perplexity
+from v4forge.files import write_json
+
+
+def heldout_tokens(tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: int, vocab_size: int) -> torch.Tensor:
+    """The first tokens of the held-out documents, one after another: [sequences, seq_len] int64.
+
+    Raises UserError when there are fewer, or one that the model does not know.
+    """
+    if not heldout.is_file():
+        raise UserError(f"the held-out text {heldout} does not exist", "pass --heldout a .txt or .jsonl file")
+    encoded = encode_documents(load_tokenizer(tokenizer_dir), read_documents(heldout))
+    stream = torch.tensor([token for document in encoded for token in document], dtype=torch.int64)
+    wanted = sequences * seq_len
+    if len(stream) < wanted:
+        rows = len(stream) // seq_len
+        fits = f"--sequences {rows}" if rows else f"--sequences 1 --seq-len {len(stream)}"
+        raise UserError(
+            f"{heldout} holds {len(stream):,} tokens, and {sequences} sequences of {seq_len} need {wanted:,}",
+            f"pass {fits}, or a longer --heldout",
+        )
+    if (largest := int(stream[:wanted].max())) >= vocab_size:
+        raise UserError(
+            f"{tokenizer_dir / 'tokenizer.json'} gives token {largest}, the vocabulary ends at {vocab_size - 1}",
+            "use the tokenizer and the config.json of one checkpoint",
+        )
+    return stream[:wanted].view(sequences, seq_len)
+
+
+def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpoint:
+    if not directory.is_dir():
+        raise UserError(f"the {what} {directory} does not exist", hint)
+    return Checkpoint(directory, form=form)
+
+
+def measure(
+    models: dict[str, Checkpoint], tokens: torch.Tensor, device: torch.device, progress: Callable[[int, str], None]
+) -> dict[str, dict[str, Any]]:
+    """Quality, bytes of the shards and seconds of each model; one line each on stderr. Steps are `steps_of`."""
+    done = 0
+    figures = {}
+    for name, checkpoint in models.items():
+        show = partial(next_step, progress, itertools.count(done), name)
+        started = time.monotonic()
+        quality = evaluate(checkpoint, tokens, device, show)
+        elapsed_s = round(time.monotonic() - started, 3)
+        done += steps_of(checkpoint)
+        print(
+            f"evaluate: {name:<6}  perplexity {quality.perplexity:.3f}, "
+            f"greedy MTP acceptance {quality.mtp_acceptance:.1%}, {elapsed_s:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        figures[name] = {
+            "perplexity": quality.perplexity,
+            "mtp_acceptance": quality.mtp_acceptance,
+            "tokens": quality.tokens,
+            "bytes": sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shard_names),
+            "elapsed_s": elapsed_s,
+        }
+    return figures
+
+
+def next_step(progress: Callable[[int, str], None], count: Iterator[int], name: str, doing: str) -> None:
+    progress(next(count), f"{name}, {doing}")
+
+
+def steps_of(checkpoint: Checkpoint) -> int:
+    """How often `evaluate` reports progress: once a layer, once for the head."""
+    return len(checkpoint.config.layers) + 1
+
+
+def main() -> None:
+    parser = parser_for("evaluate", __doc__)
+    for name, text in {
+        "--source": "the upstream checkpoint; its tokenizer encodes the text",
+        "--artifact": "the GPTQ artifact, of postprocess",
+        "--baseline": "the round-to-nearest artifact, to compare with",
+    }.items():
+        parser.add_argument(name, type=Path, required=True, metavar="DIR", help=text)
+    parser.add_argument(
+        "--heldout", type=Path, required=True, metavar="FILE", help="text that nothing was fitted to, .txt or .jsonl"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets the figures as JSON")
+    parser.add_argument("--sequences", type=int, default=32, help="how many sequences (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads: the last digits depend on it (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args()
+    if args.sequences < 1 or args.seq_len < 3 or args.threads < 1:
+        parser.error("--sequences and --threads are at least 1, --seq-len at least 3: a draft is two tokens ahead")
+    torch.set_num_threads(args.threads)
+
+    models = {
+        "source": open_checkpoint(args.source, "source", "source", "make fetch PROFILE=flash, or --source models/tiny"),
+        "rtn": open_checkpoint(args.baseline, "artifact", "round-to-nearest artifact", "make demo"),
+        "gptq": open_checkpoint(args.artifact, "artifact", "artifact", "make artifact"),
+    }
+    vocab_size = models["source"].config.vocab_size
+    tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
+    total = sum(steps_of(checkpoint) for checkpoint in models.values())
+    quiet = nullcontext(lambda _step, _doing: None)
+    with steps("evaluate", total) if sys.stderr.isatty() else quiet as progress:
+        figures = measure(models, tokens, torch.device(args.device), progress)
+    heldout = {
+        "file": args.heldout.name,
+        "sha256": hashlib.sha256(args.heldout.read_bytes()).hexdigest(),
+        "tokens": tokens.numel(),
+    }
+    write_json(args.out, {"heldout": heldout, "unigram_perplexity": unigram_perplexity(tokens), "models": figures})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,299 @@
+"""v4forge.model against transformers' whole model and against the MTP block written out from its definition."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from synthetic import OTHER, write_checkpoint
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from v4forge import layout, model
+from v4forge.checkpoint import Checkpoint
+from v4forge.recipe import rule_for
+
+CPU = torch.device("cpu")
+SEQ_LEN = 300  # two windows of HCA, 75 of CSA of which index_topk are seen, and more than one sliding window
+FORMS: dict[str, dict[str, Any]] = {"small": {}, "other": OTHER}
+
+
+@dataclass
+class Opened:
+    """A synthetic checkpoint, its blocks in F32, and two sequences that went through it one layer at a time."""
+
+    directory: Path
+    checkpoint: Checkpoint
+    config: Any
+    weights: model.Weights
+    root: model.Root
+    tokens: Tensor
+    context: model.Context
+    layers: list
+    streams: list[Tensor]  # before each layer, and after the last one
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        return self.checkpoint.config.raw
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    directory = tmp_path_factory.mktemp(request.param)
+    # a limit that many activations reach, so that the clamp is part of what is compared
+    write_checkpoint(directory, **FORMS[request.param], swiglu_limit=0.7)
+    return open_checkpoint(directory)
+
+
+@torch.no_grad()
+def open_checkpoint(directory: Path) -> Opened:
+    checkpoint = Checkpoint(directory)
+    config = model.hf_config(checkpoint.config)
+    weights = model.Weights(checkpoint, CPU, torch.float32)
+    root = model.load_root(weights, config)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(checkpoint.config.vocab_size, (2, SEQ_LEN), generator=generator)
+    context = model.Rotary(config, CPU, torch.float32).context(tokens)
+    layers = [model.load_layer(weights, config, i) for i in checkpoint.config.layers]
+    streams = [model.embed(root, config, tokens)]
+    for layer in layers:
+        streams.append(model.run_layer(layer, streams[-1], context))
+    return Opened(directory, checkpoint, config, weights, root, tokens, context, layers, streams)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference, relative to b's."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_whole_model(opened: Opened, tmp_path: Path) -> None:
+    # transformers reads the upstream names by its own conversion table, not by ours
+    config = opened.checkpoint.config
+    tensors = {n: opened.checkpoint.load(n, s) for n, s in layout.parameters(config) if not n.startswith("mtp.")}
+    save_file(
+        {n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in tensors.items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    raw = json.loads((opened.directory / "config.json").read_text())
+    del raw["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float32"}))
+    whole, report = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    expected = whole.eval()(opened.tokens, use_cache=False).logits
+    ours = opened.root.final(opened.streams[-1], opened.root.head)
+    assert ours.dtype == torch.float32
+    assert distance(ours, expected) < 1e-5
+    assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_two_halves_of_a_layer_equal_its_own_forward(opened: Opened) -> None:
+    context = opened.context
+    for number, layer in enumerate(opened.layers):
+        whole = layer(
+            opened.streams[number],
+            input_ids=context.input_ids,
+            position_embeddings=context.position_embeddings,
+            position_ids=context.position_ids,
+            attention_mask=context.attention_mask,
+        )
+        attended = model.attend(layer, opened.streams[number], context)
+        experts = layer.mlp.experts
+        routed = model.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
+        assert distance(model.combine(attended, routed), whole) < 1e-6
+
+
+# What the published table lists as F32, under transformers' names.
+F32_NAMES = ("sinks", "position_bias", "attn_hc.", "ffn_hc.", "hc_head.", "e_score_correction_bias")
+
+
+@pytest.mark.parametrize("block", ["layers", "mtp", "root"])
+def test_f32_parameters_stay_f32_and_the_others_are_bf16(opened: Opened, block: str) -> None:
+    weights = model.Weights(opened.checkpoint, CPU)
+    modules = {
+        "layers": lambda: [model.load_layer(weights, opened.config, i) for i in opened.checkpoint.config.layers],
+        "mtp": lambda: [model.load_mtp(weights, opened.config)],
+        "root": lambda: [model.load_root(weights, opened.config).final],
+    }[block]()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            if name.endswith("tid2eid"):
+                assert tensor.dtype == torch.int64
+            else:
+                f32 = any(part in name for part in F32_NAMES)
+                assert tensor.dtype == (torch.float32 if f32 else torch.bfloat16), name
+
+
+def test_a_loaded_f32_parameter_has_the_source_bits(opened: Opened) -> None:
+    weights = model.Weights(opened.checkpoint, CPU)
+    number = opened.checkpoint.config.num_hidden_layers - 1
+    state = model.load_layer(weights, opened.config, number).state_dict()
+    names = [(n, s) for n, s in layout.layer_parameters(opened.checkpoint.config, number)]
+    f32 = [n for n, _ in names if rule_for(n).source == "f32"]
+    assert len(f32) >= 8
+    for name in f32:
+        local = model.renamed(name.removeprefix(f"layers.{number}."))
+        assert torch.equal(state[local], opened.checkpoint.raw(name))
+
+
+def test_building_transformers_config_leaves_the_checkpoints_config_alone(opened: Opened) -> None:
+    model.hf_config(opened.checkpoint.config)
+    assert opened.raw == json.loads((opened.directory / "config.json").read_text())
+
+
+def split_context(context: model.Context, row: int) -> model.Context:
+    return replace(
+        context, input_ids=context.input_ids[row : row + 1], attention_mask=context.attention_mask[row : row + 1]
+    )
+
+
+@torch.no_grad()
+def test_a_layer_gives_the_same_result_in_micro_batches(opened: Opened) -> None:
+    """To rounding only: a GEMM of another shape may sum in another order."""
+    for number, layer in enumerate(opened.layers):
+        streams = opened.streams[number]
+        parts = [model.run_layer(layer, streams[i : i + 1], split_context(opened.context, i)) for i in range(2)]
+        assert distance(torch.cat(parts), opened.streams[number + 1]) < 1e-5
+
+
+@torch.no_grad()
+def test_routed_experts_equal_a_sum_over_each_tokens_choices(opened: Opened) -> None:
+    attended = model.attend(opened.layers[-1], opened.streams[-2], opened.context)
+    experts = opened.layers[-1].mlp.experts
+    ours = model.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
+    inner = opened.checkpoint.config.moe_intermediate_size
+    for token in range(0, len(ours), 37):
+        expected = torch.zeros(ours.shape[1], dtype=torch.float64)
+        for expert, weight in zip(attended.indices[token], attended.weights[token], strict=True):
+            w1, w3 = experts.gate_up_proj[expert].double().split(inner)
+            x = attended.x[token].double()
+            expected += weight.double() * (experts.down_proj[expert].double() @ swiglu(w1 @ x, w3 @ x, experts.limit))
+        assert distance(ours[token], expected) < 1e-5
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    gate = gate.clamp(max=limit)
+    return gate / (1 + torch.exp(-gate)) * up.clamp(-limit, limit)
+
+
+class PlainMTP:
+    """The MTP block in float64, from the definition: plain tensors under upstream names.
+
+    DeepSeek-V3 report (arXiv 2412.19437) section 2.2 for the block; for the layer the DeepSeek-V4 report's sections on
+    manifold-constrained hyper-connections, shared-KV sliding attention with sinks, and the sqrt-softplus router.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.c = checkpoint.config.raw
+        shapes = layout.mtp_parameters(checkpoint.config)
+        self.w = {n.removeprefix("mtp.0."): checkpoint.load(n, s).double() for n, s in shapes}
+        self.head = checkpoint.raw("head.weight").double()
+
+    def rms(self, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.c["rms_norm_eps"])
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return self.rms(x) * self.w[f"{name}.weight"]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.w[f"{name}.weight"].T
+
+    def rotate(self, x: Tensor, sign: int) -> Tensor:
+        """The last qk_rope_head_dim channels of x: [seq, ..., head_dim], neighbours as complex numbers, turned by
+        sign * position * theta^(-2i/dim)."""
+        dim = self.c["qk_rope_head_dim"]
+        frequency = self.c["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = sign * torch.arange(len(x), dtype=torch.float64)[:, None] * frequency
+        angle = angle.view(len(x), *[1] * (x.dim() - 2), dim // 2)
+        even, odd = x[..., -dim::2], x[..., 1 - dim :: 2]
+        turned = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
+        return torch.cat((x[..., :-dim], torch.stack(turned, -1).flatten(-2)), -1)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """x: [seq, hidden]; one KV head, whose keys are its values."""
+        seq, heads, dim = len(x), self.c["num_attention_heads"], self.c["head_dim"]
+        q = self.linear(self.norm(self.linear(x, "attn.wq_a"), "attn.q_norm"), "attn.wq_b").view(seq, heads, dim)
+        q = self.rotate(self.rms(q), +1)
+        kv = self.rotate(self.norm(self.linear(x, "attn.wkv"), "attn.kv_norm"), +1)
+        age = torch.arange(seq)[:, None] - torch.arange(seq)
+        seen = (age >= 0) & (age < self.c["sliding_window"])
+        score = torch.exp(torch.einsum("qhd,kd->hqk", q, kv) / math.sqrt(dim)) * seen
+        total = score.sum(-1) + torch.exp(self.w["attn.attn_sink"])[:, None]  # the sink takes a share, gives nothing
+        out = torch.einsum("hqk,kd->qhd", score / total[..., None], kv)
+        out = self.rotate(out, -1)  # values carried their rotation along: back to relative positions
+        groups = out.reshape(seq, self.c["o_groups"], -1)
+        wo_a = self.w["attn.wo_a.weight"].view(self.c["o_groups"], self.c["o_lora_rank"], -1)
+        return self.linear(torch.einsum("sgi,goi->sgo", groups, wo_a).flatten(1), "attn.wo_b")
+
+    def expert(self, x: Tensor, name: str) -> Tensor:
+        gated = swiglu(self.linear(x, f"{name}.w1"), self.linear(x, f"{name}.w3"), self.c["swiglu_limit"])
+        return self.linear(gated, f"{name}.w2")
+
+    def experts(self, x: Tensor) -> Tensor:
+        """x: [seq, hidden]; top-k by score plus bias, weighted by scores without it."""
+        score = torch.sqrt(torch.log1p(torch.exp(self.linear(x, "ffn.gate"))))
+        order = (score + self.w["ffn.gate.bias"]).argsort(dim=1, descending=True)
+        chosen = torch.zeros_like(score)
+        for rank in range(self.c["num_experts_per_tok"]):
+            chosen[torch.arange(len(x)), order[:, rank]] = 1
+        share = chosen * score / (chosen * score).sum(1, keepdim=True) * self.c["routed_scaling_factor"]
+        every = [share[:, e, None] * self.expert(x, f"ffn.experts.{e}") for e in range(self.c["n_routed_experts"])]
+        return sum(every) + self.expert(x, "ffn.shared_experts")
+
+    def hyper_connected(self, streams: Tensor, site: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """streams: [seq, n, hidden] -> the same; pre collapses them, post spreads the output, comb mixes them."""
+        n, eps = self.c["hc_mult"], self.c["hc_eps"]
+        mix = self.rms(streams.flatten(1)) @ self.w[f"hc_{site}_fn"].T
+        scale, base = self.w[f"hc_{site}_scale"], self.w[f"hc_{site}_base"]
+        pre = torch.sigmoid(mix[:, :n] * scale[0] + base[:n]) + eps
+        post = 2 * torch.sigmoid(mix[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+        comb = torch.softmax((mix[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n), -1) + eps
+        for iteration in range(self.c["hc_sinkhorn_iters"]):  # rows first, which the softmax has just done
+            if iteration:
+                comb = comb / (comb.sum(2, keepdim=True) + eps)
+            comb = comb / (comb.sum(1, keepdim=True) + eps)
+        assert (comb.sum(1) - 1).abs().max() < 1e-4 and (comb.sum(2) - 1).abs().max() < 1e-2
+        output = sublayer(self.norm(torch.einsum("sn,snd->sd", pre, streams), f"{site}_norm"))
+        return post[:, :, None] * output[:, None] + torch.einsum("sjk,sjd->skd", comb, streams)
+
+    def __call__(self, streams: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """streams: [seq, n, hidden], embeds: [seq, hidden] -> streams and logits [seq, vocab]."""
+        embeds = embeds.clone()
+        embeds[0] = 0  # position 0 has no embedding, as in vLLM
+        mixed = self.linear(self.norm(streams, "hnorm"), "h_proj")
+        mixed = mixed + self.linear(self.norm(embeds, "enorm"), "e_proj")[:, None]
+        mixed = self.hyper_connected(mixed, "attn", self.attention)
+        mixed = self.hyper_connected(mixed, "ffn", self.experts)
+        share = self.rms(mixed.flatten(1)) @ self.w["hc_head_fn"].T * self.w["hc_head_scale"] + self.w["hc_head_base"]
+        collapsed = torch.einsum("sn,snd->sd", torch.sigmoid(share) + self.c["hc_eps"], mixed)
+        return mixed, self.norm(collapsed, "norm") @ self.head.T
+
+
+@torch.no_grad()
+def test_the_mtp_block_equals_its_definition_in_float64(opened: Opened) -> None:
+    mtp = model.load_mtp(opened.weights, opened.config)
+    following = model.Rotary(opened.config, CPU, torch.float32).context(opened.tokens[:, 1:])
+    embeds = opened.root.embed[following.input_ids]
+    streams = mtp(opened.streams[-1][:, :-1], embeds, following)
+    logits = mtp.head(streams, opened.root.head)
+    plain = PlainMTP(opened.checkpoint)
+    for row in range(2):
+        expected_streams, expected_logits = plain(opened.streams[-1][row, :-1].double(), embeds[row].double())
+        assert distance(streams[row], expected_streams) < 2e-6
+        assert distance(logits[row], expected_logits) < 2e-6
+        assert (logits[row].argmax(-1) == expected_logits.argmax(-1)).all()

@@ -1,0 +1,307 @@
+"""v4forge.report, scripts.report and scripts.evaluate, on hand-written inputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts import evaluate
+from scripts import report as program
+from v4forge import report
+from v4forge.errors import UserError
+
+TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
+
+EVALUATION = {
+    "heldout": {"file": "heldout.txt", "sha256": "a" * 64, "tokens": 16384},
+    "unigram_perplexity": 306.5,
+    "models": {
+        "source": {"perplexity": 10.0, "mtp_acceptance": 0.60, "tokens": 16352, "bytes": 18_400_000, "elapsed_s": 14.0},
+        "rtn": {"perplexity": 10.8, "mtp_acceptance": 0.57, "tokens": 16352, "bytes": 21_900_000, "elapsed_s": 13.0},
+        "gptq": {"perplexity": 10.25, "mtp_acceptance": 0.59, "tokens": 16352, "bytes": 21_900_000, "elapsed_s": 13.0},
+    },
+}
+CHECKS = [
+    {"name": "tensors", "ok": True, "detail": "1,012 tensors"},
+    {"name": "pass-through", "ok": True, "detail": "118 tensors equal"},
+    {"name": "INT4 error", "ok": True, "detail": "96 matrices"},
+]
+RUN = {
+    "verify": {"elapsed_s": 6.0, "started": "2026-01-01T00:02:00+00:00", "command": "python -m scripts.verify"},
+    "calibrate": {"elapsed_s": 40.5, "started": "2026-01-01T00:00:00+00:00", "command": "python -m scripts.calibrate"},
+}
+SOURCE_FILES = {f"model-{i}.safetensors": {"sha256": f"{i}" * 64, "bytes": 9_000_000} for i in (1, 2)}
+MANIFEST = {
+    "format": 1,
+    "source": {"files": SOURCE_FILES},
+    "calibration": {
+        "settings": {"dampening": 0.01, "method": "gptq"},
+        "code": {"calibration": "c" * 64, "chat": "d" * 64},
+        "versions": {"torch": "2.13.0+cpu"},
+        "corpus": {"sha256": "e" * 64, "description": "see https://example.org/corpus <b>"},
+    },
+    "layers": [{"layer": 0}],
+    "files": {"layer-000.safetensors": {"sha256": "f" * 64, "bytes": 4_000_000}},
+}
+
+
+def layer(number: int, blended: bool = False, fallback: tuple[str, ...] = ()) -> dict[str, Any]:
+    error = {"rtn": [0.02, 0.04], "gptq": [0.01, 0.02]}
+    return {
+        "layer": number,
+        "attention": "CSA",
+        "method": "gptq",
+        "fingerprint": "ab",
+        "tokens": [17, 900],
+        "error": {kind: error for kind in ("w1", "w2", "w3")},
+        "blended": [{"expert": 0, "tokens": 17, "inputs": "w1, w3"}] if blended else [],
+        "fallback": list(fallback),
+    }
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What a finished run leaves: reports/, layers/ and artifact/."""
+    layers = {f"layers/layer-{i:03}.json": layer(i, blended=i == 1) for i in range(3)}
+    sums = hashlib.sha256(b"sums").hexdigest()
+    files: dict[str, Any] = {
+        "reports/evaluation.json": EVALUATION,
+        "reports/run.json": RUN,
+        "artifact/certificate.json": {"ok": True, "sums_sha256": sums, "checks": CHECKS},
+        "artifact/manifest.json": MANIFEST,
+        **layers,
+    }
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "artifact/SHA256SUMS").write_bytes(b"sums")
+    return tmp_path
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def call(folder: Path, *options: str) -> int:
+    paths = {
+        "--evaluation": "reports/evaluation.json",
+        "--layers": "layers",
+        "--artifact": "artifact",
+        "--run": "reports/run.json",
+        "--out": "reports/index.html",
+    }
+    return program.main([*(part for name, path in paths.items() for part in (name, str(folder / path))), *options])
+
+
+def test_a_good_run_ends_with_certificate_ok(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run_folder) == 0
+    assert capsys.readouterr().out.endswith("\ncertificate: ok\n")
+
+
+def test_a_failed_check_is_exit_code_1_and_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = copy.deepcopy(CHECKS)
+    checks[1] |= {"ok": False, "detail": "layers.0.attn.wq_a.weight differs"}
+    change(run_folder / "artifact/certificate.json", ok=False, checks=checks)
+    assert call(run_folder) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("\ncertificate: FAILED (1 of 3 checks)\n")
+    assert "failed: pass-through: layers.0.attn.wq_a.weight differs" in out
+    assert "certificate: FAILED (1 of 3 checks)" in (run_folder / "reports/index.html").read_text()
+
+
+@given(st.lists(st.booleans(), max_size=6), st.booleans())
+def test_a_certificate_is_ok_only_if_it_and_every_check_say_so(oks: list[bool], ok: bool) -> None:
+    checks = [{"name": str(i), "ok": value, "detail": ""} for i, value in enumerate(oks)]
+    verdict = report.verdict({"ok": ok, "checks": checks})
+    assert verdict.ok == (ok and oks != [] and all(oks))
+    assert (verdict.line == "certificate: ok") == verdict.ok
+    assert [check.ok for check in verdict.checks] == sorted(oks), "failed checks come first"
+
+
+def test_a_certificate_of_other_files_is_refused(run_folder: Path) -> None:
+    (run_folder / "artifact/SHA256SUMS").write_bytes(b"other sums")
+    with pytest.raises(UserError, match="is about other files") as raised:
+        call(run_folder)
+    assert raised.value.hint == "make verify"
+
+
+def test_the_table_has_each_model_with_its_changes(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(run_folder)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["source", "18.4", "10.000", "60.0%"] in rows
+    assert ["round-to-nearest", "21.9", "10.800", "+8.00%", "57.0%", "-3.00"] in rows
+    assert ["GPTQ", "21.9", "10.250", "+2.50%", "59.0%", "-1.00"] in rows
+
+
+def test_a_table_of_a_large_model_fits_80_columns(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = copy.deepcopy(EVALUATION["models"])
+    for figures in models.values():  # type: ignore[attr-defined]
+        figures["bytes"] = 167_000_000_000
+    change(run_folder / "reports/evaluation.json", models=models)
+    call(run_folder)
+    out = capsys.readouterr().out
+    assert "167,000.0" in out and "MTP accepted" in out and "…" not in out
+
+
+def test_seconds_are_listed_in_the_order_in_which_stages_began(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(run_folder)
+    assert "seconds: calibrate 40.5, verify 6.0, together 46.5\n" in capsys.readouterr().out
+
+
+def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("evaluation", "layers", "artifact", "out")
+    paths = ("reports/evaluation.json", "layers", "artifact", "reports/index.html")
+    argv = [part for name, path in zip(names, paths, strict=True) for part in (f"--{name}", str(run_folder / path))]
+    assert program.main(argv) == 0
+    assert "seconds" not in capsys.readouterr().out
+    assert "Seconds" not in (run_folder / "reports/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("missing", "hint"),
+    [
+        ("reports/evaluation.json", "make demo"),
+        ("reports/run.json", "make demo, or leave --run out"),
+        ("artifact/certificate.json", "make verify"),
+        ("artifact/manifest.json", "make postprocess"),
+        ("artifact/SHA256SUMS", "make postprocess"),
+        ("layers", "make calibrate"),
+    ],
+)
+def test_a_missing_input_is_named_with_the_command_that_makes_it(run_folder: Path, missing: str, hint: str) -> None:
+    path = run_folder / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=re.escape(str(path))) as raised:
+        call(run_folder)
+    assert raised.value.hint == hint
+    assert not (run_folder / "reports/index.html").exists()
+
+
+@pytest.mark.parametrize("name", ["reports/evaluation.json", "layers/layer-001.json", "artifact/certificate.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 1, "checks": 1, "layer": 1, "tokens": 1}'])
+def test_a_file_of_another_form_is_named(run_folder: Path, name: str, content: str) -> None:
+    (run_folder / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        call(run_folder)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the text, and tags that are not closed."""
+
+    VOID = ("meta", "link", "line", "circle", "polyline", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_loads_nothing_and_runs_nothing(run_folder: Path) -> None:
+    call(run_folder)
+    text = (run_folder / "reports/index.html").read_text()
+    page = Page(text)
+    assert page.loads == ["data:,"]
+    assert not {"script", "iframe", "img", "object"} & set(page.tags)
+    assert "url(" not in text and "@import" not in text
+    assert page.open == []
+
+
+def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Path) -> None:
+    change(run_folder / "layers/layer-002.json", fallback=["w2 of expert 1"])
+    call(run_folder)
+    text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
+    assert "GPTQ lost less than round-to-nearest on 18 of 18 matrices" in text
+    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "1 of 6 experts, in 1 of 3 layers" in text and "0 (17 tokens; w1, w3)" in text
+    assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
+    assert "pass-through ok 118 tensors equal" in text
+    assert "settings.dampening 0.01" in text and "versions.torch 2.13.0+cpu" in text
+    assert "https://example.org/corpus <b>" in text, "a manifest's text is text, not markup"
+
+
+def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() -> None:
+    def source_row(files: dict[str, Any]) -> str:
+        return dict(report.provenance({"source": {"files": files}})[0][1])["source.files"]
+
+    row = source_row(SOURCE_FILES)
+    assert row.startswith("2 files, 18.0 MB; sha256 of their list ")
+    assert source_row(dict(reversed(SOURCE_FILES.items()))) == row
+    assert source_row({**SOURCE_FILES, "model-2.safetensors": {"sha256": "9" * 64, "bytes": 9_000_000}}) != row
+
+
+@given(st.floats(0, 1e6))
+def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> None:
+    ticks = report.axis(highest)
+    assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
+
+
+@pytest.mark.parametrize("layers", [1, 4, 43])
+def test_every_layer_has_its_points_inside_the_chart(layers: int) -> None:
+    for chart in report.charts(report.layer_rows([layer(i) for i in range(layers)])):
+        assert len(chart.x_ticks) <= report.X_LABELS
+        for points in chart.lines.values():
+            assert len(points) == layers
+            assert all(report.LEFT <= p.x <= report.CHART_WIDTH and 0 <= p.y <= report.CHART_HEIGHT for p in points)
+        assert all(g.y > r.y for g, r in zip(chart.lines["gptq"], chart.lines["rtn"], strict=True)), (
+            "less loss is lower"
+        )
+
+
+def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:
+    few = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 2, 64, 1024)
+    many = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 1, 256, 1024)
+    assert few.shape == (2, 64)
+    assert few.flatten().tolist() == many.flatten().tolist()[:128]
+
+
+@pytest.mark.parametrize(
+    ("heldout", "sequences", "vocab_size", "fact"),
+    [
+        ("missing.txt", 1, 1024, "missing.txt does not exist"),
+        ("heldout.txt", 10**6, 1024, "holds .* tokens, and 1000000 sequences of 64 need 64,000,000"),
+        ("heldout.txt", 1, 4, "the vocabulary ends at 3"),
+    ],
+)
+def test_held_out_text_that_cannot_be_used_is_refused(heldout: str, sequences: int, vocab_size: int, fact: str) -> None:
+    with pytest.raises(UserError, match=fact):
+        evaluate.heldout_tokens(TINY, TINY / heldout, sequences, 64, vocab_size)
+
+
+def test_a_missing_artifact_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the artifact .* does not exist") as raised:
+        evaluate.open_checkpoint(tmp_path / "artifact", "artifact", "artifact", "make artifact")
+    assert raised.value.hint == "make artifact"

@@ -1,0 +1,121 @@
+"""The artifact folder: layer files and pass-through shards under one index, with config, manifest and checksums."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from v4forge import layers, layout, manifest, recipe
+from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
+from v4forge.conversion import converted
+from v4forge.errors import UserError
+from v4forge.files import atomic_path, remove_leftovers, write_json
+from v4forge.layout import Config
+from v4forge.stamps import read_json
+
+REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    *REQUIRED_FILES,
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "LICENSE",
+)
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """The files beside the weights that a server needs. Raises UserError when the tokenizer is missing."""
+    for name in REQUIRED_FILES:
+        if not (source / name).is_file():
+            raise UserError(f"{source / name} is missing", f"put the checkpoint's {name} there")
+    return [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+
+
+def finished_layers(source: Checkpoint, work: Path) -> list[Path]:
+    """The layer files of `work`, all whole and of the one fingerprint that claimed it; UserError otherwise."""
+    mark = read_json(work / layers.FINGERPRINT)
+    again = f"python -m scripts.calibrate --source {source.directory} --work {work} …"
+    if not mark:
+        raise UserError(f"{work} holds no calibration", again)
+    digest = layers.digest_of(mark)
+    for layer in source.config.layers:
+        if not layers.finished(work, layer, digest):
+            raise UserError(f"{layers.layer_file(work, layer)} is missing or of another run", again)
+    return [layers.layer_file(work, layer) for layer in source.config.layers]
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """The artifact's config.json: upstream's, with the quantization_config that vLLM resolves."""
+    return config.raw | {"quantization_config": recipe.quantization_config(config.num_hidden_layers)}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, or a copy where they lie on different file systems; whole or not at all."""
+    if target.exists() and target.samefile(source):
+        return
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+            shutil.copyfile(source, temporary)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a small file, whole or not at all."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def assemble(
+    source: Checkpoint, work: Path, out: Path, progress: Callable[[int, str], None] = lambda _done, _what: None
+) -> None:
+    """Writes the artifact into `out`: layer files linked, the rest converted from the source, then index, configs,
+    tokenizer, manifest and SHA256SUMS. Killed anywhere and run again it gives the same bytes. Raises UserError before
+    anything is written when the source or a layer file is not what it must be.
+    """
+    config = source.config
+    source.validate(layout.upstream(config))
+    finished = finished_layers(source, work)
+    side_files = tokenizer_files(source.directory)
+    mark = read_json(work / layers.FINGERPRINT)
+    cache = work.parent / ".stamps" / "digests.json"
+    if layers.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
+        raise UserError(
+            f"{source.directory} is not the source that {work} was calibrated on", "pass that --source, or calibrate again"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    groups = {"root": list(layout.root_parameters(config)), "mtp": list(layout.mtp_parameters(config))}
+    total = len(finished) + len(groups)
+    names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    keep = {*names, *(path.name for path in side_files), INDEX, "config.json", "manifest.json", "SHA256SUMS"}
+    for stale in sorted(path for path in out.iterdir() if path.is_file() and path.name not in keep):
+        stale.unlink()
+    for done, (path, name) in enumerate(zip(finished, names, strict=False)):
+        progress(done, "linking layers")
+        link_or_copy(path, out / name)
+    for done, (name, what) in enumerate(zip(names[len(finished) :], groups, strict=True), len(finished)):
+        progress(done, what)
+        write_shard(out / name, {k: v for n, shape in groups[what] for k, v in converted(source, n, shape).items()})
+    expected = layout.artifact(config)
+    shards = {name: safe_open(out / name, framework="pt") for name in names}
+    weight_map = {tensor: name for name, file in shards.items() for tensor in file.keys()}  # noqa: SIM118, not a dict
+    if set(weight_map) != set(expected):
+        odd = sorted(set(weight_map) ^ set(expected))[0]
+        raise UserError(f"{odd} is in the layer files or in the layout, but not in both", f"remove {work} and calibrate again")
+    write_index(out, weight_map, sum(math.prod(s.shape) * s.dtype.itemsize for s in expected.values()))
+    write_json(out / "config.json", config_json(config))
+    for path in side_files:
+        copy(path, out / path.name)
+    progress(total, "SHA256SUMS")
+    manifest.write(out, work, source.directory, mark, cache)

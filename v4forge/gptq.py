@@ -1,0 +1,111 @@
+"""INT4 g128 of a batch of expert matrices: Hessians, GPTQ on llm-compressor's kernels, round-to-nearest, errors.
+
+GPTQ: Frantar et al. 2022 (arXiv 2210.17323). E is the number of experts; matrices are [out, in] as in torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from v4forge.codec import INT4_GROUP, dequantize_int4
+
+QUANT_ARGS = QuantizationArgs(
+    num_bits=4, type="int", strategy="group", group_size=INT4_GROUP, symmetric=True, actorder="static"
+)
+BLOCK_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """codes: [E, out, in] i8, -8..7; scale: [E, out, in/128] bf16, static: one per group of neighbouring inputs.
+
+    `fallback` lists the experts whose Hessian could not be factorized, so that they were rounded to nearest.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    fallback: tuple[int, ...] = ()
+
+    def dequantized(self) -> Tensor:
+        """The weights as served, [E, out, in] bf16."""
+        return dequantize_int4(self.codes, self.scale)
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x with F32 accumulation. x: [tokens, in] -> [in, in] f32. Products of BF16 values are exact in F32."""
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+        return torch.mm(x.mT, x, out_dtype=torch.float32)
+    x = x.float()
+    return x.mT @ x
+
+
+def group_scales(weights: Tensor) -> Tensor:
+    """weights: [E, out, in] -> [E, out, in/128] bf16: absmax / 7.5, compressed-tensors' symmetric INT4 rule."""
+    groups = weights.float().unflatten(-1, (-1, INT4_GROUP))
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), QUANT_ARGS)
+    return scale.to(torch.bfloat16)
+
+
+def round_to_nearest(weights: Tensor, scale: Tensor) -> Quantized:
+    """weights: [E, out, in]; scale: [E, out, in/128] bf16 -> each weight at its nearest code."""
+    groups = weights.float().unflatten(-1, (-1, INT4_GROUP))
+    codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7).to(torch.int8).flatten(-2)
+    return Quantized(codes, scale)
+
+
+@lru_cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """llm-compressor's batched GPTQ, imported when first needed: that takes seconds, and it would log that there is no GPU."""
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    return quantize_weight
+
+
+def gptq(weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float) -> Quantized:
+    """weights: [E, out, in]; hessians: [E, in, in] f32, means of x^T x; scale: [E, out, in/128] bf16 -> Quantized.
+
+    Columns are taken in the order of falling activation (`actorder: static`). An input that was never active has a zero
+    diagonal, for which the kernel would write zeros: it gets the smallest positive one instead and is rounded to
+    nearest. The dampening is a share of the diagonal's mean.
+    """
+    quantize_weight = _kernel()
+    hessians = hessians.clone()
+    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
+    tiny = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * 1e-6
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, tiny))
+    wide = scale.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values, _, fallback = quantize_weight(
+            weights.float(), hessians, wide, torch.zeros_like(wide), None, QUANT_ARGS, BLOCK_COLUMNS, dampening
+        )
+    groups = values.unflatten(-1, (-1, INT4_GROUP))
+    codes = (groups / wide.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
+    return Quantized(codes, scale, tuple(torch.nonzero(fallback).flatten().tolist()))
+
+
+def weighted_error(weights: Tensor, quantized: Tensor, hessians: Tensor) -> Tensor:
+    """tr(D H D^T) / tr(W H W^T) with D = W - Q, per expert: the share of the output's energy that is lost. -> [E] f64."""
+    w, h = weights.double(), hessians.double()
+    d = w - quantized.double()
+    return torch.einsum("eri,eij,erj->e", d, h, d) / torch.einsum("eri,eij,erj->e", w, h, w)
+
+
+def blended(own: Tensor, count: int, everything: Tensor) -> Tensor:
+    """The Hessian of an expert that only `count` tokens reach, from means of x^T x. own, everything: [in, in] f32.
+
+    Below its width n tokens cannot determine it; the missing m = in - n are taken from all tokens:
+    H = (n H_own + m H_everything) / (n + m).
+    """
+    missing = max(0, own.shape[0] - count)
+    return (count * own + missing * everything) / (count + missing)

@@ -1,0 +1,130 @@
+"""Layer files: the unit of work and of resume. What determined their bytes, where they are, which are finished.
+
+A layer file is a final shard of the artifact. It appears whole, after its report `layer-NNN.json`, and carries the
+digest of a fingerprint: the source, the corpus, the settings, the code, the library versions and the hardware.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v4forge.checkpoint import INDEX
+from v4forge.codec import decode_int4
+from v4forge.corpus import Corpus
+from v4forge.errors import UserError
+from v4forge.files import remove_leftovers, write_json
+from v4forge.layout import Config
+from v4forge.stamps import Digests, read_json
+
+FINGERPRINT = "fingerprint.json"
+DETERMINING_MODULES = ("calibration", "chat", "checkpoint", "codec", "conversion", "corpus", "gptq", "layers", "layout", "model", "recipe")
+DETERMINING_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What determines the bytes besides the source and the corpus. Never the number of processes."""
+
+    method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
+    dampening: float = 0.01  # share of the mean of the Hessian's diagonal
+    micro_batch: int = 8  # samples a forward pass; Hessians are summed in this order
+    threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
+
+
+def layer_file(work: Path, layer: int) -> Path:
+    return work / f"layer-{layer:03}.safetensors"
+
+
+def layer_report(work: Path, layer: int) -> Path:
+    return work / f"layer-{layer:03}.json"
+
+
+def source_digests(source: Path, shards: list[str], cache_file: Path) -> dict[str, str]:
+    """sha256 of config.json, the index and every shard; cached by (size, mtime_ns, inode) in `cache_file`."""
+    digests = Digests(cache_file)
+    names = ["config.json", INDEX, *shards]
+    by_path = digests.of([source / name for name in names])
+    digests.save()
+    return {name: by_path[source / name] for name in names}
+
+
+def fingerprint(
+    source: Mapping[str, str], corpus: Corpus | None, settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    """All that determines the bytes of the layer files, as JSON data."""
+    here = Path(__file__).parent
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "source": dict(source),
+        "corpus": {"sha256": corpus.sha256, "description": corpus.description} if corpus else None,
+        "settings": asdict(settings),
+        "code": {m: hashlib.sha256((here / f"{m}.py").read_bytes()).hexdigest() for m in DETERMINING_MODULES},
+        "versions": {p: version(p) for p in DETERMINING_PACKAGES},
+        "hardware": hardware,
+    }
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of JSON data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted names at which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        return [p for k in keys for p in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+    return [] if before == after else [path]
+
+
+def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[str], None]) -> None:
+    """Makes `work` the folder of this fingerprint. One that another fingerprint has claimed is refused or moved aside."""
+    found = read_json(work / FINGERPRINT)
+    if found and found != mark:
+        differing = ", ".join(_changed(found, mark)[:4])
+        if on_mismatch == "refuse":
+            raise UserError(
+                f"{work} holds layers of another run: {differing} differ",
+                f"choose another --work, or move it aside: mv {work} {work}.old",
+            )
+        number = next(n for n in range(1, 1 << 20) if not work.with_name(f"{work.name}.old-{n}").exists())
+        aside = work.with_name(f"{work.name}.old-{number}")
+        work.rename(aside)
+        say(f"moved the layers of another run ({differing} differ) to {aside}")
+    work.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(work)
+    write_json(work / FINGERPRINT, mark)
+
+
+def finished(work: Path, layer: int, mark: str) -> bool:
+    """Whether the layer's file and report are there, whole and of this fingerprint."""
+    try:
+        with safe_open(layer_file(work, layer), framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint") == mark and layer_report(work, layer).is_file()
+    except (OSError, SafetensorError):
+        return False
+
+
+def read_experts(work: Path, config: Config, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The quantized experts of a finished layer as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
+    with safe_open(layer_file(work, layer), framework="pt") as file:
+
+        def decoded(expert: int, which: str) -> Tensor:
+            base = f"layers.{layer}.ffn.experts.{expert}.{which}"
+            parts = [file.get_tensor(f"{base}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")]
+            return decode_int4(*parts)
+
+        experts = range(config.n_routed_experts)
+        gate_up = torch.stack([torch.cat((decoded(e, "w1"), decoded(e, "w3"))) for e in experts])
+        down = torch.stack([decoded(e, "w2") for e in experts])
+    return gate_up.to(device), down.to(device)
