@@ -4,7 +4,6 @@ FP4/FP8 bytes. Each finished layer is one file in --work; run the same command a
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -19,19 +18,50 @@ from v4forge.layout import upstream
 def main() -> None:
     defaults = layers.Settings()
     parser = parser_for("calibrate", __doc__)
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="upstream checkpoint: shards, index, config.json, tokenizer.json")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="gets one layer-NNN.safetensors and one report a layer")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="local .jsonl ({\"messages\": […]} or {\"text\": …} a line) or .txt; default: the pinned UltraChat split")
-    parser.add_argument("--samples", type=int, default=768, help="calibration samples (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens a sample (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
-    parser.add_argument("--method", choices=("gptq", "rtn"), default=defaults.method, help="rtn is round-to-nearest, without a corpus, to compare with (default: %(default)s)")
-    parser.add_argument("--dampening", type=float, default=defaults.dampening, help="share of the mean of the Hessian's diagonal (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=defaults.micro_batch, help="samples a forward pass; part of what fixes the bytes (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=defaults.threads, help="CPU threads; part of what fixes the bytes (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--on-mismatch", choices=("refuse", "move"), default="refuse", help="what to do when --work holds layers made with other inputs or settings (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="check the source and the corpus, say what would be done, write nothing")
+    add = parser.add_argument
+    add("--source", type=Path, required=True, metavar="DIR", help="upstream shards, index, config.json, tokenizer.json")
+    add("--work", type=Path, required=True, metavar="DIR", help="gets a layer-NNN.safetensors and a report a layer")
+    add(
+        "--corpus",
+        type=Path,
+        metavar="FILE",
+        help='.jsonl of {"messages": […]} or {"text": …}, or .txt (default: the pinned UltraChat split)',
+    )
+    add("--samples", type=int, default=768, help="calibration samples (default: %(default)s)")
+    add("--seq-len", type=int, default=512, help="tokens a sample (default: %(default)s)")
+    add("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
+    add(
+        "--method",
+        choices=("gptq", "rtn"),
+        default=defaults.method,
+        help="rtn: round-to-nearest, without a corpus, to compare with (default: %(default)s)",
+    )
+    add(
+        "--dampening",
+        type=float,
+        default=defaults.dampening,
+        help="share of the mean of the Hessian's diagonal (default: %(default)s)",
+    )
+    add(
+        "--micro-batch",
+        type=int,
+        default=defaults.micro_batch,
+        help="samples a forward pass; it is part of what fixes the bytes (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=defaults.threads,
+        help="CPU threads; they are part of what fixes the bytes (default: %(default)s)",
+    )
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add(
+        "--on-mismatch",
+        choices=("refuse", "move"),
+        default="refuse",
+        help="when --work holds layers of other inputs, settings or code (default: %(default)s)",
+    )
+    add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, write nothing")
     arguments = parser.parse_args()
 
     settings = layers.Settings(arguments.method, arguments.dampening, arguments.micro_batch, arguments.threads)
@@ -41,8 +71,9 @@ def main() -> None:
     source.validate(upstream(source.config))
     samples = None
     if settings.method == "gptq":
+        vocab_size = source.config.vocab_size
         samples = corpus.load(
-            arguments.source, arguments.corpus, arguments.samples, arguments.seq_len, arguments.seed, source.config.vocab_size
+            arguments.source, arguments.corpus, arguments.samples, arguments.seq_len, arguments.seed, vocab_size
         )
     cache = arguments.work.parent / ".stamps" / "digests.json"
     digests = layers.source_digests(arguments.source, source.shard_names, cache)

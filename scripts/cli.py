@@ -8,12 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import loguru
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-# It logs at import that there is no GPU; which device is used is ours to say.
-loguru.logger.disable("compressed_tensors")
 
 QUIET_S = 10.0  # without a terminal, a line at most this often
 

@@ -12,14 +12,18 @@ from v4forge.checkpoint import Checkpoint
 from v4forge.dequant import dequantize
 from v4forge.errors import run_main
 from v4forge.layers import digest_of, source_digests
+from v4forge.layout import upstream
 
 
 def main() -> None:
     parser = parser_for("dequant", __doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="upstream checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the BF16 checkpoint, 3.6 times the size")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="gets the BF16 files, 3.6 times the size"
+    )
     arguments = parser.parse_args()
     source = Checkpoint(arguments.source)
+    source.validate(upstream(source.config))  # before every byte is read for the digests
     cache = arguments.out.parent / ".stamps" / "digests.json"
     mark = digest_of(source_digests(arguments.source, source.shard_names, cache))
     with steps("dequant", source.config.num_hidden_layers + 2) as advance:

@@ -22,7 +22,7 @@ from scripts.cli import parser_for, steps
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import encode_documents, load_tokenizer, read_documents
 from v4forge.errors import UserError, run_main
-from v4forge.evaluation import evaluate, unigram_perplexity
+from v4forge.evaluation import Quality, evaluate, unigram_perplexity
 from v4forge.files import write_json
 
 
@@ -62,7 +62,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Quality, bytes of the shards and seconds of each model; one line each on stderr. Steps are `steps_of`."""
     done = 0
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
+    qualities: dict[str, Quality] = {}
     for name, checkpoint in models.items():
         show = partial(next_step, progress, itertools.count(done), name)
         started = time.monotonic()
@@ -75,8 +76,11 @@ def measure(
             file=sys.stderr,
             flush=True,
         )
+        qualities[name] = quality
+        percent, error = quality.change_from(qualities["source"])
         figures[name] = {
             "perplexity": quality.perplexity,
+            "perplexity_change": {"percent": percent, "standard_error": error},
             "mtp_acceptance": quality.mtp_acceptance,
             "tokens": quality.tokens,
             "bytes": sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shard_names),

@@ -16,7 +16,7 @@ from v4forge.errors import run_main
 
 def main() -> None:
     parser = parser_for("postprocess", __doc__)
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the upstream checkpoint that was calibrated")
+    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the upstream checkpoint")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="layer files of scripts.calibrate")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact's folder")
     arguments = parser.parse_args()

@@ -62,6 +62,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    concludes: bool = False  # its own last line ends the run
 
 
 # name -> path template and the files below it that do not belong to it.
@@ -77,7 +78,8 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
     "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
     "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
-    "templates": ("v4forge/templates", ()),
+    "card template": ("v4forge/templates/model_card.md.j2", ()),
+    "page template": ("v4forge/templates/report.html.j2", ()),
     "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
     "reports/index.html": ("{work}/reports/index.html", ()),
 }
@@ -121,7 +123,7 @@ STAGES: dict[str, Stage] = {
         program="scripts.postprocess",
         does="writing the artifact",
         arguments=("--source", "{source}", "--work", "{work}/layers", "--out", "{work}/artifact"),
-        inputs=("source", "layers"),
+        inputs=("source", "layers", "card template"),
         outputs=("artifact",),
         pins=STORAGE,
         after=("calibrate",),
@@ -149,7 +151,7 @@ STAGES: dict[str, Stage] = {
         program="scripts.postprocess",
         does="writing the round-to-nearest artifact",
         arguments=("--source", "{source}", "--work", "{work}/layers-rtn", "--out", "{work}/artifact-rtn"),
-        inputs=("source", "layers-rtn"),
+        inputs=("source", "layers-rtn", "card template"),
         outputs=("artifact-rtn",),
         pins=STORAGE,
         after=("rtn",),
@@ -174,10 +176,11 @@ STAGES: dict[str, Stage] = {
             *("--artifact", "{work}/artifact", "--run", "{work}/reports/run.json"),
             *("--out", "{work}/reports/index.html"),
         ),
-        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "templates"),
+        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "page template"),
         outputs=("reports/index.html",),
         pins=("JINJA2_VERSION", "RICH_VERSION"),
         after=("evaluate", "verify"),
+        concludes=True,
     ),
 }
 
@@ -300,7 +303,8 @@ class Runner:
         shown = " ".join(["python", *command[1:]])
         entry = {"elapsed_s": elapsed_s, "started": started.isoformat(timespec="seconds"), "command": shown}
         write_json(run_file, {**stamps.read_json(run_file), name: entry})
-        say(f"{name}: done in {elapsed_s:.1f} s")
+        if not stage.concludes:
+            say(f"{name}: done in {elapsed_s:.1f} s")
         return True
 
     def _maker(self, name: str) -> str:

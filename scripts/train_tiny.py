@@ -69,7 +69,9 @@ def main() -> None:
     tiny_train.export(tiny, config, arguments.out)
     quality = evaluate(Checkpoint(arguments.out), heldout, device)
     figures = {
-        **dataclasses.asdict(quality),
+        "tokens": quality.tokens,
+        "perplexity": quality.perplexity,
+        "mtp_acceptance": quality.mtp_acceptance,
         "unigram_perplexity": unigram_perplexity(heldout),
         "train_tokens": len(text),
         "train_s": round(train_s, 1),

@@ -5,6 +5,7 @@ Writes certificate.json into the artifact. Exit code 0 when every check passes, 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +20,18 @@ from v4forge.stamps import Digests
 
 def main() -> int:
     parser = parser_for("verify", __doc__)
-    parser.add_argument("--artifact", type=Path, required=True, metavar="DIR", help="the folder to check; gets certificate.json")
-    parser.add_argument("--source", type=Path, metavar="DIR", help="the upstream checkpoint it was made from; without it only structure and statistics are checked")
+    parser.add_argument(
+        "--artifact", type=Path, required=True, metavar="DIR", help="the folder to check; gets certificate.json"
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="the upstream checkpoint it was made from; without it only structure and statistics are checked",
+    )
     arguments = parser.parse_args()
+    with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
+        (arguments.artifact / certificate.CERTIFICATE).unlink()
     artifact = Checkpoint(arguments.artifact, form="artifact")
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")

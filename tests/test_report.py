@@ -27,9 +27,19 @@ EVALUATION = {
     "heldout": {"file": "heldout.txt", "sha256": "a" * 64, "tokens": 16384},
     "unigram_perplexity": 306.5,
     "models": {
-        "source": {"perplexity": 10.0, "mtp_acceptance": 0.60, "tokens": 16352, "bytes": 18_400_000, "elapsed_s": 14.0},
-        "rtn": {"perplexity": 10.8, "mtp_acceptance": 0.57, "tokens": 16352, "bytes": 21_900_000, "elapsed_s": 13.0},
-        "gptq": {"perplexity": 10.25, "mtp_acceptance": 0.59, "tokens": 16352, "bytes": 21_900_000, "elapsed_s": 13.0},
+        name: {
+            "perplexity": perplexity,
+            "perplexity_change": {"percent": 100 * (perplexity / 10.0 - 1), "standard_error": error},
+            "mtp_acceptance": acceptance,
+            "tokens": 16352,
+            "bytes": size,
+            "elapsed_s": 13.0,
+        }
+        for name, perplexity, error, acceptance, size in (
+            ("source", 10.0, 0.0, 0.60, 18_400_000),
+            ("rtn", 10.8, 0.2, 0.57, 21_900_000),
+            ("gptq", 10.25, 0.1, 0.59, 21_900_000),
+        )
     },
 }
 CHECKS = [
@@ -140,8 +150,8 @@ def test_the_table_has_each_model_with_its_changes(run_folder: Path, capsys: pyt
     call(run_folder)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["source", "18.4", "10.000", "60.0%"] in rows
-    assert ["round-to-nearest", "21.9", "10.800", "+8.00%", "57.0%", "-3.00"] in rows
-    assert ["GPTQ", "21.9", "10.250", "+2.50%", "59.0%", "-1.00"] in rows
+    assert ["round-to-nearest", "21.9", "10.800", "+8.00±0.20%", "57.0%", "-3.00"] in rows
+    assert ["GPTQ", "21.9", "10.250", "+2.50±0.10%", "59.0%", "-1.00"] in rows
 
 
 def test_a_table_of_a_large_model_fits_80_columns(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +161,7 @@ def test_a_table_of_a_large_model_fits_80_columns(run_folder: Path, capsys: pyte
     change(run_folder / "reports/evaluation.json", models=models)
     call(run_folder)
     out = capsys.readouterr().out
-    assert "167,000.0" in out and "MTP accepted" in out and "…" not in out
+    assert "167,000.0" in out and "MTP acc." in out and "…" not in out
 
 
 def test_seconds_are_listed_in_the_order_in_which_stages_began(
@@ -225,7 +235,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += f"{data} "
 
 
 def test_the_page_loads_nothing_and_runs_nothing(run_folder: Path) -> None:
@@ -244,7 +254,8 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
     text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
     assert "GPTQ lost less than round-to-nearest on 18 of 18 matrices" in text
     assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
-    assert "1 of 6 experts, in 1 of 3 layers" in text and "0 (17 tokens; w1, w3)" in text
+    assert "1 of 6 experts, in 1 of 3 layers" in text
+    assert "0 (17 tokens; w1, w3)" in text
     assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
     assert "pass-through ok 118 tensors equal" in text
     assert "settings.dampening 0.01" in text and "versions.torch 2.13.0+cpu" in text

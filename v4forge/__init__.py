@@ -5,3 +5,7 @@ import os
 # Read when torch loads its OpenMP runtime. Threads that spin at barriers make these many small operations five times
 # slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Both log at import that there is no GPU; which device is used is ours to say.
+os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from v4forge import layers, layout, manifest, recipe
 from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
 from v4forge.conversion import converted
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, remove_leftovers, write_json
+from v4forge.files import atomic_path, make_folder, remove_leftovers, write_json
 from v4forge.layout import Config
 from v4forge.stamps import read_json
 
@@ -29,6 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "LICENSE",
 )
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def tokenizer_files(source: Path) -> list[Path]:
@@ -58,7 +60,7 @@ def config_json(config: Config) -> dict[str, Any]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy where they lie on different file systems; whole or not at all."""
+    """Makes `target` the same file as `source`, or a copy on another file system; whole or not at all."""
     if target.exists() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
@@ -76,6 +78,25 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def claim_output(out: Path, inputs: Sequence[Path], own: Set[str]) -> None:
+    """Makes `out` ready to be written: without shards of another number and leftovers of a killed run.
+
+    Raises UserError, before anything is removed, when `out` is an input or holds a file that is not one of `own`.
+    """
+    for folder in inputs:
+        if out.resolve() == folder.resolve():
+            raise UserError(f"{out} is an input, its files would be overwritten", "choose another --out")
+    make_folder(out)
+    remove_leftovers(out)
+    files = sorted(path for path in out.iterdir() if path.name not in own and not path.name.startswith("."))
+    for path in files:
+        if not path.is_file() or not SHARD.fullmatch(path.name):
+            fact = f"{out} holds {path.name}, which no earlier run wrote"
+            raise UserError(fact, "choose an empty --out, or move the file away")
+    for path in files:
+        path.unlink()
+
+
 def assemble(
     source: Checkpoint, work: Path, out: Path, progress: Callable[[int, str], None] = lambda _done, _what: None
 ) -> None:
@@ -91,16 +112,16 @@ def assemble(
     cache = work.parent / ".stamps" / "digests.json"
     if layers.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
         raise UserError(
-            f"{source.directory} is not the source that {work} was calibrated on", "pass that --source, or calibrate again"
+            f"{source.directory} is not the source that {work} was calibrated on",
+            "pass that --source, or calibrate again",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
     groups = {"root": list(layout.root_parameters(config)), "mtp": list(layout.mtp_parameters(config))}
     total = len(finished) + len(groups)
     names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-    keep = {*names, *(path.name for path in side_files), INDEX, "config.json", "manifest.json", "SHA256SUMS"}
-    for stale in sorted(path for path in out.iterdir() if path.is_file() and path.name not in keep):
-        stale.unlink()
+    written = {*names, *(path.name for path in side_files), INDEX, "config.json", manifest.MANIFEST}
+    claim_output(out, (source.directory, work), {*written, *TOKENIZER_FILES, *manifest.UNSUMMED})
+    for stale in sorted({*TOKENIZER_FILES, *manifest.UNSUMMED} - written):
+        (out / stale).unlink(missing_ok=True)
     for done, (path, name) in enumerate(zip(finished, names, strict=False)):
         progress(done, "linking layers")
         link_or_copy(path, out / name)
@@ -112,10 +133,12 @@ def assemble(
     weight_map = {tensor: name for name, file in shards.items() for tensor in file.keys()}  # noqa: SIM118, not a dict
     if set(weight_map) != set(expected):
         odd = sorted(set(weight_map) ^ set(expected))[0]
-        raise UserError(f"{odd} is in the layer files or in the layout, but not in both", f"remove {work} and calibrate again")
+        fact = f"{odd} is in the layer files or in the layout, but not in both"
+        raise UserError(fact, f"remove {work} and calibrate again")
     write_index(out, weight_map, sum(math.prod(s.shape) * s.dtype.itemsize for s in expected.values()))
     write_json(out / "config.json", config_json(config))
     for path in side_files:
         copy(path, out / path.name)
     progress(total, "SHA256SUMS")
     manifest.write(out, work, source.directory, mark, cache)
+    manifest.write_card(out, len(expected))

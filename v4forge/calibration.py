@@ -1,7 +1,8 @@
 """The layer loop: forward, accumulate Hessians, quantize, forward again. One finished layer is one file.
 
-A layer file holds every tensor of its layer in the artifact's form. A run that finds one of its own fingerprint continues
-behind it: the forward passes of finished layers are repeated on their quantized experts, which gives the same streams.
+A layer file holds every tensor of its layer in the artifact's form. A run that finds one of its own fingerprint
+continues behind it: the forward passes of finished layers are repeated on their quantized experts, which gives the
+same streams.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def accumulate(batches: list[model.Attended], gate_up: Tensor, limit: float) -> 
     """Hessians of the inputs that routing sends to each expert. gate_up: [E, 2 * inner, hidden], unquantized."""
     experts, width, hidden = gate_up.shape
     inner = width // 2
-    new = {"dtype": torch.float32, "device": gate_up.device}
-    h_hidden, h_inner = torch.zeros(experts, hidden, hidden, **new), torch.zeros(experts, inner, inner, **new)
+    h_hidden = torch.zeros(experts, hidden, hidden, device=gate_up.device)
+    h_inner = torch.zeros(experts, inner, inner, device=gate_up.device)
     counts = [0] * experts
     for batch in batches:
         routing = model.sort_by_expert(batch.indices, experts)
@@ -52,7 +53,7 @@ def accumulate(batches: list[model.Attended], gate_up: Tensor, limit: float) -> 
                 h_hidden[e] += gptq.gram(x[start:end])
                 h_inner[e] += gptq.gram(model.activation(F.linear(x[start:end], gate_up[e]), limit))
                 counts[e] += end - start
-    scale = torch.tensor(counts, **new).clamp_min(1).view(-1, 1, 1)
+    scale = torch.tensor(counts, dtype=torch.float32, device=gate_up.device).clamp_min(1).view(-1, 1, 1)
     h_hidden /= scale
     h_inner /= scale
     few = [e for e in range(experts) if counts[e] < max(hidden, inner)]
@@ -103,12 +104,12 @@ class LayerExperts:
 
 def quantize(gate_up: Tensor, down: Tensor, hessians: Hessians | None, settings: Settings) -> LayerExperts:
     """gate_up: [E, 2 * inner, hidden]; down: [E, hidden, inner] -> INT4; without Hessians round-to-nearest."""
-    nearest = [gptq.round_to_nearest(w, gptq.group_scales(w)) for w in (gate_up, down)]
+    nearest = [gptq.round_to_nearest(w, gptq.absmax_scales(w)) for w in (gate_up, down)]
     if hessians is None:
-        return LayerExperts(*nearest, report={"tokens": [], "error": {}, "blended": [], "fallback": []})
+        return LayerExperts(nearest[0], nearest[1], {"tokens": [], "error": {}, "blended": [], "fallback": []})
     both = [
-        gptq.gptq(w, h, n.scale, settings.dampening)
-        for w, h, n in zip((gate_up, down), (hessians.hidden, hessians.inner), nearest, strict=True)
+        gptq.gptq(w, h, gptq.searched_scales(w, h), settings.dampening)
+        for w, h in ((gate_up, hessians.hidden), (down, hessians.inner))
     ]
     inner = gate_up.shape[1] // 2
     error: dict[str, dict[str, list[float]]] = {}
@@ -120,7 +121,7 @@ def quantize(gate_up: Tensor, down: Tensor, hessians: Hessians | None, settings:
         error.setdefault("w2", {})[method] = gptq.weighted_error(down, down_served, hessians.inner).tolist()
     fallback = [f"{kind} of expert {e}" for kind, q in zip(("w1, w3", "w2"), both, strict=True) for e in q.fallback]
     report = {"tokens": hessians.tokens, "error": error, "blended": hessians.blended, "fallback": fallback}
-    return LayerExperts(*both, report=report)
+    return LayerExperts(both[0], both[1], report)
 
 
 @torch.no_grad()
@@ -159,9 +160,7 @@ def calibrate(
         layer = model.load_layer(weights, hf_config, index)
         limit = layer.mlp.experts.limit
         progress(index, "forward")
-        attended = [
-            model.attend(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)
-        ]
+        attended = [model.attend(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)]
         streams.clear()
         if index in todo:
             gate_up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj

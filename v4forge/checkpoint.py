@@ -23,13 +23,20 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "F32": torch.float32,
     "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTEGER_TABLES = (torch.int32, torch.int64)  # tid2eid keeps whichever its source has
@@ -80,12 +87,19 @@ class Checkpoint:
     def __init__(self, directory: Path, form: str = "source") -> None:
         self.directory = Path(directory)
         self.form = form
-        self._hint = f"restore the file in {self.directory}; python -m scripts.fetch downloads what is missing"
+        self._hint = {
+            "source": f"restore the file in {self.directory}; python -m scripts.fetch downloads what is missing",
+            "artifact": f"make it again: python -m scripts.postprocess --out {self.directory} …",
+        }[form]
         try:
             self.weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
-        except FileNotFoundError:
+            if not all(shard and shard == Path(shard).name for shard in self.weight_map.values()):
+                raise ValueError("a shard outside the folder")
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.directory / INDEX} does not exist", self._hint) from None
-        except (ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise UserError(f"{self.directory / INDEX} cannot be read: {error.strerror}", self._hint) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
         self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
         self._names = {shard: set(file.keys()) for shard, file in self._shards.items()}
@@ -163,6 +177,10 @@ class Checkpoint:
             raise UserError(f"{logical}: {error}", self._hint) from None
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{logical} holds NaN or Inf", self._hint)
+        if rule_for(logical).source == "int":
+            experts = self.config.n_routed_experts
+            if (bad := tensor[(tensor < 0) | (tensor >= experts)]).numel():
+                raise UserError(f"{logical} routes to expert {int(bad[0])}, there are 0 to {experts - 1}", self._hint)
         return tensor
 
     def validate(self, expected: Mapping[str, TensorSpec]) -> None:

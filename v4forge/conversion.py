@@ -1,4 +1,4 @@
-"""From upstream tensors to artifact tensors, for everything but the routed experts: bytes through, or decoded exactly."""
+"""From upstream tensors to the artifact's, for everything but the routed experts: passed through or decoded exactly."""
 
 from __future__ import annotations
 

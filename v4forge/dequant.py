@@ -10,16 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from v4forge import layout
-from v4forge.artifact import copy, tokenizer_files
+from v4forge.artifact import claim_output, copy, tokenizer_files
 from v4forge.checkpoint import INDEX, Checkpoint, matches, write_index, write_shard
-from v4forge.files import remove_leftovers, write_json
+from v4forge.files import write_json
 from v4forge.layout import TensorSpec
 from v4forge.recipe import rule_for
 
 
 def expected(config: layout.Config) -> dict[str, TensorSpec]:
     """Every tensor of the BF16 checkpoint: FP4 and FP8 weights in BF16, the rest as upstream."""
-    specs = {}
+    specs: dict[str, TensorSpec] = {}
     for name, shape in layout.parameters(config):
         rule = rule_for(name)
         plain = "bf16" if rule.source in ("fp4", "fp8") else rule.source
@@ -49,11 +49,7 @@ def dequantize(
     groups += [list(layout.root_parameters(config)), list(layout.mtp_parameters(config))]
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     side_files = tokenizer_files(source.directory)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    keep = {*names, *(path.name for path in side_files), INDEX, "config.json"}
-    for stale in sorted(p for p in out.glob("*.safetensors") if p.name not in keep):
-        stale.unlink()
+    claim_output(out, (source.directory,), {*names, *(path.name for path in side_files), INDEX, "config.json"})
     specs = expected(config)
     for done, (name, group) in enumerate(zip(names, groups, strict=True)):
         progress(done, "decoding")

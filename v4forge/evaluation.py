@@ -16,16 +16,30 @@ from torch import Tensor
 from v4forge import model
 from v4forge.checkpoint import Checkpoint
 
-MICRO_BATCH = 8  # sequences a forward pass
+MICRO_BATCH = 2  # sequences a forward pass; on a CPU more is slower
 
 
 @dataclass(frozen=True)
 class Quality:
     """Over held-out tokens, teacher-forced."""
 
-    tokens: int
-    perplexity: float
+    nll: Tensor  # [sequences, seq_len - 1] f64, nats, of each token but the first
     mtp_acceptance: float  # share of positions where the MTP block's greedy draft is the main model's greedy token
+
+    @property
+    def tokens(self) -> int:
+        return self.nll.numel()
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.nll.mean()))
+
+    def change_from(self, other: Quality) -> tuple[float, float]:
+        """Percent by which perplexity differs from `other` on the same tokens, and its standard error over sequences."""
+        difference = (self.nll - other.nll).mean(1)
+        ratio = math.exp(float(difference.mean()))
+        error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
+        return 100 * (ratio - 1), 100 * ratio * error
 
 
 @torch.no_grad()
@@ -51,16 +65,18 @@ def evaluate(
         del layer
     progress("head and MTP block")
     mtp = model.load_mtp(weights, config)
-    nll = accepted = 0.0
+    nll: list[Tensor] = []
+    accepted = 0
     for s, batch in zip(streams, batches, strict=True):
         logits = root.final(s, root.head)
-        nll += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="sum"))
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="none")
+        nll.append(each.view(len(batch), -1).cpu())
         following = rotary.context(batch[:, 1:])
         drafted = mtp(s[:, :-1], F.embedding(following.input_ids, root.embed), following)
         drafts = mtp.head(drafted, root.head).argmax(-1)
-        accepted += float((drafts == logits[:, 1:].argmax(-1)).sum())
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Quality(predicted, math.exp(nll / predicted), accepted / predicted)
+        accepted += int((drafts == logits[:, 1:].argmax(-1)).sum())
+    every = torch.cat(nll)
+    return Quality(every, accepted / every.numel())
 
 
 def unigram_perplexity(tokens: Tensor) -> float:

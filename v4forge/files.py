@@ -36,6 +36,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(directory)
 
 
+def make_folder(directory: Path) -> None:
+    """Makes `directory` and its parents; UserError where something else has that name or the system refuses."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {directory}: {error.strerror}",
+            "choose another folder, or move what is in its place",
+        ) from None
+
+
 def remove_leftovers(directory: Path) -> None:
     """Deletes the temporary files that a killed process left in `directory`."""
     for leftover in directory.glob(".*.tmp"):

@@ -22,12 +22,24 @@ from v4forge.checkpoint import INDEX
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
 from v4forge.errors import UserError
-from v4forge.files import remove_leftovers, write_json
+from v4forge.files import make_folder, remove_leftovers, write_json
 from v4forge.layout import Config
 from v4forge.stamps import Digests, read_json
 
 FINGERPRINT = "fingerprint.json"
-DETERMINING_MODULES = ("calibration", "chat", "checkpoint", "codec", "conversion", "corpus", "gptq", "layers", "layout", "model", "recipe")
+DETERMINING_MODULES = (
+    "calibration",
+    "chat",
+    "checkpoint",
+    "codec",
+    "conversion",
+    "corpus",
+    "gptq",
+    "layers",
+    "layout",
+    "model",
+    "recipe",
+)
 DETERMINING_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
 
@@ -88,7 +100,7 @@ def _changed(before: Any, after: Any, path: str = "") -> list[str]:
 
 
 def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[str], None]) -> None:
-    """Makes `work` the folder of this fingerprint. One that another fingerprint has claimed is refused or moved aside."""
+    """Makes `work` the folder of this fingerprint. One that another has claimed is refused or moved aside."""
     found = read_json(work / FINGERPRINT)
     if found and found != mark:
         differing = ", ".join(_changed(found, mark)[:4])
@@ -101,7 +113,7 @@ def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[
         aside = work.with_name(f"{work.name}.old-{number}")
         work.rename(aside)
         say(f"moved the layers of another run ({differing} differ) to {aside}")
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     remove_leftovers(work)
     write_json(work / FINGERPRINT, mark)
 
@@ -116,7 +128,7 @@ def finished(work: Path, layer: int, mark: str) -> bool:
 
 
 def read_experts(work: Path, config: Config, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The quantized experts of a finished layer as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
+    """A finished layer's quantized experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
     with safe_open(layer_file(work, layer), framework="pt") as file:
 
         def decoded(expert: int, which: str) -> Tensor:

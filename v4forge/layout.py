@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -61,28 +61,42 @@ def load_config(directory: Path) -> Config:
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist", "point --source at a DeepSeek-V4 checkpoint folder") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "make it a readable file") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}", "download the file again") from None
     return parse_config(raw, str(path))
 
 
-def parse_config(raw: dict[str, Any], where: str) -> Config:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_config(raw: Any, where: str) -> Config:
     """The checked Config of a config.json's content; `where` names it in errors."""
     pinned = "use the first release of DeepSeek-V4-Flash (FLASH_REVISION in versions.env)"
 
-    def refuse(fact: str, hint: str = pinned) -> None:
+    def refuse(fact: str, hint: str = pinned) -> NoReturn:
         raise UserError(f"{where}: {fact}", hint)
 
+    if not isinstance(raw, dict):
+        refuse("not an object of settings", "download the file again")
     if raw.get("model_type") != "deepseek_v4" or raw.get("architectures") != ["DeepseekV4ForCausalLM"]:
         refuse(f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')!r} is not DeepSeek-V4")
     names = [n for n in Config.__dataclass_fields__ if n != "raw"]
     missing = [n for n in names if n not in raw]
     if missing:
         refuse(f"no {missing[0]!r}: this is not DeepSeek-V4's upstream config")
-    fields: dict[str, Any] = {n: tuple(raw[n]) if n == "compress_ratios" else int(raw[n]) for n in names}
-    config = Config(raw=raw, **fields)
+    ratios = raw["compress_ratios"]
+    if not isinstance(ratios, list) or not all(_is_count(r) for r in ratios):
+        refuse(f"compress_ratios is {ratios!r}, it must be a list with one of {sorted(COMPRESS_RATIOS)} a layer")
+    counts = {n: raw[n] for n in names if n != "compress_ratios"}
+    for name, value in counts.items():
+        if not _is_count(value) or (value == 0 and name != "num_hash_layers"):
+            refuse(f"{name} is {value!r}, it must be a positive integer")
+    config = Config(raw=raw, compress_ratios=tuple(ratios), **counts)
     if raw.get("num_nextn_predict_layers") != 1:
         refuse(f"num_nextn_predict_layers is {raw.get('num_nextn_predict_layers')!r}, only 1 MTP block is supported")
     if len(config.compress_ratios) != config.num_hidden_layers + 1:
@@ -104,6 +118,9 @@ def parse_config(raw: dict[str, Any], where: str) -> Config:
             refuse(f"{name} {getattr(config, name)} is not divisible by {divisor}", "W4A16 g128 needs whole groups")
     if (config.num_attention_heads * config.head_dim) % config.o_groups:
         refuse(f"o_groups {config.o_groups} does not divide {config.num_attention_heads} heads of {config.head_dim}")
+    for part, whole in (("num_hash_layers", "num_hidden_layers"), ("num_experts_per_tok", "n_routed_experts")):
+        if (some := getattr(config, part)) > (everything := getattr(config, whole)):
+            refuse(f"{part} is {some}, more than {whole}, {everything}")
     return config
 
 

@@ -1,4 +1,4 @@
-"""Provenance that travels with the weights: manifest.json and SHA256SUMS. Only what determines bytes; no time, no host."""
+"""Provenance that travels with the weights: manifest.json and SHA256SUMS. What determines bytes; no time, no host."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from v4forge.files import write_json, write_text
+from v4forge.recipe import RULES
 from v4forge.stamps import Digests, read_json
 
-MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
-UNSUMMED = (SUMS, "certificate.json", "README.md")  # written after the sums, or holding them
+MANIFEST, SUMS, CARD = "manifest.json", "SHA256SUMS", "README.md"
+UNSUMMED = (SUMS, "certificate.json", CARD)  # written after the sums, or holding them
 
 
 def _listed(paths: list[Path], digests: Digests) -> dict[str, dict[str, Any]]:
@@ -20,7 +23,8 @@ def _listed(paths: list[Path], digests: Digests) -> dict[str, dict[str, Any]]:
 
 def members(artifact: Path) -> list[Path]:
     """The files that SHA256SUMS covers, in name order."""
-    return sorted(p for p in artifact.iterdir() if p.is_file() and p.name not in UNSUMMED and not p.name.startswith("."))
+    files = [path for path in artifact.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(path for path in files if path.name not in UNSUMMED)
 
 
 def mean_losses(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -53,3 +57,21 @@ def write(artifact: Path, work: Path, source: Path, mark: Mapping[str, Any], cac
     sums = digests.of(members(artifact))
     write_text(artifact / SUMS, "".join(f"{sums[path]}  {path.name}\n" for path in members(artifact)))
     digests.save()
+
+
+def write_card(artifact: Path, tensors: int) -> None:
+    """Writes README.md, the model card, from manifest.json and the recipe."""
+    content = read_json(artifact / MANIFEST)
+    shards = [entry["bytes"] for name, entry in content["files"].items() if name.endswith(".safetensors")]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)
+    card = environment.get_template("model_card.md.j2").render(
+        title="DeepSeek-V4 W4A16 + FP8 with a BF16 MTP block",
+        tensors=f"{tensors:,}",
+        bytes=sum(shards),
+        shards=len(shards),
+        rules=RULES,
+        calibration=content["calibration"],
+        losses=[layer for layer in content["layers"] if layer["error"]],
+    )
+    write_text(artifact / CARD, card)

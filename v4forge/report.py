@@ -36,7 +36,7 @@ class ModelRow:
     name: str
     megabytes: float  # 10^6 bytes of shards
     perplexity: float
-    perplexity_change: float | None  # percent
+    perplexity_change: tuple[float, float] | None  # percent, and its standard error over the sequences
     acceptance: float  # percent of greedy MTP drafts that the main model would choose too
     acceptance_change: float | None  # percentage points
 
@@ -48,7 +48,7 @@ def model_rows(evaluation: Json) -> list[ModelRow]:
     rows = []
     for key, name in MODELS.items():
         model = models[key]
-        change = 100 * (model["perplexity"] / source["perplexity"] - 1)
+        change = model["perplexity_change"]["percent"], model["perplexity_change"]["standard_error"]
         points = 100 * (model["mtp_acceptance"] - source["mtp_acceptance"])
         rows.append(
             ModelRow(
@@ -288,14 +288,14 @@ def models_table(evaluation: Json) -> Table:
     """The table that a run ends with."""
     table = Table(box=box.SIMPLE_HEAD, caption=heldout_line(evaluation), caption_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in ("size, MB", "perplexity", "change", "MTP accepted", "points"):
+    for heading in ("size, MB", "perplexity", "change", "MTP acc.", "points"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in model_rows(evaluation):
         table.add_row(
             row.name,
             f"{row.megabytes:,.1f}",
             f"{row.perplexity:.3f}",
-            "" if row.perplexity_change is None else f"{row.perplexity_change:+.2f}%",
+            "" if row.perplexity_change is None else "{:+.2f}±{:.2f}%".format(*row.perplexity_change),
             f"{row.acceptance:.1f}%",
             "" if row.acceptance_change is None else f"{row.acceptance_change:+.2f}",
         )
