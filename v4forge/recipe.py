@@ -29,7 +29,7 @@ RULES: tuple[Rule, ...] = (
         r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.weight",
         "fp4",
         "int4",
-        "97% of the bytes; INT4 g128 runs on Hopper's Marlin kernels, which FP4 does not; GPTQ keeps the outputs",
+        "nine tenths of the bytes; GPTQ keeps what they compute",
     ),
     Rule(
         "attention projections",
