@@ -12,7 +12,7 @@ SCRATCH := scratch
 RUNTIME :=
 GPUS := 1
 DEVICES :=
-# Empty: what the profile says (scripts/stage.py).
+# Empty: what the profile says (v4forge/stages.py).
 SOURCE :=
 CORPUS :=
 SAMPLES :=

@@ -4,6 +4,7 @@ FP4/FP8 bytes. Each finished layer is one file in --work; run the same command a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -63,10 +64,20 @@ def main() -> None:
     )
     add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, write nothing")
     arguments = parser.parse_args()
+    for option in ("micro_batch", "threads"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"argument --{option.replace('_', '-')}: it must be at least 1")
+    if not 0 < arguments.dampening < math.inf:
+        parser.error("argument --dampening: it must be a positive number")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        parser.error(f"argument --device: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"argument --device: there is no {device} here")
 
     settings = layers.Settings(arguments.method, arguments.dampening, arguments.micro_batch, arguments.threads)
     torch.set_num_threads(settings.threads)
-    device = torch.device(arguments.device)
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
     samples = None

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,171 +21,11 @@ from typing import Any
 from v4forge import pins, stamps
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
+from v4forge.stages import FILES, PROFILES, STAGES, TARGETS, Stage
 from v4forge.stamps import Digests, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONS_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Which model, and how much calibration."""
-
-    source: str  # the upstream checkpoint; "" is what `fetch` downloads
-    corpus: str  # a file; "" is the pinned data set
-    heldout: str  # text for `evaluate`
-    samples: int
-    seq_len: int
-    runtime: str
-
-
-PROFILES = {
-    "tiny": Profile("models/tiny", "models/tiny/calibration.jsonl", "models/tiny/heldout.txt", 64, 256, "host"),
-    "flash": Profile("", "", "", 768, 512, "docker"),
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A program and what decides its outputs.
-
-    `arguments` is a template over the settings and the folders {work} and {source}; a tuple in it is left out when the
-    setting it names is empty. `inputs` and `outputs` are keys of FILES; `after` are the stages that write the inputs.
-    """
-
-    program: str
-    does: str
-    arguments: tuple[str | tuple[str, str], ...]
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    pins: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    concludes: bool = False  # its own last line ends the run
-
-
-# name -> path template and the files below it that do not belong to it.
-FILES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "source": ("{source}", ()),
-    "corpus": ("{corpus}", ()),
-    "heldout": ("{heldout}", ()),
-    "upstream": ("{work}/upstream", ()),
-    "dequant": ("{work}/dequant", ()),
-    "layers": ("{work}/layers", ()),
-    "layers-rtn": ("{work}/layers-rtn", ()),
-    # verify writes the certificate into the artifact, and the model card comes later still.
-    "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
-    "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
-    "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
-    "card template": ("v4forge/templates/model_card.md.j2", ()),
-    "page template": ("v4forge/templates/report.html.j2", ()),
-    "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
-    "reports/index.html": ("{work}/reports/index.html", ()),
-}
-
-NUMERICS = ("TORCH_VERSION", "TRANSFORMERS_VERSION", "LLMCOMPRESSOR_VERSION", "COMPRESSED_TENSORS_VERSION")
-STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
-CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
-CALIBRATE = (
-    *("--source", "{source}", ("--corpus", "corpus"), "--samples", "{samples}", "--seq-len", "{seq_len}"),
-    *("--seed", "{seed}", "--on-mismatch", "move"),
-)
-
-STAGES: dict[str, Stage] = {
-    "fetch": Stage(
-        program="scripts.fetch",
-        does="downloading the upstream checkpoint",
-        arguments=("--out", "{work}/upstream"),
-        outputs=("upstream",),
-        pins=("FLASH_REPO", "FLASH_REVISION"),
-    ),
-    "dequant": Stage(
-        program="scripts.dequant",
-        does="decoding the checkpoint to BF16",
-        arguments=("--source", "{source}", "--out", "{work}/dequant"),
-        inputs=("source",),
-        outputs=("dequant",),
-        pins=STORAGE,
-        after=("fetch",),
-    ),
-    "calibrate": Stage(
-        program="scripts.calibrate",
-        does="GPTQ of the routed experts, {samples} x {seq_len} tokens",
-        arguments=("--work", "{work}/layers", "--method", "gptq", *CALIBRATE),
-        inputs=("source", "corpus"),
-        outputs=("layers",),
-        settings=("samples", "seq_len", "seed"),
-        pins=(*NUMERICS, *CORPUS),
-        after=("fetch",),
-    ),
-    "postprocess": Stage(
-        program="scripts.postprocess",
-        does="writing the artifact",
-        arguments=("--source", "{source}", "--work", "{work}/layers", "--out", "{work}/artifact"),
-        inputs=("source", "layers", "card template"),
-        outputs=("artifact",),
-        pins=STORAGE,
-        after=("calibrate",),
-    ),
-    "verify": Stage(
-        program="scripts.verify",
-        does="checking every tensor of the artifact",
-        arguments=("--artifact", "{work}/artifact", "--source", "{source}"),
-        inputs=("source", "artifact"),
-        outputs=("artifact/certificate.json",),
-        pins=STORAGE,
-        after=("postprocess",),
-    ),
-    "rtn": Stage(
-        program="scripts.calibrate",
-        does="round-to-nearest of the routed experts, to compare with",
-        arguments=("--work", "{work}/layers-rtn", "--method", "rtn", *CALIBRATE),
-        inputs=("source", "corpus"),
-        outputs=("layers-rtn",),
-        settings=("samples", "seq_len", "seed"),
-        pins=(*NUMERICS, *CORPUS),
-        after=("fetch",),
-    ),
-    "postprocess-rtn": Stage(
-        program="scripts.postprocess",
-        does="writing the round-to-nearest artifact",
-        arguments=("--source", "{source}", "--work", "{work}/layers-rtn", "--out", "{work}/artifact-rtn"),
-        inputs=("source", "layers-rtn", "card template"),
-        outputs=("artifact-rtn",),
-        pins=STORAGE,
-        after=("rtn",),
-    ),
-    "evaluate": Stage(
-        program="scripts.evaluate",
-        does="perplexity and MTP acceptance of source and artifacts",
-        arguments=(
-            *("--source", "{source}", "--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
-            *(("--heldout", "heldout"), "--out", "{work}/reports/evaluation.json"),
-        ),
-        inputs=("source", "artifact", "artifact-rtn", "heldout"),
-        outputs=("reports/evaluation.json",),
-        pins=NUMERICS,
-        after=("postprocess", "postprocess-rtn"),
-    ),
-    "report": Stage(
-        program="scripts.report",
-        does="writing the report",
-        arguments=(
-            *("--evaluation", "{work}/reports/evaluation.json", "--layers", "{work}/layers"),
-            *("--artifact", "{work}/artifact", "--run", "{work}/reports/run.json"),
-            *("--out", "{work}/reports/index.html"),
-        ),
-        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "page template"),
-        outputs=("reports/index.html",),
-        pins=("JINJA2_VERSION", "RICH_VERSION"),
-        after=("evaluate", "verify"),
-        concludes=True,
-    ),
-}
-
-
-# The stages that are Make targets of their own; the others run as parts of `make demo`.
-TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify")
 
 
 class Runner:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import stage
+from v4forge import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_the_recipes_of_every_target_expand() -> None:
 
 
 def test_every_stage_target_has_a_program_row() -> None:
-    assert set(stage.TARGETS) <= stage.STAGES.keys() & set(TARGETS)
+    assert set(stages.TARGETS) <= stages.STAGES.keys() & set(TARGETS)
 
 
 def test_variables_reach_the_stage_runner() -> None:

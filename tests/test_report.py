@@ -58,7 +58,7 @@ MANIFEST = {
     "calibration": {
         "settings": {"dampening": 0.01, "method": "gptq"},
         "code": {"calibration": "c" * 64, "chat": "d" * 64},
-        "versions": {"torch": "2.13.0+cpu"},
+        "versions": {"torch": "2.x+cpu"},
         "corpus": {"sha256": "e" * 64, "description": "see https://example.org/corpus <b>"},
     },
     "layers": [{"layer": 0}],
@@ -258,7 +258,7 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
     assert "0 (17 tokens; w1, w3)" in text
     assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
     assert "pass-through ok 118 tensors equal" in text
-    assert "settings.dampening 0.01" in text and "versions.torch 2.13.0+cpu" in text
+    assert "settings.dampening 0.01" in text and "versions.torch 2.x+cpu" in text
     assert "https://example.org/corpus <b>" in text, "a manifest's text is text, not markup"
 
 

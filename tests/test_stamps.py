@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from scripts import stage
-from scripts.stage import Stage
 from v4forge import stamps
 from v4forge.errors import UserError
+from v4forge.stages import FILES, STAGES, Stage
 from v4forge.stamps import Digests, Files
 
 # Copies the source and appends the sample count, so that its output depends on an input, a setting and its code.
@@ -264,10 +264,10 @@ def test_hidden_partial_and_excluded_files_do_not_count(tmp_path: Path) -> None:
 
 
 def test_every_stage_names_known_files_settings_and_pins() -> None:
-    known = stage.settings_of(stage.parse(["run", "fetch"], list(stage.STAGES)))
-    for name, spec in stage.STAGES.items():
-        assert {*spec.inputs, *spec.outputs} <= stage.FILES.keys(), name
+    known = stage.settings_of(stage.parse(["run", "fetch"], list(STAGES)))
+    for name, spec in STAGES.items():
+        assert {*spec.inputs, *spec.outputs} <= FILES.keys(), name
         assert set(spec.settings) <= known.keys(), name
         assert set(spec.pins) <= stage.pins.read().keys(), name
-        assert set(spec.after) <= stage.STAGES.keys(), name
-        assert stage.Runner(known, stage.STAGES).command(name)[1:3] == ["-m", spec.program]
+        assert set(spec.after) <= STAGES.keys(), name
+        assert stage.Runner(known, STAGES).command(name)[1:3] == ["-m", spec.program]

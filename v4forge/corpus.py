@@ -31,6 +31,7 @@ class Corpus:
 
     tokens: torch.Tensor
     sha256: str
+    seed: int
     description: str
 
 
@@ -76,7 +77,7 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
     digest.update(tokens.numpy().astype("<i8").tobytes())
     packed = f"packed from {used:,} of {count:,} documents of {source}"
     description = f"{samples} x {seq_len} tokens, {packed}, seed {seed}"
-    return Corpus(tokens, digest.hexdigest(), description)
+    return Corpus(tokens, digest.hexdigest(), seed, description)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -35,7 +35,7 @@ class Quality:
         return math.exp(float(self.nll.mean()))
 
     def change_from(self, other: Quality) -> tuple[float, float]:
-        """Percent by which perplexity differs from `other` on the same tokens, and its standard error over sequences."""
+        """Percent by which perplexity differs from that of `other` on the same tokens, and its standard error."""
         difference = (self.nll - other.nll).mean(1)
         ratio = math.exp(float(difference.mean()))
         error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan

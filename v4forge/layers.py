@@ -78,11 +78,22 @@ def fingerprint(
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "source": dict(source),
-        "corpus": {"sha256": corpus.sha256, "description": corpus.description} if corpus else None,
+        "corpus": None if corpus is None else _described(corpus),
         "settings": asdict(settings),
         "code": {m: hashlib.sha256((here / f"{m}.py").read_bytes()).hexdigest() for m in DETERMINING_MODULES},
         "versions": {p: version(p) for p in DETERMINING_PACKAGES},
         "hardware": hardware,
+    }
+
+
+def _described(corpus: Corpus) -> dict[str, Any]:
+    samples, seq_len = corpus.tokens.shape
+    return {
+        "sha256": corpus.sha256,
+        "description": corpus.description,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": corpus.seed,
     }
 
 
