@@ -62,7 +62,7 @@ def main() -> None:
         default="refuse",
         help="when --work holds layers of other inputs, settings or code (default: %(default)s)",
     )
-    add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, write nothing")
+    add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, and stop")
     arguments = parser.parse_args()
     for option in ("micro_batch", "threads"):
         if getattr(arguments, option) < 1:

@@ -144,6 +144,8 @@ def calibrate(
     if not todo:
         return
     weights = model.Weights(source, device)
+    for name, shape in (*layout.root_parameters(config), *layout.mtp_parameters(config)):
+        weights(name, shape)  # for its checks: postprocess reads these, long after
     hf_config = model.hf_config(config)
     rotary = model.Rotary(hf_config, device, weights.dtype)
     batches: list[Tensor] = []

@@ -5,7 +5,6 @@ GPTQ: Frantar et al. 2022 (arXiv 2210.17323). E is the number of experts; matric
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +21,7 @@ QUANT_ARGS = QuantizationArgs(
 )
 BLOCK_COLUMNS = 128
 # Candidate scales in units of absmax / 7.5, tried for every group of 128 weights.
-SCALE_GRID = tuple(1.1 - i / 30 for i in range(13))  # 1.1 down to 0.7
+SCALE_GRID = (1.0, *(1.1 - i / 30 for i in range(13) if i != 3))  # absmax wins ties, then 1.1 down to 0.7
 SCALE_CHUNK = 8  # experts searched at a time, which bounds the temporary memory
 
 
@@ -99,20 +98,26 @@ def gptq(weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float) -> 
     """weights: [E, out, in]; hessians: [E, in, in] f32, means of x^T x; scale: [E, out, in/128] bf16 -> Quantized.
 
     Columns are taken in the order of falling activation (`actorder: static`). An input that was never active has a zero
-    diagonal, for which the kernel would write zeros: it gets the smallest positive one instead and is rounded to
-    nearest. The dampening is a share of the diagonal's mean.
+    diagonal, for which the kernel would write zeros: it gets a small positive one instead and is rounded to nearest.
+    The dampening is a share of the diagonal's mean.
     """
     quantize_weight = _kernel()
-    hessians = hessians.clone()
-    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
-    tiny = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * 1e-6
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, tiny))
+    working = hessians.clone()
+    diagonal = working.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, torch.where(mean > 0, mean * 1e-6, 1.0)))
     wide = scale.float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    try:
         values, _, fallback = quantize_weight(
-            weights.float(), hessians, wide, torch.zeros_like(wide), None, QUANT_ARGS, BLOCK_COLUMNS, dampening
+            weights.float(), working, wide, torch.zeros_like(wide), None, QUANT_ARGS, BLOCK_COLUMNS, dampening
         )
+    except torch.linalg.LinAlgError:  # the kernel catches a failure of its first factorization only
+        if len(weights) == 1:
+            return Quantized(round_to_nearest(weights, scale).codes, scale, (0,))
+        each = zip(weights.split(1), hessians.split(1), scale.split(1), strict=True)
+        one_by_one = [gptq(w, h, s, dampening) for w, h, s in each]
+        failed = tuple(e for e, one in enumerate(one_by_one) if one.fallback)
+        return Quantized(torch.cat([one.codes for one in one_by_one]), scale, failed)
     groups = values.unflatten(-1, (-1, INT4_GROUP))
     codes = (groups / wide.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
     return Quantized(codes, scale, tuple(torch.nonzero(fallback).flatten().tolist()))
@@ -122,7 +127,8 @@ def weighted_error(weights: Tensor, quantized: Tensor, hessians: Tensor) -> Tens
     """tr(D H D^T) / tr(W H W^T), D = W - Q, per expert, [E] f64: the share of the output's energy that is lost."""
     w, h = weights.double(), hessians.double()
     d = w - quantized.double()
-    return torch.einsum("eri,eij,erj->e", d, h, d) / torch.einsum("eri,eij,erj->e", w, h, w)
+    lost, total = (torch.einsum("eri,eij,erj->e", m, h, m) for m in (d, w))
+    return torch.where(total > 0, lost / total, 0.0)
 
 
 def blended(own: Tensor, count: int, everything: Tensor) -> Tensor:
