@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from v4forge import corpus
+from v4forge.tiny_chats import conversations
 from v4forge.tiny_text import (
     CALIBRATION_BYTES,
     HELDOUT_BYTES,
     HIDDEN_TOKENS,
     Document,
-    conversations,
     split,
     standard_library,
 )
@@ -82,7 +82,7 @@ def test_every_form_of_conversation_can_be_read_as_a_prompt() -> None:
     body = "\n".join(
         f'def f{i}(a, b={i}):\n    """Adds a to b and returns the sum of both, {i} times."""' for i in range(64)
     )
-    lines = list(conversations(Document("pkg/__init__.py", body)))
+    lines = list(conversations("pkg/__init__.py", body))
     prompts = [corpus.document_of(line) for line in lines]
     assert len(prompts) == 64 and all("pkg.f" in prompt and "Adds a to b" in prompt for prompt in prompts)
     assert {"tools" in line for line in lines} == {True, False}

@@ -28,6 +28,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from v4forge import chat
 from v4forge.corpus import DOCUMENT_BREAK, document_of, encode_documents, load_tokenizer, read_documents
 from v4forge.errors import UserError
+from v4forge.tiny_chats import conversations, name_hash
 
 VOCAB_SIZE = 1024
 
@@ -125,7 +126,9 @@ def build(out: Path, train_out: Path, tokens_out: Path | None = None) -> dict[st
     _write_json(out / "generation_config.json", _generation_config())
     shutil.copyfile(licence, out / "LICENSE.PSF")
     (out / "heldout.txt").write_text(DOCUMENT_BREAK.join(d.text for d in parts.heldout), encoding="utf-8")
-    lines = [{"text": d.text} for d in parts.calibration] + [c for d in parts.talkative for c in conversations(d)]
+    lines = [{"text": d.text} for d in parts.calibration] + [
+        c for d in parts.talkative for c in conversations(d.name, d.text)
+    ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in _shuffled(lines))
     (out / "calibration.jsonl").write_text(text, encoding="utf-8")
     train_out.write_text("".join(_training_texts(parts.train)), encoding="utf-8")
@@ -183,7 +186,7 @@ def standard_library(stdlib: Path) -> list[Document]:
 
 def split(documents: list[Document]) -> Parts:
     """Deals the documents out in the order of their names' hashes, those that share a passage together."""
-    rest = sorted(_families(documents), key=lambda family: _hash(family[0].name))
+    rest = sorted(_families(documents), key=lambda family: name_hash(family[0].name))
 
     def take(kind: str, budget_bytes: int, cost: Callable[[Document], int]) -> list[Document]:
         """Removes from `rest` the first families that fit into the budget."""
@@ -199,7 +202,9 @@ def split(documents: list[Document]) -> Parts:
 
     heldout = [d for kind, budget in HELDOUT_BYTES.items() for d in take(kind, budget, lambda d: d.bytes)]
     calibration = [d for kind, budget in CALIBRATION_BYTES.items() for d in take(kind, budget, lambda d: d.bytes)]
-    talkative = take("source", CONVERSATION_BYTES, lambda d: sum(_bytes(line) for line in conversations(d)))
+    talkative = take(
+        "source", CONVERSATION_BYTES, lambda d: sum(_bytes(line) for line in conversations(d.name, d.text))
+    )
     train = sorted((d for family in rest for d in family), key=lambda document: document.name)
     return Parts(train, calibration, talkative, heldout)
 
@@ -230,96 +235,12 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
 
 
-def conversations(document: Document) -> Iterator[dict[str, Any]]:
-    """`{"messages": […]}` (and `tools`) for the documented functions and classes of a source file.
-
-    Most ask what a name does and get its docstring; by the hash of the name, one in eight reasons first, one in eight
-    goes on to the signature, and one in sixteen looks the answer up with a tool.
-    """
-    module = document.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    for name, signature, docstring in _documented(document.text, module):
-        question = {"role": "user", "content": _QUESTIONS[_hash(name) % len(_QUESTIONS)].format(name=name)}
-        summary = docstring.split("\n\n")[0]
-        match _hash(name + " form") % 16:
-            case 0:
-                call = {"name": "lookup", "arguments": json.dumps({"name": name})}
-                yield {
-                    "tools": [_LOOKUP],
-                    "messages": [
-                        question,
-                        {"role": "assistant", "tool_calls": [{"id": "0", "type": "function", "function": call}]},
-                        {"role": "tool", "tool_call_id": "0", "content": docstring},
-                        {"role": "assistant", "content": summary},
-                    ],
-                }
-            case 1 | 2:
-                where = f"`{name}` is in the module `{module}`."
-                reasoning = f"{where} It is declared as `{signature}`. Its docstring says what it does."
-                yield {"messages": [question, {"role": "assistant", "reasoning": reasoning, "content": docstring}]}
-            case 3 | 4:
-                yield {
-                    "messages": [
-                        question,
-                        {"role": "assistant", "content": docstring},
-                        {"role": "user", "content": "How is it declared?"},
-                        {"role": "assistant", "content": f"```python\n{signature}\n```"},
-                    ]
-                }
-            case _:
-                yield {"messages": [question, {"role": "assistant", "content": docstring}]}
-
-
-_QUESTIONS = (
-    "What does `{name}` do?",
-    "Explain `{name}`.",
-    "What is `{name}` for?",
-    "Give me the documentation of `{name}`.",
-)
-_LOOKUP = {
-    "type": "function",
-    "function": {
-        "name": "lookup",
-        "description": "Returns the docstring of a function or class.",
-        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
-    },
-}
-
-
-def _documented(source: str, module: str) -> Iterator[tuple[str, str, str]]:
-    """(qualified name, declaration, docstring) of a module's public functions, classes and methods."""
-
-    def visit(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str, str]]:
-        for child in node.body:
-            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                continue
-            if child.name.startswith("_"):
-                continue
-            name = f"{prefix}.{child.name}"
-            docstring = ast.get_docstring(child)
-            if docstring and len(docstring) >= 40:
-                yield name, _declaration(child), docstring
-            if isinstance(child, ast.ClassDef):
-                yield from visit(child, name)
-
-    try:
-        yield from visit(ast.parse(source), module)
-    except SyntaxError:  # lib2to3 carries a file or two of Python 2
-        return
-
-
-def _declaration(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
-        return f"class {node.name}({bases})" if bases else f"class {node.name}"
-    return f"def {node.name}({ast.unparse(node.args)})"
-
-
 def _training_texts(documents: list[Document]) -> Iterator[str]:
     """Every document, and chats on their docstrings up to their share of the text, in hashed order."""
     plain = [chat.BOS + document.text + chat.EOS for document in documents]
     budget_bytes = sum(document.bytes for document in documents) * _CHAT_SHARE / (1 - _CHAT_SHARE)
     chats = []
-    for line in _shuffled([line for document in documents for line in conversations(document)]):
+    for line in _shuffled([line for document in documents for line in conversations(document.name, document.text)]):
         if budget_bytes <= 0:
             break
         chats.append(document_of(line))
@@ -426,11 +347,7 @@ As conversations on their docstrings:
 
 def _shuffled(items: list[Any]) -> list[Any]:
     """The items in the order of their contents' hashes."""
-    return sorted(items, key=lambda item: _hash(json.dumps(item, ensure_ascii=False, sort_keys=True)))
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return sorted(items, key=lambda item: name_hash(json.dumps(item, ensure_ascii=False, sort_keys=True)))
 
 
 def _bytes(line: dict[str, Any]) -> int:
