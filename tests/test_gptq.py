@@ -331,3 +331,19 @@ def test_layer_files_hold_exactly_their_layer_of_the_artifact(calibrated: Calibr
     for layer in calibrated.source.config.layers:
         stored = load_file(layers.layer_file(calibrated.work, layer))
         assert set(stored) == {n for n in expected if n.startswith(f"layers.{layer}.")}
+
+
+def test_the_number_of_experts_quantized_at_a_time_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(5)
+    gate_up = p.weights.repeat(1, 6, 1)[:, :256]
+    down = gate_up[..., :128]
+    inner = p.hessians[:, :128, :128].contiguous()
+    hessians = calibration.Hessians(p.hessians, inner, [TOKENS] * EXPERTS, [])
+    whole = calibration.quantize(gate_up, down, hessians, layers.Settings())
+    monkeypatch.setattr(calibration, "EXPERT_BATCH", 2)
+    parts = calibration.quantize(gate_up, down, hessians, layers.Settings())
+    assert torch.equal(whole.gate_up.codes, parts.gate_up.codes) and torch.equal(whole.down.codes, parts.down.codes)
+    assert torch.equal(whole.gate_up.scale, parts.gate_up.scale) and torch.equal(whole.down.scale, parts.down.scale)
+    for which, methods in whole.report["error"].items():
+        for method, values in methods.items():
+            assert parts.report["error"][which][method] == pytest.approx(values, rel=1e-12)

@@ -7,7 +7,7 @@ same streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from v4forge.errors import UserError
 from v4forge.files import write_json
 from v4forge.layers import Settings, digest_of, finished, layer_file, layer_report, read_experts
 
+EXPERT_BATCH = 32  # experts quantized at a time
 SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
 
 
@@ -103,25 +104,43 @@ class LayerExperts:
 
 
 def quantize(gate_up: Tensor, down: Tensor, hessians: Hessians | None, settings: Settings) -> LayerExperts:
-    """gate_up: [E, 2 * inner, hidden]; down: [E, hidden, inner] -> INT4; without Hessians round-to-nearest."""
-    nearest = [gptq.round_to_nearest(w, gptq.absmax_scales(w)) for w in (gate_up, down)]
+    """gate_up: [E, 2 * inner, hidden]; down: [E, hidden, inner] -> INT4; without Hessians round-to-nearest.
+
+    EXPERT_BATCH experts at a time, which bounds the temporary memory.
+    """
+    weights = list(zip(gate_up.split(EXPERT_BATCH), down.split(EXPERT_BATCH), strict=True))
+    nearest = [[gptq.round_to_nearest(w, gptq.absmax_scales(w)) for w in some] for some in weights]
     if hessians is None:
-        return LayerExperts(nearest[0], nearest[1], {"tokens": [], "error": {}, "blended": [], "fallback": []})
-    both = [
-        gptq.gptq(w, h, gptq.searched_scales(w, h), settings.dampening)
-        for w, h in ((gate_up, hessians.hidden), (down, hessians.inner))
+        both = [gptq.concatenated(parts) for parts in zip(*nearest, strict=True)]
+        return LayerExperts(both[0], both[1], {"tokens": [], "error": {}, "blended": [], "fallback": []})
+    energies = list(zip(hessians.hidden.split(EXPERT_BATCH), hessians.inner.split(EXPERT_BATCH), strict=True))
+    quantized = [
+        [gptq.gptq(w, h, gptq.searched_scales(w, h), settings.dampening) for w, h in zip(some, energy, strict=True)]
+        for some, energy in zip(weights, energies, strict=True)
     ]
-    inner = gate_up.shape[1] // 2
-    error: dict[str, dict[str, list[float]]] = {}
-    for method, (up_q, down_q) in {"gptq": both, "rtn": nearest}.items():
-        up_served, down_served = up_q.dequantized(), down_q.dequantized()
-        for which, rows in {"w1": slice(0, inner), "w3": slice(inner, None)}.items():
-            lost = gptq.weighted_error(gate_up[:, rows], up_served[:, rows], hessians.hidden)
-            error.setdefault(which, {})[method] = lost.tolist()
-        error.setdefault("w2", {})[method] = gptq.weighted_error(down, down_served, hessians.inner).tolist()
+    error: dict[str, dict[str, list[float]]] = {which: {"gptq": [], "rtn": []} for which in ("w1", "w2", "w3")}
+    for method, results in {"gptq": quantized, "rtn": nearest}.items():
+        for some, energy, result in zip(weights, energies, results, strict=True):
+            for which, lost in _errors(some, energy, result).items():
+                error[which][method] += lost.tolist()
+    both = [gptq.concatenated(parts) for parts in zip(*quantized, strict=True)]
     fallback = [f"{kind} of expert {e}" for kind, q in zip(("w1, w3", "w2"), both, strict=True) for e in q.fallback]
     report = {"tokens": hessians.tokens, "error": error, "blended": hessians.blended, "fallback": fallback}
     return LayerExperts(both[0], both[1], report)
+
+
+def _errors(
+    weights: tuple[Tensor, ...], energies: tuple[Tensor, ...], quantized: Sequence[gptq.Quantized]
+) -> dict[str, Tensor]:
+    """Relative Hessian-weighted error per matrix kind, [experts] f64; the arguments are gate_up's and down's."""
+    (gate_up, down), (hidden, inner) = weights, energies
+    up_served, down_served = (q.dequantized() for q in quantized)
+    half = gate_up.shape[1] // 2
+    return {
+        "w1": gptq.weighted_error(gate_up[:, :half], up_served[:, :half], hidden),
+        "w2": gptq.weighted_error(down, down_served, inner),
+        "w3": gptq.weighted_error(gate_up[:, half:], up_served[:, half:], hidden),
+    }
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ GPTQ: Frantar et al. 2022 (arXiv 2210.17323). E is the number of experts; matric
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -39,6 +40,16 @@ class Quantized:
     def dequantized(self) -> Tensor:
         """The weights as served, [E, out, in] bf16."""
         return dequantize_int4(self.codes, self.scale)
+
+
+def concatenated(parts: Sequence[Quantized]) -> Quantized:
+    """The experts of all parts, in order."""
+    starts = accumulate((len(part.codes) for part in parts), initial=0)
+    return Quantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        tuple(start + e for start, part in zip(starts, parts, strict=False) for e in part.fallback),
+    )
 
 
 def gram(x: Tensor) -> Tensor:
@@ -115,9 +126,7 @@ def gptq(weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float) -> 
         if len(weights) == 1:
             return Quantized(round_to_nearest(weights, scale).codes, scale, (0,))
         each = zip(weights.split(1), hessians.split(1), scale.split(1), strict=True)
-        one_by_one = [gptq(w, h, s, dampening) for w, h, s in each]
-        failed = tuple(e for e, one in enumerate(one_by_one) if one.fallback)
-        return Quantized(torch.cat([one.codes for one in one_by_one]), scale, failed)
+        return concatenated([gptq(w, h, s, dampening) for w, h, s in each])
     groups = values.unflatten(-1, (-1, INT4_GROUP))
     codes = (groups / wide.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
     return Quantized(codes, scale, tuple(torch.nonzero(fallback).flatten().tolist()))
