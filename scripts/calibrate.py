@@ -38,6 +38,12 @@ def main() -> None:
         help="rtn: round-to-nearest, without a corpus, to compare with (default: %(default)s)",
     )
     add(
+        "--scales",
+        choices=tuple(calibration.SCALES),
+        default=defaults.scales,
+        help="of GPTQ; absmax is llm-compressor's default rule (default: %(default)s)",
+    )
+    add(
         "--dampening",
         type=float,
         default=defaults.dampening,
@@ -76,7 +82,9 @@ def main() -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"argument --device: there is no {device} here")
 
-    settings = layers.Settings(arguments.method, arguments.dampening, arguments.micro_batch, arguments.threads)
+    settings = layers.Settings(
+        arguments.method, arguments.scales, arguments.dampening, arguments.micro_batch, arguments.threads
+    )
     torch.set_num_threads(settings.threads)
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))

@@ -25,6 +25,10 @@ from v4forge.errors import UserError
 from v4forge.files import write_json
 from v4forge.layers import Settings, digest_of, finished, layer_file, layer_report, read_experts
 
+SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "searched": gptq.searched_scales,
+    "absmax": lambda weights, _hessians: gptq.absmax_scales(weights),
+}
 EXPERT_BATCH = 32  # experts quantized at a time
 SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
 
@@ -114,8 +118,9 @@ def quantize(gate_up: Tensor, down: Tensor, hessians: Hessians | None, settings:
         both = [gptq.concatenated(parts) for parts in zip(*nearest, strict=True)]
         return LayerExperts(both[0], both[1], {"tokens": [], "error": {}, "blended": [], "fallback": []})
     energies = list(zip(hessians.hidden.split(EXPERT_BATCH), hessians.inner.split(EXPERT_BATCH), strict=True))
+    scales = SCALES[settings.scales]
     quantized = [
-        [gptq.gptq(w, h, gptq.searched_scales(w, h), settings.dampening) for w, h in zip(some, energy, strict=True)]
+        [gptq.gptq(w, h, scales(w, h), settings.dampening) for w, h in zip(some, energy, strict=True)]
         for some, energy in zip(weights, energies, strict=True)
     ]
     error: dict[str, dict[str, list[float]]] = {which: {"gptq": [], "rtn": []} for which in ("w1", "w2", "w3")}

@@ -48,6 +48,7 @@ class Settings:
     """What determines the bytes besides the source and the corpus. Never the number of processes."""
 
     method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
+    scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
     dampening: float = 0.01  # share of the mean of the Hessian's diagonal
     micro_batch: int = 8  # samples a forward pass; Hessians are summed in this order
     threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
