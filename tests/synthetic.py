@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from v4forge import codec, layout, tiny_train
 from v4forge.checkpoint import write_index, write_shard
 from v4forge.recipe import rule_for
 
+Tensors = dict[str, Tensor]
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 
 # Every kind of attention and of routing once; wq_a and wq_b (q_lora 160) have FP8 blocks cut at an edge.
@@ -37,7 +40,7 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "vocab_size": 64,
 }
-# Issue 2's other form, `write_checkpoint(directory, **OTHER)`: 12 experts top-3, other ratios, hardly a power of two.
+# The other form, `write_checkpoint(directory, **OTHER)`: 12 experts top-3, other ratios, hardly a power of two.
 OTHER: dict[str, Any] = {
     "compress_ratios": [0, 128, 4, 0, 4, 0],
     "head_dim": 128,
@@ -130,3 +133,14 @@ def write_checkpoint(directory: Path, *, seed: int = 0, shards: int = 2, **overr
     for file in copied:
         shutil.copyfile(TINY / file, directory / file)
     return config
+
+
+def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
+    """Applies `change` to the tensors of each shard, and makes the index agree with the result."""
+    weight_map = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(path)
+        change(tensors)
+        write_shard(path, tensors)
+        weight_map |= dict.fromkeys(tensors, path.name)
+    write_index(directory, weight_map, 0)

@@ -19,14 +19,12 @@ from programs import (
     write_source,
 )
 from safetensors.torch import load_file
-from synthetic import config_dict, write_checkpoint
-from torch import Tensor
+from synthetic import Tensors, edit
 
 from v4forge import layout
-from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
+from v4forge.checkpoint import INDEX, Checkpoint, write_shard
 from v4forge.errors import UserError
 
-Tensors = dict[str, Tensor]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -68,17 +66,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 def ready(pristine: Ready, tmp_path: Path) -> Ready:
     """A copy of it, to be damaged."""
     return Ready(Path(shutil.copytree(pristine.base, tmp_path / "ready")))
-
-
-def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
-    """Applies `change` to the tensors of each shard, and makes the index agree with the result."""
-    weight_map = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors = load_file(path)
-        change(tensors)
-        write_shard(path, tensors)
-        weight_map |= dict.fromkeys(tensors, path.name)
-    write_index(directory, weight_map, 0)
 
 
 def removed(prefix: str) -> Callable[[Path], None]:
@@ -436,79 +423,6 @@ def test_nothing_to_calibrate_on_is_refused(
     out = tmp_path / "out"
     refusal(capsys, "calibrate", *calibrate_arguments(pristine.source, out, pristine.corpus), *arguments)
     assert not out.exists()
-
-
-# config.json of any content gives an error, never a traceback.
-COUNTS = sorted(n for n in layout.Config.__dataclass_fields__ if n not in ("raw", "compress_ratios"))
-
-
-@pytest.mark.parametrize("name", COUNTS)
-@pytest.mark.parametrize("value", [None, "4", 4.5, True, -1, [], {}])
-def test_a_setting_of_a_wrong_type_is_named(name: str, value: Any) -> None:
-    with pytest.raises(UserError) as caught:
-        layout.parse_config(config_dict() | {name: value}, "config.json")
-    assert caught.value.fact == f"config.json: {name} is {value!r}, it must be a positive integer"
-
-
-@pytest.mark.parametrize("name", [n for n in COUNTS if n != "num_hash_layers"])
-def test_a_setting_of_zero_is_named(name: str) -> None:
-    with pytest.raises(UserError) as caught:
-        layout.parse_config(config_dict() | {name: 0}, "config.json")
-    assert caught.value.fact == f"config.json: {name} is 0, it must be a positive integer"
-
-
-@pytest.mark.parametrize(
-    "value", [None, 4, "0404", {"0": 4}, [None, 0, 0, 0], ["4", 0, 0, 0], [[4], 0, 0, 0], [-4] * 4]
-)
-def test_compress_ratios_of_a_wrong_type_are_named(value: Any) -> None:
-    with pytest.raises(UserError, match="compress_ratios is"):
-        layout.parse_config(config_dict() | {"compress_ratios": value}, "config.json")
-
-
-@pytest.mark.parametrize("raw", [None, [], "deepseek_v4", 4, {}])
-def test_a_config_that_is_no_object_of_settings_is_refused(raw: Any) -> None:
-    with pytest.raises(UserError, match=r"^config\.json: "):
-        layout.parse_config(raw, "config.json")
-
-
-@pytest.mark.parametrize(
-    ("changes", "fact"),
-    [
-        ({"num_hash_layers": 4}, "num_hash_layers is 4, more than num_hidden_layers, 3"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5, more than n_routed_experts, 4"),
-    ],
-)
-def test_a_part_larger_than_the_whole_is_refused(changes: dict[str, int], fact: str) -> None:
-    with pytest.raises(UserError) as caught:
-        layout.parse_config(config_dict() | changes, "config.json")
-    assert caught.value.fact == f"config.json: {fact}"
-
-
-def test_all_layers_may_be_hashed_and_all_experts_be_used(tmp_path: Path) -> None:
-    changes = {"num_hash_layers": 3, "num_experts_per_tok": 4}
-    config = write_checkpoint(tmp_path, **changes)
-    source = Checkpoint(tmp_path)
-    source.validate(layout.upstream(config))
-    assert layout.parse_config(config_dict() | {"num_hash_layers": 0}, "config.json").num_hash_layers == 0
-
-
-@pytest.mark.parametrize(
-    "weight_map", [["a"], None, "a", 3, {"a": None}, {"a": 3}, {"a": ["b"]}, {"a": "../b"}, {"a": "/b"}, {"a": ""}]
-)
-def test_an_index_of_a_wrong_form_is_refused(tmp_path: Path, weight_map: Any) -> None:
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError) as caught:
-        Checkpoint(tmp_path)
-    assert caught.value.fact == f"{tmp_path / INDEX} is not a safetensors index"
-
-
-def test_an_index_or_config_that_is_a_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / INDEX).mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
-        Checkpoint(tmp_path)
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
-        layout.load_config(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.int16, torch.float8_e5m2, torch.float16])

@@ -16,16 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from synthetic import OTHER, write_checkpoint
+from synthetic import OTHER, Tensors, edit, write_checkpoint
 from torch import Tensor
 
 from v4forge import checkpoint, files, layout
-from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
+from v4forge.checkpoint import INDEX, Checkpoint, write_shard
 from v4forge.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +36,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "source"))
-
-
-def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
-    """Applies `change` to the tensors of each shard, and makes the index agree with the result."""
-    weight_map = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors = load_file(path)
-        change(tensors)
-        write_shard(path, tensors)
-        weight_map |= dict.fromkeys(tensors, path.name)
-    write_index(directory, weight_map, 0)
 
 
 def refusal(action: Callable[[], object]) -> str:
