@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from scripts.cli import parser_for, steps
 from v4forge.checkpoint import Checkpoint
-from v4forge.corpus import encode_documents, load_tokenizer, read_documents
+from v4forge.corpus import check_vocabulary, encode_documents, load_tokenizer, read_documents
 from v4forge.errors import UserError, run_main
 from v4forge.evaluation import Quality, evaluate, unigram_perplexity
 from v4forge.files import write_json
@@ -43,11 +42,7 @@ def heldout_tokens(tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: 
             f"{heldout} holds {len(stream):,} tokens, and {sequences} sequences of {seq_len} need {wanted:,}",
             f"pass {fits}, or a longer --heldout",
         )
-    if (largest := int(stream[:wanted].max())) >= vocab_size:
-        raise UserError(
-            f"{tokenizer_dir / 'tokenizer.json'} gives token {largest}, the vocabulary ends at {vocab_size - 1}",
-            "use the tokenizer and the config.json of one checkpoint",
-        )
+    check_vocabulary(int(stream[:wanted].max()), vocab_size, tokenizer_dir)
     return stream[:wanted].view(sequences, seq_len)
 
 
@@ -65,7 +60,7 @@ def measure(
     figures: dict[str, dict[str, Any]] = {}
     qualities: dict[str, Quality] = {}
     for name, checkpoint in models.items():
-        show = partial(next_step, progress, itertools.count(done), name)
+        show = partial(shifted, progress, done, name)
         started = time.monotonic()
         quality = evaluate(checkpoint, tokens, device, show)
         elapsed_s = round(time.monotonic() - started, 3)
@@ -89,8 +84,9 @@ def measure(
     return figures
 
 
-def next_step(progress: Callable[[int, str], None], count: Iterator[int], name: str, doing: str) -> None:
-    progress(next(count), f"{name}, {doing}")
+def shifted(progress: Callable[[int, str], None], before: int, name: str, step: int, doing: str) -> None:
+    """Reports a model's own step as one of all models'."""
+    progress(before + step, f"{name}, {doing}")
 
 
 def steps_of(checkpoint: Checkpoint) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
+from scripts.cli import parser_for
 from v4forge import pins
 from v4forge.errors import UserError, run_main
 
@@ -30,11 +30,7 @@ def fetch(repo: str, revision: str, out: Path, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.fetch",
-        description=__doc__,
-        epilog="Needs 160 GB on disk. HF_TOKEN and HF_ENDPOINT are honoured.",
-    )
+    parser = parser_for("fetch", __doc__, epilog="Needs 160 GB on disk. HF_TOKEN and HF_ENDPOINT are honoured.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--repo", default=pins.read()["FLASH_REPO"], help="hub repository (default: %(default)s)")
     parser.add_argument(

@@ -20,7 +20,7 @@ from typing import Any
 
 from v4forge import pins, stamps
 from v4forge.errors import UserError, run_main
-from v4forge.files import write_json
+from v4forge.files import read_json, write_json
 from v4forge.stages import FILES, PROFILES, STAGES, TARGETS, Stage
 from v4forge.stamps import Digests, Files
 
@@ -75,7 +75,7 @@ class Runner:
 
     def reasons(self, name: str, now: stamps.Record) -> list[str]:
         outputs = self.files(self.table[name].outputs)
-        return stamps.differences(stamps.read_json(self.stamp_file(name)), now, outputs, self.digests)
+        return stamps.differences(read_json(self.stamp_file(name)), now, outputs, self.digests)
 
     def why(self, name: str) -> list[str]:
         """Lines that say whether the stage would run and why, after the first earlier stage that would."""
@@ -141,7 +141,7 @@ class Runner:
         run_file = self.work / "reports" / "run.json"
         shown = " ".join(["python", *command[1:]])
         entry = {"elapsed_s": elapsed_s, "started": started.isoformat(timespec="seconds"), "command": shown}
-        write_json(run_file, {**stamps.read_json(run_file), name: entry})
+        write_json(run_file, {**read_json(run_file), name: entry})
         if not stage.concludes:
             say(f"{name}: done in {elapsed_s:.1f} s")
         return True

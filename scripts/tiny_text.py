@@ -9,17 +9,15 @@ and is not committed; train_tiny reads its tokens.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from scripts.cli import parser_for
 from v4forge import tiny_text
 from v4forge.errors import run_main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.tiny_text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("tiny_text", __doc__)
     parser.add_argument(
         "--out",
         type=Path,

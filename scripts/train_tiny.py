@@ -5,7 +5,6 @@ On one H200 the defaults take a few minutes. `python -m scripts.tiny_text` makes
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.cli import parser_for
 from v4forge import tiny_text, tiny_train
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
@@ -23,9 +23,7 @@ from v4forge.files import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.train_tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("train_tiny", __doc__)
     parser.add_argument(
         "--out",
         type=Path,

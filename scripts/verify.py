@@ -15,6 +15,7 @@ from scripts.cli import parser_for, steps
 from v4forge import certificate
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import run_main
+from v4forge.report import verdict
 from v4forge.stamps import Digests
 
 
@@ -45,9 +46,9 @@ def main() -> int:
     for check in checks:
         table.add_row(check.name, "[green]ok[/]" if check.ok else "[red]FAILED[/]", check.detail)
     Console().print(table)
-    failed = sum(not check.ok for check in checks)
-    print("certificate: ok" if result["ok"] else f"certificate: FAILED ({failed} of {len(checks)} checks)")
-    return 0 if result["ok"] else 1
+    conclusion = verdict(result)
+    print(conclusion.line)
+    return 0 if conclusion.ok else 1
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from v4forge import layers, layout, manifest, recipe
 from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
 from v4forge.conversion import converted
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, make_folder, remove_leftovers, write_json
+from v4forge.files import atomic_path, make_folder, read_json, remove_leftovers, write_json
 from v4forge.layout import Config
-from v4forge.stamps import read_json
 
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = (

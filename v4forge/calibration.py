@@ -168,17 +168,17 @@ def calibrate(
     if not todo:
         return
     weights = model.Weights(source, device)
-    for name, shape in (*layout.root_parameters(config), *layout.mtp_parameters(config)):
-        weights(name, shape)  # for its checks: postprocess reads these, long after
     hf_config = model.hf_config(config)
+    root = model.load_root(weights, hf_config)
+    for name, shape in layout.mtp_parameters(config):
+        weights(name, shape)  # for its checks: postprocess reads the MTP block, long after
     rotary = model.Rotary(hf_config, device, weights.dtype)
     batches: list[Tensor] = []
     streams: list[Tensor] = []
     if corpus is not None:
-        root = model.load_root(weights, hf_config)
         batches = list(corpus.tokens.to(device).split(settings.micro_batch))
         streams = [model.embed(root, hf_config, batch) for batch in batches]
-        del root
+    del root
     for index in config.layers:
         if index > todo[-1] or (corpus is None and index not in todo):
             continue

@@ -21,11 +21,11 @@ from v4forge.checkpoint import DTYPE_NAMES, Checkpoint, matches
 from v4forge.codec import CodecError, decode_int4, unpack_int4
 from v4forge.conversion import converted
 from v4forge.errors import UserError
-from v4forge.files import remove_leftovers, write_json
+from v4forge.files import read_json, remove_leftovers, write_json
 from v4forge.layout import Config, Shape, TensorSpec
 from v4forge.manifest import MANIFEST, SUMS, members
 from v4forge.recipe import ALIASES, rule_for
-from v4forge.stamps import Digests, read_json
+from v4forge.stamps import Digests
 
 CERTIFICATE = "certificate.json"
 SHOWN = 5  # failures of one check that the certificate spells out

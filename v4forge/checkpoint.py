@@ -167,9 +167,12 @@ class Checkpoint:
     def load(self, logical: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """A logical tensor on `device`: quantized formats decoded to BF16 exactly, the others as stored.
 
-        Raises UserError, naming the tensor, for a missing part, NaN or Inf, or a scale outside BF16's range.
+        Raises UserError, naming the tensor, for a missing part and for what `decoded` refuses.
         """
-        parts = {k: v.to(device) for k, v in self.parts(logical, shape).items()}
+        return self.decoded(logical, {k: v.to(device) for k, v in self.parts(logical, shape).items()})
+
+    def decoded(self, logical: str, parts: Mapping[str, Tensor]) -> Tensor:
+        """What `load` returns; UserError for NaN or Inf, a scale outside BF16's range, or an expert out of range."""
         decode = FORMATS[getattr(rule_for(logical), self.form)].decode
         try:
             tensor = decode(*parts.values())

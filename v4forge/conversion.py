@@ -14,8 +14,8 @@ from v4forge.recipe import ALIASES, rule_for
 
 
 def _fp8_through(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str, Tensor]:
-    checkpoint.load(name, shape)  # for its checks: NaN, scales outside BF16's range
     parts = checkpoint.parts(name, shape)
+    checkpoint.decoded(name, parts)  # for its checks: NaN, scales outside BF16's range
     return {"weight": parts["weight"], "weight_scale": e8m0_to_f32(parts["scale"])}
 
 

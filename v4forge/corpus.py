@@ -65,12 +65,7 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
             f"{source} holds {len(stream):,} tokens, and {samples} samples of {seq_len} need {wanted:,}",
             f"pass {fits} or a larger --corpus",
         )
-    largest = max(stream)
-    if largest >= vocab_size:
-        raise UserError(
-            f"{tokenizer_dir / 'tokenizer.json'} gives token {largest}, the vocabulary ends at {vocab_size - 1}",
-            "use the tokenizer and the config.json of one checkpoint",
-        )
+    check_vocabulary(max(stream), vocab_size, tokenizer_dir)
     tokens = torch.tensor(stream[:wanted], dtype=torch.int64).reshape(samples, seq_len)
     settings = {"samples": samples, "seq_len": seq_len, "seed": seed, "vocab_size": vocab_size}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -78,6 +73,15 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
     packed = f"packed from {used:,} of {count:,} documents of {source}"
     description = f"{samples} x {seq_len} tokens, {packed}, seed {seed}"
     return Corpus(tokens, digest.hexdigest(), seed, description)
+
+
+def check_vocabulary(largest: int, vocab_size: int, tokenizer_dir: Path) -> None:
+    """Raises UserError when the largest token id of a text is one that the model does not know."""
+    if largest >= vocab_size:
+        raise UserError(
+            f"{tokenizer_dir / 'tokenizer.json'} gives token {largest}, the vocabulary ends at {vocab_size - 1}",
+            "use the tokenizer and the config.json of one checkpoint",
+        )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

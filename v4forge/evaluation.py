@@ -47,7 +47,7 @@ def evaluate(
     checkpoint: Checkpoint,
     tokens: Tensor,
     device: torch.device,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, str], None] = lambda _done, _what: None,
 ) -> Quality:
     """tokens: [sequences, seq_len] int64. The draft for position t + 2 reads the streams at t and the true token t + 1;
     it is accepted when it equals the main model's greedy choice after t + 1. Raises UserError for a broken checkpoint.
@@ -59,11 +59,11 @@ def evaluate(
     batches = list(tokens.to(device).split(MICRO_BATCH))
     streams = [model.embed(root, config, batch) for batch in batches]
     for index in checkpoint.config.layers:
-        progress(f"layer {index + 1}/{len(checkpoint.config.layers)}")
+        progress(index, f"layer {index + 1}/{len(checkpoint.config.layers)}")
         layer = model.load_layer(weights, config, index)
         streams = [model.run_layer(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)]
         del layer
-    progress("head and MTP block")
+    progress(len(checkpoint.config.layers), "head and MTP block")
     mtp = model.load_mtp(weights, config)
     nll: list[Tensor] = []
     accepted = 0

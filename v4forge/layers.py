@@ -22,9 +22,9 @@ from v4forge.checkpoint import INDEX
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
 from v4forge.errors import UserError
-from v4forge.files import make_folder, remove_leftovers, write_json
+from v4forge.files import make_folder, read_json, remove_leftovers, write_json
 from v4forge.layout import Config
-from v4forge.stamps import Digests, read_json
+from v4forge.stamps import Digests
 
 FINGERPRINT = "fingerprint.json"
 DETERMINING_MODULES = (

@@ -8,9 +8,9 @@ from typing import Any
 
 import jinja2
 
-from v4forge.files import write_json, write_text
+from v4forge.files import read_json, write_json, write_text
 from v4forge.recipe import RULES
-from v4forge.stamps import Digests, read_json
+from v4forge.stamps import Digests
 
 MANIFEST, SUMS, CARD = "manifest.json", "SHA256SUMS", "README.md"
 UNSUMMED = (SUMS, "certificate.json", CARD)  # written after the sums, or holding them

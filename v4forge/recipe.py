@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from v4forge.codec import FP8_BLOCK, INT4_GROUP
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -83,8 +85,6 @@ RULES: tuple[Rule, ...] = (
 # Copies that loaders other than vLLM expect inside the MTP block: alias -> the logical tensor it repeats (C14).
 ALIASES = {"mtp.0.head.weight": "head.weight", "mtp.0.emb.tok_emb.weight": "embed.weight"}
 
-GROUP_SIZE = 128
-
 
 @lru_cache(maxsize=1 << 18)
 def rule_for(name: str) -> Rule:
@@ -123,7 +123,7 @@ def quantization_config(num_layers: int) -> dict:
                     "num_bits": 8,
                     "type": "float",
                     "strategy": "block",
-                    "block_structure": [128, 128],
+                    "block_structure": [FP8_BLOCK, FP8_BLOCK],
                     "symmetric": True,
                     "dynamic": False,
                 },
@@ -131,7 +131,7 @@ def quantization_config(num_layers: int) -> dict:
                     "num_bits": 8,
                     "type": "float",
                     "strategy": "group",
-                    "group_size": GROUP_SIZE,
+                    "group_size": INT4_GROUP,
                     "symmetric": True,
                     "dynamic": True,
                 },
@@ -144,7 +144,7 @@ def quantization_config(num_layers: int) -> dict:
                     "num_bits": 4,
                     "type": "int",
                     "strategy": "group",
-                    "group_size": GROUP_SIZE,
+                    "group_size": INT4_GROUP,
                     "symmetric": True,
                     "dynamic": False,
                     "actorder": "static",

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import fnmatch
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v4forge.files import write_json
+from v4forge.files import read_json, write_json
 
 CHUNK_BYTES = 8 << 20
 HASH_THREADS = min(8, os.cpu_count() or 1)
 
 Record = dict[str, dict[str, Any]]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when there is none; a torn or foreign file counts as none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class Digests:
