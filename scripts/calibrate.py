@@ -1,16 +1,22 @@
 """Quantizes the routed experts of a DeepSeek-V4 checkpoint to INT4, one decoder layer at a time, straight from its
 FP4/FP8 bytes. Each finished layer is one file in --work; run the same command again to continue after a stop.
+
+On several GPUs, or several CPU processes, with the same bytes:
+torchrun --nproc-per-node 8 -m scripts.calibrate …
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge import calibration, corpus, layers
+from v4forge import calibration, corpus, experts, layers, plan, ranks
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import run_main
 from v4forge.layout import upstream
@@ -39,7 +45,7 @@ def main() -> None:
     )
     add(
         "--scales",
-        choices=tuple(calibration.SCALES),
+        choices=tuple(experts.SCALES),
         default=defaults.scales,
         help="of GPTQ; absmax is llm-compressor's default rule (default: %(default)s)",
     )
@@ -48,6 +54,11 @@ def main() -> None:
         type=float,
         default=defaults.dampening,
         help="share of the mean of the Hessian's diagonal (default: %(default)s)",
+    )
+    add(
+        "--calibrate-all-experts",
+        action="store_true",
+        help="every token through every expert, not only through those that routing picks",
     )
     add(
         "--micro-batch",
@@ -68,11 +79,18 @@ def main() -> None:
         default="refuse",
         help="when --work holds layers of other inputs, settings or code (default: %(default)s)",
     )
+    add(
+        "--keep-every",
+        type=int,
+        default=8,
+        metavar="LAYERS",
+        help="keep hidden states on disk every so many layers, to resume from; 0: never (default: %(default)s)",
+    )
     add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, and stop")
     arguments = parser.parse_args()
-    for option in ("micro_batch", "threads"):
-        if getattr(arguments, option) < 1:
-            parser.error(f"argument --{option.replace('_', '-')}: it must be at least 1")
+    for option, least in (("micro_batch", 1), ("threads", 1), ("keep_every", 0)):
+        if getattr(arguments, option) < least:
+            parser.error(f"argument --{option.replace('_', '-')}: it must be at least {least}")
     if not 0 < arguments.dampening < math.inf:
         parser.error("argument --dampening: it must be a positive number")
     try:
@@ -81,13 +99,54 @@ def main() -> None:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"argument --device: there is no {device} here")
+    torch.set_num_threads(arguments.threads)
+    with ranks.joined(device) as (place, own_device):
+        run(arguments, place, own_device)
 
+
+def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device) -> None:
     settings = layers.Settings(
-        arguments.method, arguments.scales, arguments.dampening, arguments.micro_batch, arguments.threads
+        method=arguments.method,
+        scales=arguments.scales,
+        dampening=arguments.dampening,
+        experts="all" if arguments.calibrate_all_experts else "routed",
+        micro_batch=arguments.micro_batch,
+        threads=arguments.threads,
     )
-    torch.set_num_threads(settings.threads)
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
+    samples, mark = place.told(prepared(arguments, settings, source, device) if place.rank == 0 else None)
+    todo = source.config.layers
+    if place.rank == 0:
+        done = [i for i in todo if layers.finished(arguments.work, i, layers.digest_of(mark))]
+        on = str(device) if place.size == 1 else f"{place.size} ranks, {device.type}"
+        print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {on}")
+    if arguments.dry_run:
+        return
+    if place.rank == 0:
+        layers.claim(arguments.work, mark, arguments.on_mismatch, print)
+        kept = samples.tokens.shape if samples and arguments.keep_every else (0, 0)
+        plan.require_space(plan.calibration_parts(source.config, arguments.work, *kept), arguments.work)
+    place.barrier()
+    with steps("calibrate", len(todo)) if place.rank == 0 else nullcontext(lambda *_: None) as progress:
+        calibration.calibrate(
+            source,
+            samples,
+            arguments.work,
+            settings,
+            mark,
+            device,
+            place,
+            keep_every=arguments.keep_every,
+            progress=progress,
+            log=print,
+        )
+
+
+def prepared(
+    arguments: argparse.Namespace, settings: layers.Settings, source: Checkpoint, device: torch.device
+) -> tuple[corpus.Corpus | None, dict[str, Any]]:
+    """The samples and the fingerprint."""
     samples = None
     if settings.method == "gptq":
         vocab_size = source.config.vocab_size
@@ -96,15 +155,7 @@ def main() -> None:
         )
     cache = arguments.work.parent / ".stamps" / "digests.json"
     digests = layers.source_digests(arguments.source, source.shard_names, cache)
-    mark = layers.fingerprint(digests, samples, settings, device)
-    todo = source.config.layers
-    done = [i for i in todo if layers.finished(arguments.work, i, layers.digest_of(mark))]
-    print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {device}")
-    if arguments.dry_run:
-        return
-    layers.claim(arguments.work, mark, arguments.on_mismatch, print)
-    with steps("calibrate", len(todo)) as advance:
-        calibration.calibrate(source, samples, arguments.work, settings, mark, device, advance)
+    return samples, layers.fingerprint(digests, samples, settings, device)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def problem(seed: int = 0) -> Problem:
 
 SCALES: dict[str, Callable[[Problem], Tensor]] = {
     "absmax": lambda p: gptq.absmax_scales(p.weights),
-    "searched": lambda p: gptq.searched_scales(p.weights, p.hessians),
+    "searched": lambda p: gptq.searched_scales(p.weights, p.hessians.diagonal(dim1=-2, dim2=-1)),
 }
 
 

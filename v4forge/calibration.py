@@ -1,151 +1,74 @@
-"""The layer loop: forward, accumulate Hessians, quantize, forward again. One finished layer is one file.
+"""The layer loop: forward, then a few experts at a time Hessians, GPTQ and forward again. A finished layer is one file.
 
-A layer file holds every tensor of its layer in the artifact's form. A run that finds one of its own fingerprint
-continues behind it: the forward passes of finished layers are repeated on their quantized experts, which gives the
-same streams.
+Nothing holds all experts of a layer: their tokens come sorted by expert, and each expert's weights, Hessians, codes and
+outputs are made from them in one go. The next layer's bytes are read meanwhile, and the last one's written.
+
+A layer file holds every tensor of its layer in the artifact's form. A run that finds files of its own fingerprint
+continues behind them, from the last hidden states that were kept.
 """
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from v4forge import gptq, layout, model
-from v4forge.checkpoint import Checkpoint, write_shard
-from v4forge.codec import encode_int4
+from v4forge import experts, gptq, hidden_states, layout, model
+from v4forge.checkpoint import Checkpoint, SharedShard
+from v4forge.codec import FORMATS, CodecError
 from v4forge.conversion import converted
 from v4forge.corpus import Corpus
+from v4forge.dispatch import Dispatch
 from v4forge.errors import UserError
 from v4forge.files import write_json
 from v4forge.layers import Settings, digest_of, finished, layer_file, layer_report, read_experts
+from v4forge.ranks import Ranks
+from v4forge.recipe import rule_for
+from v4forge.streaming import Group, Reader, Writer, on_host
+from v4forge.watch import Watch, seconds
 
-SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "searched": gptq.searched_scales,
-    "absmax": lambda weights, _hessians: gptq.absmax_scales(weights),
-}
-EXPERT_BATCH = 32  # experts quantized at a time
-SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
-
-
-@dataclass(frozen=True)
-class Hessians:
-    """Means of x^T x per expert, blended where tokens were too few: w1 and w3 share `hidden`, w2 has `inner`."""
-
-    hidden: Tensor  # [E, hidden, hidden] f32
-    inner: Tensor  # [E, inner, inner] f32
-    tokens: list[int]  # per expert
-    blended: list[dict[str, Any]]
+# Experts at a time. On the CPU one, whose bits then depend on nothing else.
+EXPERT_BATCH = {"cuda": 16, "cpu": 1}
+READ_AHEAD_BYTES = 4 << 30
+WRITES_PENDING = 8  # groups of experts, and micro-batches of hidden states
 
 
-def accumulate(batches: list[model.Attended], gate_up: Tensor, limit: float) -> Hessians:
-    """Hessians of the inputs that routing sends to each expert. gate_up: [E, 2 * inner, hidden], unquantized."""
-    experts, width, hidden = gate_up.shape
-    inner = width // 2
-    h_hidden = torch.zeros(experts, hidden, hidden, device=gate_up.device)
-    h_inner = torch.zeros(experts, inner, inner, device=gate_up.device)
-    counts = [0] * experts
-    for batch in batches:
-        routing = model.sort_by_expert(batch.indices, experts)
-        x = batch.x[routing.token]
-        for e, (start, end) in enumerate(zip(routing.bounds, routing.bounds[1:], strict=False)):
-            if end > start:
-                h_hidden[e] += gptq.gram(x[start:end])
-                h_inner[e] += gptq.gram(model.activation(F.linear(x[start:end], gate_up[e]), limit))
-                counts[e] += end - start
-    scale = torch.tensor(counts, dtype=torch.float32, device=gate_up.device).clamp_min(1).view(-1, 1, 1)
-    h_hidden /= scale
-    h_inner /= scale
-    few = [e for e in range(experts) if counts[e] < max(hidden, inner)]
-    notes = []
-    if few:
-        total = sum(len(batch.x) for batch in batches)
-        everything = torch.stack([gptq.gram(batch.x) for batch in batches]).sum(0) / total
-        stride = max(1, total // (SAMPLE_FACTOR * inner))
-        sample = torch.cat([batch.x for batch in batches])[::stride]
-        for e in few:
-            inputs = []
-            if counts[e] < hidden:
-                h_hidden[e] = gptq.blended(h_hidden[e], counts[e], everything)
-                inputs.append("w1, w3")
-            if counts[e] < inner:
-                common = gptq.gram(model.activation(F.linear(sample, gate_up[e]), limit)) / len(sample)
-                h_inner[e] = gptq.blended(h_inner[e], counts[e], common)
-                inputs.append("w2")
-            notes.append({"expert": e, "tokens": counts[e], "inputs": ", ".join(inputs)})
-    return Hessians(h_hidden, h_inner, counts, notes)
+def _noop(_layer: int, _what: str) -> None:
+    return None
 
 
 @dataclass(frozen=True)
-class LayerExperts:
-    """A layer's quantized routed experts: w1 and w3 stacked as `gate_up`, w2 as `down`, and the layer's report."""
+class Run:
+    """What one run of the loop works with."""
 
-    gate_up: gptq.Quantized
-    down: gptq.Quantized
-    report: dict[str, Any]
+    source: Checkpoint
+    work: Path
+    settings: Settings
+    digest: str  # of the fingerprint
+    device: torch.device
+    ranks: Ranks
+    watch: Watch
+    keep_every: int  # layers between two sets of hidden states on disk
+    progress: Callable[[int, str], None]
+    log: Callable[[str], None]
 
-    def tensors(self, layer: int) -> dict[str, Tensor]:
-        """Stored tensors under their artifact names, on the CPU."""
-        gate_up, gate_up_scale = self.gate_up.codes.cpu(), self.gate_up.scale.cpu()
-        down, down_scale = self.down.codes.cpu(), self.down.scale.cpu()
-        inner = gate_up.shape[1] // 2
-        stored = {}
-        for e in range(len(gate_up)):
-            matrices = {
-                "w1": (gate_up[e, :inner], gate_up_scale[e, :inner]),
-                "w2": (down[e], down_scale[e]),
-                "w3": (gate_up[e, inner:], gate_up_scale[e, inner:]),
-            }
-            for which, (codes, scale) in matrices.items():
-                for part, tensor in encode_int4(codes, scale).items():
-                    stored[f"layers.{layer}.ffn.experts.{e}.{which}.{part}"] = tensor
-        return stored
+    def steps(self) -> list[list[range]]:
+        """Which experts each rank handles in each step: steps()[i][r]."""
+        count, batch = self.source.config.n_routed_experts, EXPERT_BATCH[self.device.type]
+        shares = [self.ranks.share(count, r) for r in range(self.ranks.size)]
+        longest = max(map(len, shares))
+        return [
+            [range(s.start + min(i, len(s)), s.start + min(i + batch, len(s))) for s in shares]
+            for i in range(0, longest, batch)
+        ]
 
-
-def quantize(gate_up: Tensor, down: Tensor, hessians: Hessians | None, settings: Settings) -> LayerExperts:
-    """gate_up: [E, 2 * inner, hidden]; down: [E, hidden, inner] -> INT4; without Hessians round-to-nearest.
-
-    EXPERT_BATCH experts at a time, which bounds the temporary memory.
-    """
-    weights = list(zip(gate_up.split(EXPERT_BATCH), down.split(EXPERT_BATCH), strict=True))
-    nearest = [[gptq.round_to_nearest(w, gptq.absmax_scales(w)) for w in some] for some in weights]
-    if hessians is None:
-        both = [gptq.concatenated(parts) for parts in zip(*nearest, strict=True)]
-        return LayerExperts(both[0], both[1], {"tokens": [], "error": {}, "blended": [], "fallback": []})
-    energies = list(zip(hessians.hidden.split(EXPERT_BATCH), hessians.inner.split(EXPERT_BATCH), strict=True))
-    scales = SCALES[settings.scales]
-    quantized = [
-        [gptq.gptq(w, h, scales(w, h), settings.dampening) for w, h in zip(some, energy, strict=True)]
-        for some, energy in zip(weights, energies, strict=True)
-    ]
-    error: dict[str, dict[str, list[float]]] = {which: {"gptq": [], "rtn": []} for which in ("w1", "w2", "w3")}
-    for method, results in {"gptq": quantized, "rtn": nearest}.items():
-        for some, energy, result in zip(weights, energies, results, strict=True):
-            for which, lost in _errors(some, energy, result).items():
-                error[which][method] += lost.tolist()
-    both = [gptq.concatenated(parts) for parts in zip(*quantized, strict=True)]
-    fallback = [f"{kind} of expert {e}" for kind, q in zip(("w1, w3", "w2"), both, strict=True) for e in q.fallback]
-    report = {"tokens": hessians.tokens, "error": error, "blended": hessians.blended, "fallback": fallback}
-    return LayerExperts(both[0], both[1], report)
-
-
-def _errors(
-    weights: tuple[Tensor, ...], energies: tuple[Tensor, ...], quantized: Sequence[gptq.Quantized]
-) -> dict[str, Tensor]:
-    """Relative Hessian-weighted error per matrix kind, [experts] f64; the arguments are gate_up's and down's."""
-    (gate_up, down), (hidden, inner) = weights, energies
-    up_served, down_served = (q.dequantized() for q in quantized)
-    half = gate_up.shape[1] // 2
-    return {
-        "w1": gptq.weighted_error(gate_up[:, :half], up_served[:, :half], hidden),
-        "w2": gptq.weighted_error(down, down_served, inner),
-        "w3": gptq.weighted_error(gate_up[:, half:], up_served[:, half:], hidden),
-    }
+    def own_steps(self) -> list[range]:
+        return [step[self.ranks.rank] for step in self.steps()]
 
 
 @torch.no_grad()
@@ -156,75 +79,388 @@ def calibrate(
     settings: Settings,
     mark: Mapping[str, Any],
     device: torch.device,
-    progress: Callable[[int, str], None] = lambda _layer, _what: None,
+    ranks: Ranks = Ranks(),  # noqa: B008, it is frozen
+    keep_every: int = 0,
+    progress: Callable[[int, str], None] = _noop,
+    log: Callable[[str], None] = lambda _line: None,
+    watch: Watch | None = None,
 ) -> None:
     """Writes every layer file that `work` lacks. `corpus` may be None for round-to-nearest only.
 
-    Raises UserError when the source is broken or a forward pass leaves the finite numbers.
+    Every rank of the run calls this with the same; the bytes do not depend on their number. `keep_every`: hidden states
+    are kept on disk before every so manieth layer, 0 for never. `log` gets a line a layer, on rank 0.
+
+    Raises UserError when the source is broken, the disk is full, a forward pass leaves the finite numbers, or another
+    rank has ended.
     """
     config, digest = source.config, digest_of(mark)
     source.validate(layout.upstream(config))
-    todo = [i for i in config.layers if not finished(work, i, digest)]
+    todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
     if not todo:
         return
-    weights = model.Weights(source, device)
+    run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), keep_every, progress, log)
     hf_config = model.hf_config(config)
-    root = model.load_root(weights, hf_config)
-    for name, shape in layout.mtp_parameters(config):
-        weights(name, shape)  # for its checks: postprocess reads the MTP block, long after
-    rotary = model.Rotary(hf_config, device, weights.dtype)
     batches: list[Tensor] = []
-    streams: list[Tensor] = []
+    first = todo[0]
+    own = range(0)
     if corpus is not None:
-        batches = list(corpus.tokens.to(device).split(settings.micro_batch))
+        everyones = corpus.tokens.split(settings.micro_batch)
+        own = ranks.share(len(everyones))
+        batches = [everyones[i].to(device) for i in own]
+        first = ranks.told(hidden_states.latest(work, todo[0], len(everyones), digest))
+    if ranks.rank == 0:
+        _check_mtp(source)
+    weights = model.Weights(source, device)
+    root = model.load_root(weights, hf_config)  # read even where it is not needed, for its checks
+    if first:
+        streams = [hidden_states.load(work, first, i, device) for i in own]
+    else:
         streams = [model.embed(root, hf_config, batch) for batch in batches]
     del root
-    for index in config.layers:
-        if index > todo[-1] or (corpus is None and index not in todo):
-            continue
-        progress(index, "reading")
-        layer = model.load_layer(weights, hf_config, index)
-        limit = layer.mlp.experts.limit
-        progress(index, "forward")
-        attended = [model.attend(layer, s, rotary.context(batch)) for s, batch in zip(streams, batches, strict=True)]
-        streams.clear()
-        if index in todo:
-            gate_up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
-            progress(index, "Hessians")
-            hessians = accumulate(attended, gate_up, limit) if attended else None
-            _refuse_nan(index, hessians)
-            progress(index, settings.method)
-            experts = quantize(gate_up, down, hessians, settings)
-            progress(index, "writing")
-            _write_layer(source, work, index, experts, settings, digest)
-            served = experts.gate_up.dequantized(), experts.down.dequantized()
-        else:
-            served = read_experts(work, config, index, device)
-        del layer
-        if index != todo[-1]:
-            streams = [model.combine(a, model.routed_experts(a, *served, limit)) for a in attended]
+    rotary = model.Rotary(hf_config, device, weights.dtype)
+    visited = [i for i in range(first, todo[-1] + 1) if corpus is not None or i in todo]
+    groups = [(i, names) for i in visited for names in _names(run, i, i in todo)]
+    with (
+        Reader(source, groups, READ_AHEAD_BYTES, device, run.watch) as reader,
+        Writer(WRITES_PENDING) as writer,
+        Writer(1 + len(batches)) as keeper,
+    ):
+        previous: Layer | None = None
+        for index in visited:
+            layer = Layer(run, index, writer, index in todo)
+            attended = layer.attend(reader, hf_config, streams, batches, rotary)
+            if previous is not None:
+                previous.publish()  # while the GPU attends
+            streams = layer.mix(attended, reader, float(hf_config.swiglu_limit), last=index == todo[-1])
+            previous = layer
+            if corpus is not None and keep_every and (index + 1) % keep_every == 0 and index != todo[-1]:
+                keeper.flush()
+                ranks.barrier()
+                if ranks.rank == 0:
+                    hidden_states.keep(work, [index + 1 - keep_every])
+                ranks.barrier()
+                for number, batch in zip(own, streams, strict=True):
+                    layer.keep(keeper, number, batch)
+        if previous is not None:
+            previous.publish()
+        keeper.flush()
+    ranks.barrier()
+    if ranks.rank == 0:
+        hidden_states.keep(work, [])
 
 
-def _refuse_nan(layer: int, hessians: Hessians | None) -> None:
-    if hessians and not all(bool(h.isfinite().all()) for h in (hessians.hidden, hessians.inner)):
-        raise UserError(
-            f"the inputs of layer {layer}'s experts hold NaN or Inf", "check the source: python -m scripts.fetch --help"
+def _check_mtp(source: Checkpoint) -> None:
+    """Reads the MTP block for its checks: postprocess needs it long after."""
+    for name, shape in layout.mtp_parameters(source.config):
+        source.load(name, shape)
+
+
+def _names(run: Run, layer: int, quantized_here: bool) -> list[list[str]]:
+    """The stored tensors of a layer in the order in which they are needed: what attends, then the experts by steps."""
+    parameters = dict(layout.layer_parameters(run.source.config, layer))
+
+    def parts(name: str) -> list[str]:
+        return list(layout.stored(name, parameters[name], rule_for(name).source))
+
+    frame = [part for name in parameters if not model.EXPERT.search(name) for part in parts(name)]
+    if not quantized_here:
+        return [frame]
+    groups = []
+    for step in run.own_steps():
+        names = [_expert(layer, e, w) for kinds in ("w1 w3", "w2") for e in step for w in kinds.split()]
+        cut = 2 * len(step)
+        # tensors of one form one after the other, so that they can be decoded as one
+        groups.append(
+            [part for some in (names[:cut], names[cut:]) for nth in zip(*map(parts, some), strict=True) for part in nth]
         )
+    return [frame, *groups]
 
 
-def _write_layer(
-    source: Checkpoint, work: Path, layer: int, experts: LayerExperts, settings: Settings, digest: str
-) -> None:
-    tensors = experts.tensors(layer)
-    for name, shape in layout.layer_parameters(source.config, layer):
-        if not model.EXPERT.search(name):
-            tensors |= converted(source, name, shape)
-    report = {
-        "layer": layer,
-        "attention": layout.COMPRESS_RATIOS[source.config.compress_ratios[layer]],
-        "method": settings.method,
-        "fingerprint": digest,
-        **experts.report,
-    }
-    write_json(layer_report(work, layer), report)
-    write_shard(layer_file(work, layer), tensors, {"fingerprint": digest})
+def _expert(layer: int, expert: int, which: str) -> str:
+    return f"layers.{layer}.ffn.experts.{expert}.{which}.weight"
+
+
+@dataclass
+class Layer:
+    """One layer on its way through the loop."""
+
+    run: Run
+    index: int
+    writer: Writer
+    quantizes: bool  # or is it finished, and only run again on its quantized experts
+    shard: SharedShard | None = None
+    notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by expert of this rank
+    counts: list[int] = field(default_factory=list)  # tokens by expert, of all ranks
+    peak_gpu_bytes: int = 0
+
+    def attend(
+        self,
+        reader: Reader,
+        hf_config: Any,
+        streams: list[Tensor],
+        batches: Sequence[Tensor],
+        rotary: model.Rotary,
+    ) -> list[model.Attended]:
+        """All but the routed experts, of this rank's micro-batches. Empties `streams`, which enter the layer."""
+        run, watch = self.run, self.run.watch
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        watch.begin(self.index)
+        run.progress(self.index, "forward")
+        frame = next(reader)
+        if self.quantizes:
+            self.open(frame)
+        with watch.compute("decode"):
+            view = run.source.holding(frame.on(run.device).tensors())
+            module = model.load_layer(model.Weights(view, run.device), hf_config, self.index, experts=False)
+        with watch.compute("forward 1"):
+            return [model.attend(module, streams.pop(0), rotary.context(batch)) for batch in batches]
+
+    def mix(self, attended: list[model.Attended], reader: Reader, limit: float, last: bool) -> list[Tensor]:
+        """The routed experts, quantized where they are not, and the streams that leave the layer; none of the last."""
+        run = self.run
+        routed = self.route(attended, reader, limit)
+        outputs: list[Tensor] = []
+        if routed is not None and not last:
+            with run.watch.compute("forward 2"):
+                parts = routed.split([batch.indices.numel() for batch in attended])
+                for batch, part in zip(attended, parts, strict=True):
+                    outputs.append(model.combine(batch, model.weighted_sum(part, batch.weights)))
+                    batch.carried = batch.x  # frees the streams that have been used
+        if run.device.type == "cuda":
+            self.peak_gpu_bytes = torch.cuda.max_memory_allocated(run.device)
+        return outputs
+
+    def open(self, frame: Group) -> None:
+        """Starts the layer's file; rank 0 writes what is not an expert's into it."""
+        run, config = self.run, self.run.source.config
+        specs = {
+            stored: spec
+            for name, shape in layout.layer_parameters(config, self.index)
+            for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
+        }
+        source = run.source.holding(frame.tensors())
+        for name, spec in specs.items():  # an integer table keeps its source's width
+            if spec.dtype == torch.int64 and name in source.weight_map:
+                specs[name] = source.spec(name)
+        self.shard = SharedShard(layer_file(run.work, self.index), specs, {"fingerprint": run.digest})
+        if run.ranks.rank == 0:
+            self.shard.create()
+            for name, shape in layout.layer_parameters(config, self.index):
+                if not model.EXPERT.search(name):
+                    self._write(on_host(converted(source, name, shape)))
+        run.ranks.barrier()
+        self.shard.open()
+
+    def _write(self, ready: Callable[[], dict[str, Tensor]]) -> None:
+        shard, watch, index = self.shard, self.run.watch, self.index
+        assert shard is not None
+
+        def job() -> None:
+            tensors = ready()
+            start = watch.now()
+            shard.write(tensors)
+            watch.add(index, "write", "write", start, sum(t.numel() * t.element_size() for t in tensors.values()))
+
+        self.writer.submit(job)
+
+    def keep(self, keeper: Writer, number: int, streams: Tensor) -> None:
+        """Starts to write a micro-batch's hidden states behind this layer."""
+        run, before = self.run, self.index + 1
+        ready = on_host({"streams": streams})
+
+        def job() -> None:
+            tensors = ready()
+            start = run.watch.now()
+            hidden_states.save(run.work, before, number, tensors["streams"], run.digest)
+            run.watch.add(self.index, "hidden states", "write", start, streams.numel() * streams.element_size())
+
+        keeper.submit(job)
+
+    def route(self, attended: list[model.Attended], reader: Reader, limit: float) -> Tensor | None:
+        """Every expert's work, step by step -> the experts' outputs [tokens * top_k, hidden], None without a corpus."""
+        run, watch, config = self.run, self.run.watch, self.run.source.config
+        dispatch = None
+        common = everything = hidden = None
+        if run.settings.method == "gptq" or attended:
+            with watch.compute("sort"):
+                dispatch = self._dispatch(attended)
+                self.counts = dispatch.counts
+            if self.quantizes:
+                with watch.compute("Hessian"):
+                    common, everything, hidden = self._common(attended, dispatch)
+        for step in run.steps():
+            own = step[run.ranks.rank]
+            run.progress(self.index, f"experts {step[0].start}-{step[0].stop - 1}" if step[0] else "experts")
+            with watch.compute("sort"):
+                rows = dispatch.rows(step) if dispatch else []
+            if self.quantizes:
+                group = next(reader)
+                served = self._quantized(own, group, rows, limit, common, everything, hidden) if own else None
+            else:
+                served = read_experts(run.work, config, self.index, own, run.device) if own else None
+            if dispatch is None:
+                continue
+            with watch.compute("forward 2"):
+                outputs = []
+                for i, x in enumerate(rows):
+                    assert served is not None
+                    outputs.append(model.expert(x, served[0][i], served[1][i], limit))
+                dispatch.give_back(outputs)
+            del rows, served, outputs
+        return dispatch.routed if dispatch else None
+
+    def _dispatch(self, attended: list[model.Attended]) -> Dispatch:
+        run, config = self.run, self.run.source.config
+        if attended:
+            x = torch.cat([batch.x for batch in attended])
+            indices = torch.cat([batch.indices for batch in attended])
+            start = 0
+            for batch in attended:  # views of the whole, so that it is there once
+                batch.x = x[start : start + len(batch.x)]
+                start += len(batch.x)
+        else:  # a rank without samples
+            x = torch.empty(0, config.hidden_size, dtype=torch.bfloat16, device=run.device)
+            indices = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=run.device)
+        return Dispatch(run.ranks, x, indices, config.n_routed_experts)
+
+    def _common(
+        self, attended: list[model.Attended], dispatch: Dispatch
+    ) -> tuple[experts.Common | None, Tensor | None, Tensor | None]:
+        """What experts share: for those that few tokens reach, or where every token goes through every expert."""
+        run, config = self.run, self.run.source.config
+        all_tokens = run.settings.experts == "all"
+        if not all_tokens and min(dispatch.counts) >= max(config.hidden_size, config.moe_intermediate_size):
+            return None, None, None
+        like = torch.empty(config.hidden_size, config.hidden_size, device=run.device)
+        hessian = run.ranks.ordered_sum((gptq.gram(batch.x) for batch in attended), like) / dispatch.tokens
+        if all_tokens:
+            return None, dispatch.everything(), hessian.unsqueeze(0)
+        sample = dispatch.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
+        return experts.Common(hessian, sample), None, None
+
+    def _quantized(
+        self,
+        own: range,
+        group: Group,
+        rows: list[Tensor],
+        limit: float,
+        common: experts.Common | None,
+        everything: Tensor | None,
+        hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
+        run, watch = self.run, self.run.watch
+        with watch.compute("decode"):
+            gate_up, down = self._decoded(own, group.on(run.device))
+        h = None
+        if run.settings.method == "gptq":
+            with watch.compute("Hessian"):
+                if everything is not None and hidden is not None:
+                    h = experts.hessians_of_all(everything, hidden, gate_up, limit)
+                else:
+                    h = experts.hessians(rows, gate_up, limit, common, own)
+            _refuse_nan(self.index, h)
+        quantized = experts.quantize(gate_up, down, h, run.settings, own, watch)
+        for i, e in enumerate(own):
+            self.notes[e] = {which: {m: v[i] for m, v in by.items()} for which, by in quantized.error.items()}
+        for note in h.blended if h else []:
+            self.notes[note["expert"]]["blended"] = note
+        for matrix in quantized.fallback:
+            self.notes[int(matrix.rpartition(" ")[2])].setdefault("fallback", []).append(matrix)
+        with watch.compute("pack"):
+            packed = on_host(quantized.packed())
+            served = quantized.gate_up.dequantized(), quantized.down.dequantized()
+        self._write(lambda: experts.named(packed(), self.index, own))
+        return served
+
+    def _decoded(self, own: range, group: Group) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2 * inner, hidden] and down [E, hidden, inner] bf16 of some experts."""
+        config = self.run.source.config
+        decoded = []
+        for kinds in (("w1", "w3"), ("w2",)):
+            names = [_expert(self.index, e, which) for e in own for which in kinds]
+            fmt = FORMATS[rule_for(names[0]).source]
+            shape = dict(layout.layer_parameters(config, self.index))[names[0]]
+            parts = [group.stacked([layout.stored_name(n, part) for n in names]) for part in fmt.parts(shape)]
+            try:
+                decoded.append(fmt.decode(*parts).unflatten(0, (len(own), -1)).flatten(1, 2))
+            except CodecError:
+                source = self.run.source.holding(group.tensors())
+                for name in names:
+                    source.load(name, shape)  # says which
+                raise
+        return decoded[0], decoded[1]
+
+    def publish(self) -> None:
+        """Waits until all ranks' writes are on disk, writes the report and gives the finished layer's file its name."""
+        self.writer.flush()
+        self.run.ranks.barrier()
+        if self.shard is not None:
+            self.report()
+            if self.run.ranks.rank == 0:
+                self.shard.publish()
+            self.shard.close()
+
+    def report(self) -> None:
+        """Rank 0 writes the layer's report, before its file gets its name."""
+        run = self.run
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        spent = {what: round(s, 3) for what, s in seconds(run.watch.spans(self.index)).items()}
+        told = run.ranks.gather((self.notes, spent, self.peak_gpu_bytes, host))
+        if run.ranks.rank:
+            return
+        notes = {e: note for each in told for e, note in each[0].items()}
+        methods = ("gptq", "rtn") if run.settings.method == "gptq" else ()
+        error = {
+            which: {method: [notes[e][which][method] for e in sorted(notes)] for method in methods}
+            for which in ("w1", "w2", "w3")
+            if methods
+        }
+        report = {
+            "layer": self.index,
+            "attention": layout.COMPRESS_RATIOS[run.source.config.compress_ratios[self.index]],
+            "method": run.settings.method,
+            "fingerprint": run.digest,
+            "tokens": self.counts,
+            "error": error,
+            "blended": [notes[e]["blended"] for e in sorted(notes) if "blended" in notes[e]],
+            "fallback": [matrix for e in sorted(notes) for matrix in notes[e].get("fallback", [])],
+            "run": {
+                "ranks": run.ranks.size,
+                "seconds": [each[1] for each in told],
+                "peak_gpu_bytes": [each[2] for each in told],
+                "peak_host_bytes": [each[3] for each in told],
+            },
+        }
+        write_json(layer_report(run.work, self.index), report)
+        run.log(summary(report))
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line about a finished layer."""
+    line = f"layer {report['layer']}"
+    tokens = sorted(report["tokens"])
+    if tokens:
+        middle = tokens[len(tokens) // 2]
+        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
+    if report["error"]:
+        means = []
+        for method in ("gptq", "rtn"):
+            lost = [each for by in report["error"].values() for each in by[method]]
+            means.append(sum(lost) / len(lost))
+        line += f"; lost {means[0]:.3%}, round-to-nearest {means[1]:.3%}"
+    spent = report["run"]["seconds"][0]
+    busy = sum(s for what, s in spent.items() if what not in ("read", "write", "hidden states"))
+    gpu, host = max(report["run"]["peak_gpu_bytes"]), max(report["run"]["peak_host_bytes"])
+    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
+    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"
+
+
+def _refuse_nan(layer: int, h: experts.Hessians) -> None:
+    for each in (h.hidden, h.inner):
+        if not bool(each.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+            raise UserError(
+                f"the inputs of layer {layer}'s experts hold NaN or Inf",
+                "check the source: python -m scripts.fetch --help",
+            )

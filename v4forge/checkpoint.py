@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from v4forge.codec import FORMATS, CodecError
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, write_json
+from v4forge.files import atomic_path, sync_folder, write_json, writing
 from v4forge.layout import Config, TensorSpec, load_config, stored_name
 from v4forge.recipe import rule_for
 
@@ -42,29 +46,89 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTEGER_TABLES = (torch.int32, torch.int64)  # tid2eid keeps whichever its source has
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes.
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
+    """A safetensors file's first bytes, where in the file each tensor starts, and the size of the whole.
 
-    The library's own writer orders more than one metadata entry at random, so the header is written here.
+    The library's own writer orders more than one metadata entry at random, so the header is made here.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
-    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # wide types first: all data aligned
-    offset = 0
+    order = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))  # wide types first: all data aligned
+    starts, offset = {}, 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        dtype, shape = specs[name].dtype, specs[name].shape
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        starts[name], offset = offset, end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+    head, starts, _ = _header({n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in order:
+        file.write(head)
+        for name in starts:
             file.write(tensor_bytes(tensors[name]))
+
+
+class SharedShard:
+    """A safetensors file that threads and processes of one file system fill together, a tensor at a time.
+
+    One of them calls `create`, which reserves the space; all may `write` and end with `sync`; then one calls `publish`.
+    The bytes are those of `write_shard`, whoever writes what in which order. Raises UserError where the disk is full.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.shared.tmp")
+        self._specs = dict(specs)
+        self._head, self._starts, self._size = _header(specs, metadata)
+        self._file = -1
+
+    def create(self) -> None:
+        """Makes the file under its temporary name, with its header, at its full size."""
+        with writing(self.path):
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                os.posix_fallocate(self._file, 0, self._size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(self._file, self._size)
+            os.pwrite(self._file, self._head, 0)
+
+    def open(self) -> None:
+        """Opens the file that another process has created."""
+        with writing(self.path):
+            if self._file < 0:
+                self._file = os.open(self._temporary, os.O_RDWR)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors in their places and waits until the disk has them."""
+        with writing(self.path):
+            for name, tensor in tensors.items():
+                if TensorSpec(tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
+                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._specs[name]}")
+                data, offset = tensor_bytes(tensor), self._starts[name]
+                while len(data):
+                    count = os.pwrite(self._file, data, offset)
+                    data, offset = data[count:], offset + count
+            os.fdatasync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def publish(self) -> None:
+        """Gives the file its name, once everybody has written."""
+        with writing(self.path):
+            os.fsync(self._file)
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -102,6 +166,8 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
         self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
+        self._held: Mapping[str, Tensor] = {}
+        self._places: dict[str, dict[str, Any]] = {}
         self._names = {shard: set(file.keys()) for shard, file in self._shards.items()}
         for name, shard in self.weight_map.items():
             if name not in self._names[shard]:
@@ -139,8 +205,27 @@ class Checkpoint:
             raise UserError(f"{name} in {self.directory} has dtype {dtype}, which no DeepSeek-V4 file uses", self._hint)
         return TensorSpec(DTYPES[dtype], tuple(piece.get_shape()))
 
+    def place(self, name: str) -> tuple[str, int]:
+        """The shard that holds a stored tensor, and at which byte of it the tensor starts."""
+        shard = self.weight_map[name]
+        path = self.directory / shard
+        if shard not in self._places:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._places[shard] = json.loads(file.read(size)) | {"": 8 + size}
+        header = self._places[shard]
+        return str(path), header[""] + header[name]["data_offsets"][0]
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """The same checkpoint with some stored tensors already read: `raw` returns these."""
+        other = copy(self)
+        other._held = tensors
+        return other
+
     def raw(self, name: str) -> Tensor:
         """A stored tensor as it is; raises UserError when it is missing."""
+        if name in self._held:
+            return self._held[name]
         if name not in self.weight_map:
             raise UserError(f"tensor {name} is missing from {self.directory}", self._hint)
         return self._shards[self.weight_map[name]].get_tensor(name)

@@ -15,12 +15,13 @@ from functools import lru_cache
 from math import ceil
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
 FP4_GROUP = 32  # inputs that share one E8M0 scale
 FP8_BLOCK = 128  # rows and columns of a block that share one scale
 INT4_GROUP = 128  # inputs that share one BF16 scale
+INT4_PER_WORD = 8  # codes in a stored I32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by the low three bits of a code; bit 3 is the sign
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 # E8M0 bytes b (scale 2^(b - 127)) for which every finite value of the format is exact in BF16: its largest finite
@@ -53,13 +54,20 @@ def e2m1_values(device: torch.device) -> Tensor:
     return torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float32, device=device)
 
 
+@lru_cache
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """The two values of every byte of codes, the low nibble's first, as a pair of bf16: [256] i32."""
+    byte = torch.arange(256, device=device)
+    pairs = e2m1_values(device)[torch.stack((byte & 15, byte >> 4), dim=-1)]
+    return pairs.to(torch.bfloat16).view(torch.int32).flatten()
+
+
 def decode_fp4(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight: [out, in/2] i8, two E2M1 codes a byte, low nibble first; scale: [out, in/32] e8m0 -> [out, in] bf16."""
+    """weight: [..., in/2] i8, two E2M1 codes a byte, low nibble first; scale: [..., in/32] e8m0 -> [..., in] bf16."""
     _check_scales(scale, FP4_SCALES)
-    byte = weight.view(torch.uint8)
-    pairs = torch.stack((byte & 15, byte >> 4), dim=-1).int()
-    values = e2m1_values(weight.device)[pairs].view(weight.shape[0], -1, FP4_GROUP)
-    return (values * e8m0_to_f32(scale).unsqueeze(-1)).to(torch.bfloat16).flatten(1)
+    pairs = _e2m1_pairs(weight.device)[weight.view(torch.uint8).int()].view(torch.bfloat16)
+    # a product of BF16 numbers that is itself one is exact
+    return pairs.unflatten(-1, (-1, FP4_GROUP)).mul_(e8m0_to_f32(scale).to(torch.bfloat16).unsqueeze(-1)).flatten(-2)
 
 
 def decode_fp8(weight: Tensor, scale: Tensor) -> Tensor:
@@ -101,13 +109,16 @@ def dequantize_int4(codes: Tensor, scale: Tensor) -> Tensor:
     return grouped.to(torch.bfloat16).flatten(-2)
 
 
+def pack_int4(codes: Tensor) -> Tensor:
+    """codes: [..., in] i8 in -8..7 -> [..., in/8] i32, offset 8, the first code in the low bits."""
+    nibbles = (codes + 8).view(torch.uint8)
+    return (nibbles[..., ::2] | nibbles[..., 1::2] << 4).view(torch.int32)
+
+
 def encode_int4(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """codes: [out, in] i8 in -8..7; scale: [out, in/128] -> the three tensors of a `pack-quantized` weight."""
-    return {
-        "weight_packed": pack_to_int32(codes, 4),
-        "weight_scale": scale.to(torch.bfloat16),
-        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
-    }
+    """codes: [..., out, in] i8 in -8..7; scale: [..., out, in/128] -> the tensors of a `pack-quantized` weight."""
+    shape = torch.tensor(codes.shape[-2:], dtype=torch.int64)
+    return {"weight_packed": pack_int4(codes), "weight_scale": scale.to(torch.bfloat16), "weight_shape": shape}
 
 
 def _ceil_log2(x: Tensor) -> Tensor:

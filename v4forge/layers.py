@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +34,17 @@ DETERMINING_MODULES = (
     "codec",
     "conversion",
     "corpus",
+    "dispatch",
+    "experts",
     "gptq",
+    "kernels",
     "layers",
     "layout",
     "model",
+    "ranks",
     "recipe",
 )
-DETERMINING_PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
+DETERMINING_PACKAGES = ("torch", "transformers", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Settings:
     method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
     scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
     dampening: float = 0.01  # share of the mean of the Hessian's diagonal
+    experts: str = "routed"  # whose tokens make an expert's Hessian: those routed to it, or "all"
     micro_batch: int = 8  # samples a forward pass; Hessians are summed in this order
     threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
 
@@ -139,16 +144,19 @@ def finished(work: Path, layer: int, mark: str) -> bool:
         return False
 
 
-def read_experts(work: Path, config: Config, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A finished layer's quantized experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
+def read_experts(
+    work: Path, config: Config, layer: int, experts: Iterable[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Some of a finished layer's experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
+    gate_up, down = [], []
     with safe_open(layer_file(work, layer), framework="pt") as file:
 
         def decoded(expert: int, which: str) -> Tensor:
             base = f"layers.{layer}.ffn.experts.{expert}.{which}"
-            parts = [file.get_tensor(f"{base}.{part}") for part in ("weight_packed", "weight_scale", "weight_shape")]
-            return decode_int4(*parts)
+            packed, scale = (file.get_tensor(f"{base}.{part}").to(device) for part in ("weight_packed", "weight_scale"))
+            return decode_int4(packed, scale, file.get_tensor(f"{base}.weight_shape"))
 
-        experts = range(config.n_routed_experts)
-        gate_up = torch.stack([torch.cat((decoded(e, "w1"), decoded(e, "w3"))) for e in experts])
-        down = torch.stack([decoded(e, "w2") for e in experts])
-    return gate_up.to(device), down.to(device)
+        for e in experts:
+            gate_up.append(torch.cat((decoded(e, "w1"), decoded(e, "w3"))))
+            down.append(decoded(e, "w2"))
+    return torch.stack(gate_up), torch.stack(down)

@@ -134,31 +134,39 @@ class Weights:
         # by what upstream keeps in F32, so that source and artifact run in the same arithmetic
         return tensor if rule_for(name).source in ("f32", "int") else tensor.to(self.dtype)
 
-    def block(self, prefix: str, parameters: Parameters) -> dict[str, Tensor]:
+    def block(self, prefix: str, parameters: Parameters, experts: bool = True) -> dict[str, Tensor]:
         """The state dict of a DeepseekV4DecoderLayer from the tensors under `prefix`; experts stacked [E, out, in]."""
         c = self.checkpoint.config
         inner, hidden = c.moe_intermediate_size, c.hidden_size
         new: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        gate_up = torch.empty(c.n_routed_experts, 2 * inner, hidden, **new)
-        down = torch.empty(c.n_routed_experts, hidden, inner, **new)
-        slots = {"w1": gate_up[:, :inner], "w3": gate_up[:, inner:], "w2": down}
-        state = {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+        state: dict[str, Tensor] = {}
+        slots: dict[str, Tensor] = {}
+        if experts:
+            gate_up = torch.empty(c.n_routed_experts, 2 * inner, hidden, **new)
+            down = torch.empty(c.n_routed_experts, hidden, inner, **new)
+            slots = {"w1": gate_up[:, :inner], "w3": gate_up[:, inner:], "w2": down}
+            state = {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
         for name, shape in parameters:
             local = name.removeprefix(prefix)
-            if expert := EXPERT.match(local):
-                slots[expert[2]][int(expert[1])] = self(name, shape)
-            else:
+            expert = EXPERT.match(local)
+            if expert is None:
                 state[renamed(local)] = self(name, shape)
+            elif experts:
+                slots[expert[2]][int(expert[1])] = self(name, shape)
         if "mlp.gate.tid2eid" in state:
             state["mlp.gate.tid2eid"] = state["mlp.gate.tid2eid"].long()
         return state
 
 
-def load_layer(weights: Weights, config: DeepseekV4Config, layer: int) -> hf.DeepseekV4DecoderLayer:
-    """Decoder layer `layer`, on weights.device."""
+def load_layer(
+    weights: Weights, config: DeepseekV4Config, layer: int, experts: bool = True
+) -> hf.DeepseekV4DecoderLayer:
+    """Decoder layer `layer`, on weights.device; without its routed experts it can only `attend`."""
     with torch.device("meta"):
         module = hf.DeepseekV4DecoderLayer(config, layer)
-    state = weights.block(f"layers.{layer}.", layer_parameters(weights.checkpoint.config, layer))
+    if not experts:
+        module.mlp.experts = nn.Module()
+    state = weights.block(f"layers.{layer}.", layer_parameters(weights.checkpoint.config, layer), experts)
     _materialize(module, state, config, weights.device)
     return module
 
@@ -313,20 +321,32 @@ def activation(gate_up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
+def expert(x: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """One routed expert. x: [tokens, hidden]; gate_up: [2 * inner, hidden]; down: [hidden, inner] -> like x."""
+    return F.linear(activation(F.linear(x, gate_up), limit), down)
+
+
+def weighted_sum(by_choice: Tensor, weights: Tensor) -> Tensor:
+    """by_choice: [tokens * top_k, hidden]; weights: [tokens, top_k] -> [tokens, hidden].
+
+    Each token's outputs are added in the order of its choices, in F32, however tokens are batched.
+    """
+    outputs = by_choice.view(*weights.shape, -1).float()
+    return (outputs * weights.float().unsqueeze(-1)).sum(1).to(by_choice.dtype)
+
+
 def routed_experts(attended: Attended, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
     """The routed experts' weighted sum, [tokens, hidden]; gate_up: [E, 2 * inner, hidden], down: [E, hidden, inner].
 
-    Each token's outputs are added in the order of its choices, in F32, however tokens are batched. (The GEMMs before
-    that may round otherwise for another number of rows: seen on the CPU in F32 below 256 tokens, not in BF16.)
+    The GEMMs may round otherwise for another number of rows: seen on the CPU in F32 below 256 tokens, not in BF16.
     """
     routing = sort_by_expert(attended.indices, gate_up.shape[0])
     x = attended.x[routing.token]
     out = torch.empty_like(x)
     for e, (start, end) in enumerate(zip(routing.bounds, routing.bounds[1:], strict=False)):
         if end > start:
-            out[start:end] = F.linear(activation(F.linear(x[start:end], gate_up[e]), limit), down[e])
-    by_choice = out[routing.inverse].view(*attended.weights.shape, -1).float()
-    return (by_choice * attended.weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
+            out[start:end] = expert(x[start:end], gate_up[e], down[e], limit)
+    return weighted_sum(out[routing.inverse], attended.weights)
 
 
 def run_layer(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) -> Tensor:

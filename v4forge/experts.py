@@ -1,0 +1,153 @@
+"""A few routed experts of one layer: Hessians of their inputs, quantization, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from v4forge import gptq, model
+from v4forge.codec import INT4_PER_WORD, pack_int4
+from v4forge.layers import Settings
+from v4forge.watch import Watch
+
+SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "searched": gptq.searched_scales,
+    "absmax": lambda weights, _importance: gptq.absmax_scales(weights),
+}
+SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all tokens of the layer have in common, for experts that few of them reach."""
+
+    hessian: Tensor  # [hidden, hidden] f32, the mean of x^T x over all tokens
+    sample: Tensor  # [tokens, hidden], some of them
+
+
+@dataclass(frozen=True)
+class Hessians:
+    """Means of x^T x per expert: w1 and w3 share `hidden`, w2 has `inner`."""
+
+    hidden: Tensor  # [E, hidden, hidden] f32, or [1, hidden, hidden] when every expert sees every token
+    inner: Tensor  # [E, inner, inner] f32
+    blended: list[dict[str, Any]]  # which were blended with all tokens', because theirs were too few
+
+
+def hessians(
+    rows: Sequence[Tensor], gate_up: Tensor, limit: float, common: Common | None, numbers: Sequence[int]
+) -> Hessians:
+    """Hessians of the inputs of some experts. rows: their tokens, [n, hidden] each; gate_up: [E, 2 * inner, hidden],
+    unquantized; common: needed where an expert has fewer tokens than a width; numbers: the experts', for the notes.
+    """
+    width, inner = gate_up.shape[2], gate_up.shape[1] // 2
+    h_hidden = gate_up.new_empty(len(rows), width, width, dtype=torch.float32)
+    h_inner = gate_up.new_empty(len(rows), inner, inner, dtype=torch.float32)
+    notes = []
+    for e, x in enumerate(rows):
+        h_hidden[e] = gptq.gram(x) / max(len(x), 1)
+        h_inner[e] = _inner(x, gate_up[e], limit)
+        few = []
+        if len(x) < width:
+            assert common is not None
+            h_hidden[e] = gptq.blended(h_hidden[e], len(x), common.hessian)
+            few.append("w1, w3")
+        if len(x) < inner:
+            assert common is not None
+            h_inner[e] = gptq.blended(h_inner[e], len(x), _inner(common.sample, gate_up[e], limit))
+            few.append("w2")
+        if few:
+            notes.append({"expert": numbers[e], "tokens": len(x), "inputs": ", ".join(few)})
+    return Hessians(h_hidden, h_inner, notes)
+
+
+def hessians_of_all(x: Tensor, hidden: Tensor, gate_up: Tensor, limit: float) -> Hessians:
+    """The same where every token goes through every expert. x: [tokens, hidden]; hidden: [1, hidden, hidden]."""
+    return Hessians(hidden, torch.stack([_inner(x, each, limit) for each in gate_up]), [])
+
+
+def _inner(x: Tensor, gate_up: Tensor, limit: float) -> Tensor:
+    return gptq.gram(model.activation(F.linear(x, gate_up), limit)) / max(len(x), 1)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Some quantized routed experts: w1 and w3 stacked as `gate_up`, w2 as `down`, and what is said of them."""
+
+    gate_up: gptq.Quantized
+    down: gptq.Quantized
+    error: dict[str, dict[str, list[float]]]  # relative Hessian-weighted error by matrix and method, an expert each
+    fallback: list[str]  # matrices rounded to nearest, because their Hessian could not be factorized
+
+    def packed(self) -> dict[str, Tensor]:
+        """The bytes to be stored, still stacked by expert, on the device; `named` takes them apart."""
+        return {
+            "gate_up.weight_packed": pack_int4(self.gate_up.codes),
+            "gate_up.weight_scale": self.gate_up.scale,
+            "down.weight_packed": pack_int4(self.down.codes),
+            "down.weight_scale": self.down.scale,
+        }
+
+
+def named(packed: Mapping[str, Tensor], layer: int, numbers: Sequence[int]) -> dict[str, Tensor]:
+    """What `packed` gave, under the artifact's names; numbers: the experts'."""
+    inner = packed["gate_up.weight_packed"].shape[1] // 2
+    slots = {"w1": ("gate_up", slice(inner)), "w2": ("down", slice(None)), "w3": ("gate_up", slice(inner, None))}
+    stored = {}
+    for i, e in enumerate(numbers):
+        for which, (kind, rows) in slots.items():
+            base = f"layers.{layer}.ffn.experts.{e}.{which}"
+            weight = packed[f"{kind}.weight_packed"][i, rows]
+            stored[f"{base}.weight_packed"] = weight
+            stored[f"{base}.weight_scale"] = packed[f"{kind}.weight_scale"][i, rows]
+            stored[f"{base}.weight_shape"] = torch.tensor((weight.shape[0], weight.shape[1] * INT4_PER_WORD))
+    return stored
+
+
+def nearest(weights: Tensor) -> gptq.Quantized:
+    """Stock round-to-nearest, with absmax scales."""
+    return gptq.round_to_nearest(weights, gptq.absmax_scales(weights))
+
+
+def quantize(
+    gate_up: Tensor, down: Tensor, h: Hessians | None, settings: Settings, numbers: Sequence[int], watch: Watch
+) -> Experts:
+    """gate_up: [E, 2 * inner, hidden]; down: [E, hidden, inner]; numbers: the experts' -> INT4.
+
+    Without Hessians round-to-nearest.
+    """
+    if h is None:
+        with watch.compute("sweep"):
+            return Experts(nearest(gate_up), nearest(down), {}, [])
+    results, fallback, errors = [], [], []
+    for weights, energies, kind in ((gate_up, h.hidden, "w1, w3"), (down, h.inner, "w2")):
+        with watch.compute("scales"):
+            importance = energies.diagonal(dim1=-2, dim2=-1).expand(len(weights), -1)
+            scale = SCALES[settings.scales](weights, importance)
+        with watch.compute("factorize"):
+            factor = gptq.factorize(energies, settings.dampening)
+        with watch.compute("sweep"):
+            result, lost = gptq.sweep(weights, factor, scale)
+        with watch.compute("errors"):
+            total = gptq.energy(weights, energies)
+            stock = gptq.energy(weights.float() - nearest(weights).dequantized().float(), energies)
+            errors.append({"gptq": lost, "rtn": stock, "total": total})
+        results.append(result)
+        failed = factor.failed.expand(len(weights)).tolist()
+        fallback += [f"{kind} of expert {e}" for e, bad in zip(numbers, failed, strict=True) if bad]
+    with watch.compute("errors"):
+        error = {}
+        inner = gate_up.shape[1] // 2
+        w1, w3 = slice(inner), slice(inner, None)
+        for which, rows, part in (("w1", errors[0], w1), ("w2", errors[1], slice(None)), ("w3", errors[0], w3)):
+            of = rows["total"][:, part].double().sum(1)
+            error[which] = {
+                method: torch.where(of > 0, rows[method][:, part].double().sum(1) / of, 0.0).tolist()
+                for method in ("gptq", "rtn")
+            }
+    return Experts(results[0], results[1], error, fallback)

@@ -1,0 +1,131 @@
+"""The processes of one run, started by torchrun: samples are split over them for the forward, experts for the rest.
+
+Every sum over tokens is made by one rank, from rows in the order of the global sample index, so that the number of
+ranks changes no bit. Rows travel as bytes, over NCCL between GPUs and gloo between CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from v4forge.errors import UserError
+
+# The longest honest wait is for rank 0 to hash the source: 160 GB at 90 MB/s. A rank that dies is noticed at once,
+# because its connections close.
+TIMEOUT = timedelta(minutes=30)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _together(collective: Callable[P, T]) -> Callable[P, T]:
+    """A collective that says what a user needs to know when another rank is gone."""
+
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return collective(*args, **kwargs)
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                "another rank of this run has ended",
+                "see the first error above; the same command again continues behind the last finished layer",
+            ) from error
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the run. The default is a run of one process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` things in order are a rank's: neighbouring ones, as many as any other's give or take one."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    @_together
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order; small picklable values."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    @_together
+    def told(self, value: T | None) -> T:
+        """Rank 0's value, on every rank."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return held[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.gather(None)
+
+    @_together
+    def exchange(self, rows: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        """rows[r]: [n, width] for rank r -> what every rank has sent here, counts[r] rows from rank r."""
+        if self.size == 1:
+            return list(rows)
+        like = rows[0]
+        row_bytes = like.shape[1] * like.element_size()
+        sent = torch.cat([part.contiguous().view(torch.uint8).flatten() for part in rows])
+        received = torch.empty(sum(counts) * row_bytes, dtype=torch.uint8, device=like.device)
+        dist.all_to_all_single(
+            received, sent, [n * row_bytes for n in counts], [len(part) * row_bytes for part in rows]
+        )
+        return list(received.view(like.dtype).view(-1, like.shape[1]).split(list(counts)))
+
+    def everyones(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """All ranks' rows, in rank order, on every rank; counts[r] is how many rank r has."""
+        return torch.cat(self.exchange([rows] * self.size, counts))
+
+    @_together
+    def ordered_sum(self, terms: Iterable[Tensor], like: Tensor) -> Tensor:
+        """The sum of every rank's terms, added one after the other in rank order, on every rank; formed like `like`."""
+        total = torch.zeros_like(like)
+        if self.rank > 0:
+            dist.recv(total, self.rank - 1)
+        for term in terms:
+            total += term
+        if self.rank + 1 < self.size:
+            dist.send(total, self.rank + 1)
+        if self.size > 1:
+            dist.broadcast(total, self.size - 1)
+        return total
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """The place that torchrun gave this process, and its device: `cuda` becomes the GPU of its local rank."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU {local} here", f"start at most {torch.cuda.device_count()} processes")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield Ranks(), device
+        return
+    backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    _together(dist.init_process_group)(backend, timeout=TIMEOUT, device_id=bound)
+    try:
+        yield Ranks(dist.get_rank(), size), device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,215 @@
+"""Threads between disk and layer loop: the next tensors are read, and the last ones written, while it computes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from v4forge.checkpoint import Checkpoint
+from v4forge.errors import UserError
+from v4forge.layout import TensorSpec
+from v4forge.watch import Watch
+
+READ_THREADS = 8
+READ_BYTES = 8 << 20  # a request to the disk
+WRITE_THREADS = 2
+ALIGNMENT = 64  # of a tensor in a buffer, in bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that are read and moved together: one buffer, of which each tensor is a part."""
+
+    buffer: Tensor  # [bytes] u8
+    slots: dict[str, tuple[int, TensorSpec]]
+
+    def on(self, device: torch.device) -> Group:
+        """The same group on another device, in one copy."""
+        return Group(self.buffer.to(device, non_blocking=True), self.slots)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """name -> tensor, each a view of the buffer."""
+        return {name: self.stacked([name])[0] for name in self.slots}
+
+    def stacked(self, names: Sequence[str]) -> Tensor:
+        """Tensors of one form that were asked for one after the other, [len(names), *shape], a view of the buffer."""
+        start, spec = self.slots[names[0]]
+        size = _bytes(spec)
+        for i, name in enumerate(names):
+            if self.slots[name] != (start + i * size, spec):
+                raise ValueError(f"{name} does not lie behind {names[0]} in its group")
+        part = self.buffer[start : start + len(names) * size]
+        return part.view(spec.dtype).view(len(names), *spec.shape)
+
+
+def _bytes(spec: TensorSpec) -> int:
+    size = spec.dtype.itemsize
+    for length in spec.shape:
+        size *= length
+    return size
+
+
+class Reader:
+    """Reads groups of stored tensors in order, on a thread, at most `ahead` bytes before they are asked for.
+
+    `groups` lists (layer, names); buffers are pinned where `device` is a GPU. Iterating gives a Group for each, or
+    raises the thread's error.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        groups: Sequence[tuple[int, Sequence[str]]],
+        ahead: int,
+        device: torch.device,
+        watch: Watch,
+    ) -> None:
+        self._checkpoint, self._groups, self._device, self._watch = checkpoint, groups, device, watch
+        self._ready: queue.Queue[Group | BaseException] = queue.Queue()
+        self._room = threading.Condition()
+        self._held, self._ahead = 0, ahead
+        self._closed = False
+        self._files: dict[str, int] = {}
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify()
+        self._thread.join()
+        for file in self._files.values():
+            os.close(file)
+
+    def __next__(self) -> Group:
+        group = self._ready.get()
+        if isinstance(group, BaseException):
+            raise group
+        with self._room:
+            self._held -= group.buffer.numel()
+            self._room.notify()
+        return group
+
+    def __iter__(self) -> Iterator[Group]:
+        return self
+
+    def _run(self) -> None:
+        pin = self._device.type == "cuda"
+        if pin:
+            torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device's context
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            try:
+                for layer, names in self._groups:
+                    slots, size = {}, 0
+                    for name in names:
+                        spec = self._checkpoint.spec(name)
+                        slots[name] = (size, spec)
+                        size += -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
+                    with self._room:
+                        while not (self._closed or not self._held or self._held + size <= self._ahead):
+                            self._room.wait()
+                        self._held += size
+                    if self._closed:
+                        return
+                    start = self._watch.now()
+                    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+                    self._fill(buffer, slots, pool)
+                    self._watch.add(layer, "read", "read", start, size)
+                    self._ready.put(Group(buffer, slots))
+            except BaseException as error:  # handed to the consumer
+                self._ready.put(error)
+
+    def _fill(self, buffer: Tensor, slots: dict[str, tuple[int, TensorSpec]], pool: ThreadPoolExecutor) -> None:
+        view = buffer.numpy().data
+        jobs = []
+        for name, (slot, spec) in slots.items():
+            path, start = self._checkpoint.place(name)
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            size = _bytes(spec)
+            for done in range(0, size, READ_BYTES):
+                end = min(done + READ_BYTES, size)
+                target = view[slot + done : slot + end]
+                jobs.append(pool.submit(_read, self._files[path], path, target, start + done))
+        for job in jobs:
+            job.result()
+
+
+def _read(file: int, path: str, target: memoryview, offset: int) -> None:
+    while len(target):
+        try:
+            count = os.preadv(file, [target], offset)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}", "check the disk, then run it again") from None
+        if not count:
+            raise UserError(f"{path} ended while it was read", "it must not change during a run; fetch it again")
+        target, offset = target[count:], offset + count
+
+
+class Writer:
+    """Runs jobs on a few threads; `submit` waits while `pending` of them are not done. Errors come at `flush`."""
+
+    def __init__(self, pending: int) -> None:
+        self._pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="writer")
+        self._slots = threading.BoundedSemaphore(pending)
+        self._jobs: list[Future[Any]] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Runs `job` soon, beside others."""
+        self._slots.acquire()
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                self._slots.release()
+
+        self._jobs.append(self._pool.submit(run))
+
+    def flush(self) -> None:
+        """Waits for all jobs; raises the first error."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+
+
+def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Marks tensors to be copied to the host; a writer's thread calls the value, which waits until they are there.
+
+    The copies run beside the computation, and the tensors live until then.
+    """
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: tensors
+    computed = torch.cuda.Event()
+    computed.record(torch.cuda.current_stream(device))
+
+    def fetch() -> dict[str, Tensor]:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(computed)
+            copies = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for name, t in tensors.items()
+            }
+            stream.synchronize()
+        return copies
+
+    return fetch
