@@ -35,6 +35,7 @@ from v4forge.watch import Watch, seconds
 # Experts at a time. On the CPU one, whose bits then depend on nothing else.
 EXPERT_BATCH = {"cuda": 16, "cpu": 1}
 READ_AHEAD_BYTES = 4 << 30
+CHECKED_AT_A_TIME = 48  # tensors of the MTP block
 WRITES_PENDING = 8  # groups of experts, and micro-batches of hidden states
 
 
@@ -108,8 +109,7 @@ def calibrate(
         own = ranks.share(len(everyones))
         batches = [everyones[i].to(device) for i in own]
         first = ranks.told(hidden_states.latest(work, todo[0], len(everyones), digest))
-    if ranks.rank == 0:
-        _check_mtp(source)
+    _check_mtp(run)
     weights = model.Weights(source, device)
     root = model.load_root(weights, hf_config)  # read even where it is not needed, for its checks
     if first:
@@ -149,30 +149,37 @@ def calibrate(
         hidden_states.keep(work, [])
 
 
-def _check_mtp(source: Checkpoint) -> None:
-    """Reads the MTP block for its checks: postprocess needs it long after."""
-    for name, shape in layout.mtp_parameters(source.config):
-        source.load(name, shape)
+def _check_mtp(run: Run) -> None:
+    """Reads and decodes the MTP block for its checks, each rank a part of it: postprocess needs it long after."""
+    parameters = list(layout.mtp_parameters(run.source.config))
+    own = [parameters[i] for i in run.ranks.share(len(parameters))]
+    chunks = [own[i : i + CHECKED_AT_A_TIME] for i in range(0, len(own), CHECKED_AT_A_TIME)]
+    groups = [[part for name, shape in chunk for part in _parts(name, shape)] for chunk in chunks]
+    with Reader(run.source, [(-1, names) for names in groups], READ_AHEAD_BYTES, run.device, run.watch) as reader:
+        for chunk, group in zip(chunks, reader, strict=False):
+            view = run.source.holding(group.on(run.device).tensors())
+            for name, shape in chunk:
+                view.load(name, shape, run.device)
+
+
+def _parts(name: str, shape: layout.Shape) -> list[str]:
+    return list(layout.stored(name, shape, rule_for(name).source))
 
 
 def _names(run: Run, layer: int, quantized_here: bool) -> list[list[str]]:
     """The stored tensors of a layer in the order in which they are needed: what attends, then the experts by steps."""
-    parameters = dict(layout.layer_parameters(run.source.config, layer))
-
-    def parts(name: str) -> list[str]:
-        return list(layout.stored(name, parameters[name], rule_for(name).source))
-
-    frame = [part for name in parameters if not model.EXPERT.search(name) for part in parts(name)]
+    shapes = dict(layout.layer_parameters(run.source.config, layer))
+    frame = [part for name, shape in shapes.items() if not model.EXPERT.search(name) for part in _parts(name, shape)]
     if not quantized_here:
         return [frame]
     groups = []
     for step in run.own_steps():
-        names = [_expert(layer, e, w) for kinds in ("w1 w3", "w2") for e in step for w in kinds.split()]
-        cut = 2 * len(step)
-        # tensors of one form one after the other, so that they can be decoded as one
-        groups.append(
-            [part for some in (names[:cut], names[cut:]) for nth in zip(*map(parts, some), strict=True) for part in nth]
-        )
+        group = []
+        for kinds in (("w1", "w3"), ("w2",)):
+            names = [_expert(layer, e, which) for e in step for which in kinds]
+            # tensors of one form one after the other, so that they can be decoded as one
+            group += [part for alike in zip(*(_parts(n, shapes[n]) for n in names), strict=True) for part in alike]
+        groups.append(group)
     return [frame, *groups]
 
 
