@@ -3,8 +3,8 @@
     python -m benchmarks.calibrate --work /scratch/bench --out benchmarks/results/calibrate-h200
 
 Writes upstream FP4/FP8 bytes of 3 layers first (20 GB, kept in --work), then measures the machine's ceilings, the
-layers on 768 x 512 tokens, and the same matrices in llm-compressor's batched GPTQ. --out gets a .json with every number and a
-.svg with the timeline. --small is the same on a CPU in a minute; its figures mean nothing.
+layers on 768 x 512 tokens, and the same matrices in llm-compressor's batched GPTQ. --out gets a .json with every
+number and a .svg with the timeline. --small is the same on a CPU in a minute; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -254,9 +254,9 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
                 for name, each in (("ours", mine), ("theirs", found)):
                     losses[name] += weighted_loss(w[e], each[e], scale[e], of[e])
         theirs_s.append(taken)
-    found = {"ours_s": ours_s, "ours_total_s": sum(ours_s), "matrices": 3 * config.n_routed_experts}
+    result: dict[str, Any] = {"ours_s": ours_s, "ours_total_s": sum(ours_s), "matrices": 3 * config.n_routed_experts}
     if peer:
-        found |= {
+        result |= {
             "llmcompressor": version("llmcompressor"),
             "theirs_s": theirs_s,
             "theirs_total_s": sum(theirs_s),
@@ -264,7 +264,7 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
             "loss_ratio": losses["ours"] / losses["theirs"],
             "equal_codes": equal / codes,
         }
-    return found
+    return result
 
 
 def clocked(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -435,9 +435,8 @@ def drawn(spans: list[Span]) -> str:
         body.append(f'<text x="{left + second * scale:.1f}" y="172">{second} s</text>')
     for i, (what, color) in enumerate(COLORS.items()):
         x, y = left + (i % 7) * 140, 188 + i // 7 * 18
-        body.append(
-            f'<rect x="{x}" y="{y}" width="12" height="12" fill="{color}"/><text x="{x + 16}" y="{y + 10}">{what}</text>'
-        )
+        body.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{color}"/>')
+        body.append(f'<text x="{x + 16}" y="{y + 10}">{what}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 230" font-family="sans-serif" font-size="11">'
     return "\n".join([head, f'<rect width="{width}" height="230" fill="white"/>', *body, "</svg>\n"])
 
@@ -465,7 +464,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     upstream = args.work / "upstream"
     args.work.mkdir(parents=True, exist_ok=True)
     if not (upstream / "config.json").is_file():

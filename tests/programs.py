@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +80,17 @@ def run_here(stage: str, *arguments: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """name -> bytes of every file below `folder`, hidden ones too."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """name -> bytes of every file below `folder`, hidden ones too; layer reports without what their run took."""
+    return {p.relative_to(folder).as_posix(): _comparable(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _comparable(path: Path) -> bytes:
+    content = path.read_bytes()
+    if re.fullmatch(r"layer-\d+\.json", path.name):
+        report = json.loads(content)
+        del report["run"]
+        content = json.dumps(report, sort_keys=True).encode()
+    return content
 
 
 def temporaries(folder: Path) -> list[Path]:
@@ -104,6 +115,40 @@ class Death:
     count: int = 1
 
 
+@dataclass(frozen=True)
+class Place:
+    """A process's place among those of a run, as torchrun says it."""
+
+    rank: int
+    size: int
+    port: int
+
+    def environment(self) -> dict[str, str]:
+        ranks = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": self.size, "MASTER_PORT": self.port}
+        return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def kill_when(until: Callable[[], bool], pids: Sequence[int]) -> None:
+    """Sends SIGKILL to children of the fork server when `until` says so, or when one of them has ended.
+
+    A child stays a zombie until it is asked for, so its id is its own.
+    """
+
+    def ended(pid: int) -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    while not until() and not any(map(ended, pids)):
+        time.sleep(0.001)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 class ForkServer:
     """A process with the stages imported, from which each run is forked."""
 
@@ -123,6 +168,19 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def start(
+        self, stage: str, arguments: list[str], log: Path, death: Death | None = None, place: Place | None = None
+    ) -> int:
+        """Forks a program, or a `module:function` of the tests, and returns its process id; to be reaped."""
+        moment = [death.moment, death.name, death.count] if death else None
+        environment = place.environment() if place else {}
+        request = {"stage": stage, "arguments": arguments, "log": str(log), "death": moment, "env": environment}
+        return int(self._ask(request))
+
+    def reap(self, pid: int) -> int:
+        """Waits for its end -> the exit status as in subprocess."""
+        return int(self._ask({"reap": pid}))
+
     def run(
         self,
         stage: str,
@@ -132,14 +190,28 @@ class ForkServer:
         until: Callable[[], bool] | None = None,
     ) -> int:
         """The exit status as in subprocess. The process is killed when `until` says so, if it still runs then."""
-        moment = [death.moment, death.name, death.count] if death else None
-        pid = self._ask({"stage": stage, "arguments": arguments, "log": str(log), "death": moment})
+        pid = self.start(stage, arguments, log, death)
         if until is not None:
-            # The child stays a zombie until it is asked for, so the id is its own.
-            while not until() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                time.sleep(0.001)
-            os.kill(pid, signal.SIGKILL)
-        return int(self._ask({"reap": pid}))
+            kill_when(until, [pid])
+        return self.reap(pid)
+
+    def run_ranks(
+        self,
+        size: int,
+        stage: str,
+        arguments: list[str],
+        log: Path,
+        until: Callable[[], bool] | None = None,
+        victims: Sequence[int] | None = None,
+    ) -> list[int]:
+        """The same as `size` ranks of one run, without torchrun -> their exit statuses. Rank r's log is `log`.r; at the
+        moment `until`, all ranks or `victims` are killed."""
+        port = free_port()
+        logs = [log.with_name(f"{log.name}.{rank}") for rank in range(size)]
+        pids = [self.start(stage, arguments, logs[rank], place=Place(rank, size, port)) for rank in range(size)]
+        if until is not None:
+            kill_when(until, [pids[rank] for rank in (range(size) if victims is None else victims)])
+        return [self.reap(pid) for pid in pids]
 
     def close(self) -> None:
         assert self._process.stdin
@@ -185,9 +257,6 @@ def _die_at(moment: str, name: str, count: int) -> None:
 def _serve() -> None:
     for stage in ("calibrate", "postprocess", "verify", "dequant"):
         importlib.import_module(f"scripts.{stage}")
-    from v4forge import gptq
-
-    gptq._kernel()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -199,7 +268,12 @@ def _serve() -> None:
             os.dup2(log, 2)
             if request["death"]:
                 _die_at(*request["death"])
-            code = run_here(request["stage"], *request["arguments"])
+            os.environ.update(request["env"])
+            module, _, function = request["stage"].partition(":")
+            if function:
+                code = getattr(importlib.import_module(module), function)(*request["arguments"]) or 0
+            else:
+                code = run_here(module, *request["arguments"])
             sys.stdout.flush()
             os._exit(code)
         answers.write(f"{answer}\n")

@@ -1,4 +1,5 @@
-"""v4forge.gptq against GPTQ written out in float64, and what calibration makes of experts that few tokens reach."""
+"""v4forge.gptq against GPTQ written out in float64 and against llm-compressor's, and what calibration makes of experts
+that few tokens reach."""
 
 from __future__ import annotations
 
@@ -6,17 +7,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from safetensors.torch import load_file
 from synthetic import write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, gptq, layers, layout, model
+from v4forge import calibration, experts, gptq, layers, layout, model
 from v4forge.checkpoint import Checkpoint, write_shard
 from v4forge.codec import unpack_int4
 from v4forge.corpus import Corpus
+from v4forge.watch import Watch
 
 CPU = torch.device("cpu")
 DAMPENING = 0.01
@@ -55,6 +59,24 @@ def quantized(
     """GPTQ and round-to-nearest with the same scales."""
     scale = SCALES[scales](p)
     return gptq.gptq(p.weights, p.hessians, scale, dampening), gptq.round_to_nearest(p.weights, scale)
+
+
+def lost_by_row(weights: Tensor, q: gptq.Quantized, hessians: Tensor) -> Tensor:
+    """(w - q) H (w - q)^T of every row, [E, out] f64, q = code * scale."""
+    left = weights.double() - q.codes.double() * q.scale.double().repeat_interleave(128, -1)
+    return ((left @ hessians.double()) * left).sum(-1)
+
+
+def weighted_error(weights: Tensor, served: Tensor, hessians: Tensor) -> Tensor:
+    """tr((W - Q) H (W - Q)^T) / tr(W H W^T), [E] f64; 0 where the denominator is 0."""
+    w, left, h = weights.double(), weights.double() - served.double(), hessians.double()
+    lost, whole = (((m @ h) * m).sum((1, 2)) for m in (left, w))
+    return torch.where(whole > 0, lost / whole, 0.0)
+
+
+def indefinite(width: int) -> Tensor:
+    """A symmetric matrix with a positive diagonal and a negative eigenvalue, far beyond what dampening mends."""
+    return torch.eye(width) * -1 + 2
 
 
 @pytest.fixture(scope="module", params=SCALES)
@@ -96,7 +118,6 @@ def test_codes_are_4_bit_and_scales_are_usable(solved: tuple[Problem, gptq.Quant
         assert q.scale.dtype == torch.bfloat16
         assert q.scale.shape == (EXPERTS, OUT, IN // 128)
         assert bool(q.scale.isfinite().all() and (q.scale > 0).all())
-        assert q.fallback == ()
         # what is served is a code times its group's scale, in BF16
         served = (q.codes.float() * q.scale.float().repeat_interleave(128, -1)).bfloat16()
         assert torch.equal(q.dequantized(), served)
@@ -107,7 +128,7 @@ def test_codes_are_4_bit_and_scales_are_usable(solved: tuple[Problem, gptq.Quant
 def test_gptq_loses_less_than_round_to_nearest_on_every_matrix(seed: int, scales: str) -> None:
     p = problem(seed)
     both = quantized(p, scales=scales)
-    ours, nearest = (gptq.weighted_error(p.weights, q.dequantized(), p.hessians) for q in both)
+    ours, nearest = (weighted_error(p.weights, q.dequantized(), p.hessians) for q in both)
     assert bool((ours < 0.9 * nearest).all()), (ours, nearest)
 
 
@@ -131,9 +152,26 @@ def test_the_weighted_error_is_the_share_of_the_output_that_is_lost(
     p, ours, _ = solved
     w, x, served = p.weights.double(), p.x.double(), ours.dequantized().double()
     direct = ((w - served) @ x.mT).square().sum((1, 2)) / (w @ x.mT).square().sum((1, 2))
-    torch.testing.assert_close(
-        gptq.weighted_error(p.weights, ours.dequantized(), p.hessians), direct, rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(weighted_error(p.weights, ours.dequantized(), p.hessians), direct, rtol=1e-4, atol=0)
+    left = p.weights.float() - ours.dequantized().float()
+    shares = [gptq.energy(m, p.hessians).double().sum(1) for m in (left, p.weights)]
+    torch.testing.assert_close(shares[0] / shares[1], direct, rtol=1e-4, atol=0)
+
+
+def test_the_sweep_counts_what_every_row_loses(solved: tuple[Problem, gptq.Quantized, gptq.Quantized]) -> None:
+    p, ours, _ = solved
+    again, lost = gptq.sweep(p.weights, gptq.factorize(p.hessians, DAMPENING), ours.scale)
+    assert torch.equal(again.codes, ours.codes)
+    assert lost.shape == (EXPERTS, OUT)
+    torch.testing.assert_close(lost.double(), lost_by_row(p.weights, ours, p.hessians), rtol=1e-3, atol=0)
+
+
+def test_the_energy_of_a_row_is_its_product_with_the_hessian() -> None:
+    p = problem(8)
+    expected = (torch.einsum("eri,eij->erj", p.weights.double(), p.hessians.double()) * p.weights.double()).sum(-1)
+    torch.testing.assert_close(gptq.energy(p.weights, p.hessians).double(), expected, rtol=1e-5, atol=0)
+    shared = (p.weights.double() @ p.hessians[1].double() * p.weights.double()).sum(-1)
+    torch.testing.assert_close(gptq.energy(p.weights, p.hessians[1:2]).double(), shared, rtol=1e-5, atol=0)
 
 
 def test_round_to_nearest_finds_the_nearest_of_all_16_codes(
@@ -176,7 +214,7 @@ def test_gptq_agrees_with_its_definition_in_float64(dampening: float) -> None:
     )
     assert float((ours.codes == codes).double().mean()) > 0.999
     reference = gptq.Quantized(codes.to(torch.int8), ours.scale)
-    lost = [gptq.weighted_error(p.weights, q.dequantized(), p.hessians) for q in (ours, reference)]
+    lost = [weighted_error(p.weights, q.dequantized(), p.hessians) for q in (ours, reference)]
     torch.testing.assert_close(*lost, rtol=1e-3, atol=0)
 
 
@@ -186,12 +224,11 @@ def test_an_input_that_was_never_active_keeps_its_weights() -> None:
     p.x[:, :, dead] = 0
     p.hessians = torch.stack([gptq.gram(each) / TOKENS for each in p.x])
     ours, nearest = quantized(p)
-    assert ours.fallback == ()
     # nothing is known about it, so nothing is better than the nearest code
     assert torch.equal(ours.codes[..., dead], nearest.codes[..., dead])
     assert bool((ours.codes[..., dead] != 0).any())
-    alive = gptq.weighted_error(p.weights, ours.dequantized(), p.hessians)
-    assert bool((alive < gptq.weighted_error(p.weights, nearest.dequantized(), p.hessians)).all())
+    alive = weighted_error(p.weights, ours.dequantized(), p.hessians)
+    assert bool((alive < weighted_error(p.weights, nearest.dequantized(), p.hessians)).all())
 
 
 def test_an_expert_without_any_input_is_rounded_to_nearest() -> None:
@@ -199,25 +236,88 @@ def test_an_expert_without_any_input_is_rounded_to_nearest() -> None:
     p.hessians[2] = 0
     ours, nearest = quantized(p)
     assert torch.equal(ours.codes[2], nearest.codes[2])
-    assert gptq.weighted_error(p.weights, ours.dequantized(), p.hessians)[2] == 0
+    assert weighted_error(p.weights, ours.dequantized(), p.hessians)[2] == 0
 
 
-def test_an_expert_whose_factorization_fails_is_rounded_to_nearest_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(4)
-    whole = gptq._kernel()
+def test_a_factor_multiplies_out_to_the_dampened_hessian() -> None:
+    p = problem(9)
+    factor = gptq.factorize(p.hessians, DAMPENING)
+    assert not bool(factor.failed.any())
+    for e in range(EXPERTS):
+        lower, order = factor.lower[e].double(), factor.order[e]
+        assert order.sort().values.tolist() == list(range(IN))
+        activity = p.hessians[e].diagonal()[order]
+        assert bool((activity[1:] >= activity[:-1]).all())
+        assert torch.equal(lower, lower.tril()) and bool((lower.diagonal() == 1).all())
+        damp = DAMPENING * p.hessians[e].double().diagonal().mean()
+        wanted = p.hessians[e].double()[order][:, order] + damp * torch.eye(IN)
+        assert float(factor.damp[e]) == pytest.approx(float(damp), rel=1e-5)
+        product = lower * factor.pivots[e].double() @ lower.T
+        assert float((product - wanted).norm() / wanted.norm()) < 1e-6
 
-    def failing(weights: Tensor, hessians: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-        if bool((hessians == p.hessians[1]).all((1, 2)).any()):
-            raise torch.linalg.LinAlgError("not positive-definite")
-        return whole(weights, hessians, *rest)
 
-    undisturbed, nearest = quantized(p)
-    monkeypatch.setattr(gptq, "_kernel", lambda: failing)
+class OnGpu(Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("width", [64, 128, 300, 512])
+def test_the_factorization_in_blocks_is_cholesky_s(width: int) -> None:
+    x = torch.randn(5, 2 * width, width, generator=torch.Generator().manual_seed(width))
+    hessians = x.mT @ x / len(x[0])
+    hessians[1], hessians[4] = indefinite(width), torch.eye(width)
+    hessians[4, -1, -1] = -1  # fails in the last block
+    factors, failed = gptq._cholesky(hessians.clone().as_subclass(OnGpu))
+    assert failed.tolist() == [False, True, False, False, True]
+    for e in (0, 2, 3):
+        lower = factors[e].as_subclass(Tensor).double()
+        assert torch.equal(lower, lower.tril())
+        wanted = hessians[e].double()
+        assert float((lower @ lower.T - wanted).norm() / wanted.norm()) < 1e-6
+        torch.testing.assert_close(lower, torch.linalg.cholesky(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_one_factor_serves_all_experts_that_read_the_same_input() -> None:
+    p = problem(10)
+    scale = SCALES["searched"](p)
+    shared = gptq.sweep(p.weights, gptq.factorize(p.hessians[:1], DAMPENING), scale)
+    copied = gptq.sweep(p.weights, gptq.factorize(p.hessians[:1].repeat(EXPERTS, 1, 1), DAMPENING), scale)
+    assert torch.equal(shared[0].codes, copied[0].codes)
+    torch.testing.assert_close(shared[1], copied[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gptq_agrees_with_llm_compressor_s(seed: int) -> None:
+    p = problem(20 + seed)
     ours, _ = quantized(p)
-    assert ours.fallback == (1,)
+    scale = ours.scale.float()
+    theirs, _, fallback = quantize_weight(
+        p.weights.float(), p.hessians.clone(), scale, torch.zeros_like(scale), None, gptq.QUANT_ARGS, 128, DAMPENING
+    )
+    assert not bool(fallback.any())
+    codes = (theirs / scale.repeat_interleave(128, -1)).round().to(torch.int8)
+    assert float((codes == ours.codes).double().mean()) > 0.99
+    lost = [lost_by_row(p.weights, gptq.Quantized(c, ours.scale), p.hessians).sum(1) for c in (ours.codes, codes)]
+    assert bool((lost[0] <= 1.001 * lost[1]).all()), lost
+
+
+def test_an_expert_whose_hessian_cannot_be_factorized_is_rounded_to_nearest() -> None:
+    p = problem(4)
+    undisturbed, _ = quantized(p)
+    p.hessians[1] = indefinite(IN)
+    ours, nearest = quantized(p)
+    assert gptq.factorize(p.hessians, DAMPENING).failed.tolist() == [False, True, False]
     assert torch.equal(ours.codes[1], nearest.codes[1])
     others = [e for e in range(EXPERTS) if e != 1]
     assert torch.equal(ours.codes[others], undisturbed.codes[others])
+
+
+def test_a_hessian_with_a_negative_diagonal_is_rounded_to_nearest() -> None:
+    p = problem(4)
+    p.hessians[1] = -torch.eye(IN)
+    ours, nearest = quantized(p)
+    assert torch.equal(ours.codes[1], nearest.codes[1])
 
 
 RARE = 5  # the only token that layer 0 sends to expert 2
@@ -231,6 +331,14 @@ class Calibrated:
     source: Checkpoint
     work: Path
     tokens: Tensor  # [samples, seq_len]
+
+    def again(self, work: Path) -> Calibrated:
+        """The same into another folder, whatever has been changed meanwhile."""
+        mark = {"a": "fingerprint"}
+        layers.claim(work, mark, "refuse", print)
+        corpus = Corpus(self.tokens, "sha256", 0, "random tokens")
+        calibration.calibrate(self.source, corpus, work, layers.Settings(micro_batch=4), mark, CPU)
+        return Calibrated(self.source, work, self.tokens)
 
     def report(self, layer: int) -> dict:
         return json.loads(layers.layer_report(self.work, layer).read_text())
@@ -258,12 +366,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     write_shard(shard, tensors)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(64, (8, 64), generator=generator)
-    source = Checkpoint(folder / "source")
-    mark = {"a": "fingerprint"}
-    layers.claim(folder / "work", mark, "refuse", print)
-    corpus = Corpus(tokens, "sha256", 0, "random tokens")
-    calibration.calibrate(source, corpus, folder / "work", layers.Settings(micro_batch=4), mark, CPU)
-    return Calibrated(source, folder / "work", tokens)
+    return Calibrated(Checkpoint(folder / "source"), folder, tokens).again(folder / "work")
 
 
 def test_experts_that_few_tokens_reach_are_listed_with_their_tokens(calibrated: Calibrated) -> None:
@@ -293,18 +396,26 @@ def test_experts_that_few_tokens_reach_are_their_source_and_not_zero(
 
 
 @torch.no_grad()
-def test_an_expert_without_tokens_is_quantized_for_the_tokens_of_the_others(calibrated: Calibrated) -> None:
-    source = calibrated.source
-    config = model.hf_config(source.config)
-    weights = model.Weights(source, CPU)
+def experts_input(calibrated: Calibrated) -> Tensor:
+    """What enters the experts of the first layer, [tokens, hidden]."""
+    config = model.hf_config(calibrated.source.config)
+    weights = model.Weights(calibrated.source, CPU)
     streams = model.embed(model.load_root(weights, config), config, calibrated.tokens)
     context = model.Rotary(config, CPU, weights.dtype).context(calibrated.tokens)
-    x = model.attend(model.load_layer(weights, config, HASHED), streams, context).x
+    return model.attend(model.load_layer(weights, config, HASHED), streams, context).x
+
+
+def table_of(source: Checkpoint) -> Tensor:
+    return source.raw(f"layers.{HASHED}.ffn.gate.tid2eid")
+
+
+def test_an_expert_without_tokens_is_quantized_for_the_tokens_of_the_others(calibrated: Calibrated) -> None:
+    x = experts_input(calibrated)
     everything = (gptq.gram(x) / len(x))[None]
     for which in ("w1", "w3"):
         wanted, found = calibrated.matrix(HASHED, 3, which)
         nearest = gptq.round_to_nearest(wanted, found.scale)
-        lost = [gptq.weighted_error(wanted, q.dequantized(), everything) for q in (found, nearest)]
+        lost = [weighted_error(wanted, q.dequantized(), everything) for q in (found, nearest)]
         assert bool(lost[0] < 0.9 * lost[1]), lost
 
 
@@ -333,17 +444,77 @@ def test_layer_files_hold_exactly_their_layer_of_the_artifact(calibrated: Calibr
         assert set(stored) == {n for n in expected if n.startswith(f"layers.{layer}.")}
 
 
-def test_the_number_of_experts_quantized_at_a_time_changes_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_that_gptq_gave_up_is_named_in_the_layer_s_report(
+    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = experts.hessians
+
+    def disturbed(rows: list[Tensor], gate_up: Tensor, *rest: Any) -> experts.Hessians:
+        made = undisturbed(rows, gate_up, *rest)
+        for i, e in enumerate(rest[-1]):
+            if e in (1, 2):
+                made.inner[i] = indefinite(made.inner.shape[-1])
+            if e == 2:
+                made.hidden[i] = indefinite(made.hidden.shape[-1])
+        return made
+
+    monkeypatch.setattr(experts, "hessians", disturbed)
+    found = calibrated.again(tmp_path)
+    for layer in calibrated.source.config.layers:
+        assert found.report(layer)["fallback"] == ["w2 of expert 1", "w1, w3 of expert 2", "w2 of expert 2"]
+    for expert, which in ((1, "w2"), (2, "w1"), (2, "w2"), (2, "w3")):
+        wanted, stored = found.matrix(ROUTED, expert, which)
+        assert torch.equal(stored.codes, gptq.round_to_nearest(wanted, stored.scale).codes)
+    kept, changed = (load_file(layers.layer_file(work, HASHED)) for work in (calibrated.work, found.work))
+    differing = {".".join(n.split(".")[4:6]) for n in kept if not torch.equal(kept[n], changed[n])}
+    assert differing == {"1.w2", "2.w1", "2.w2", "2.w3"}
+
+
+def test_the_number_of_experts_quantized_at_a_time_changes_no_code() -> None:
     p = problem(5)
     gate_up = p.weights.repeat(1, 6, 1)[:, :256]
     down = gate_up[..., :128]
     inner = p.hessians[:, :128, :128].contiguous()
-    hessians = calibration.Hessians(p.hessians, inner, [TOKENS] * EXPERTS, [])
-    whole = calibration.quantize(gate_up, down, hessians, layers.Settings())
-    monkeypatch.setattr(calibration, "EXPERT_BATCH", 2)
-    parts = calibration.quantize(gate_up, down, hessians, layers.Settings())
-    assert torch.equal(whole.gate_up.codes, parts.gate_up.codes) and torch.equal(whole.down.codes, parts.down.codes)
-    assert torch.equal(whole.gate_up.scale, parts.gate_up.scale) and torch.equal(whole.down.scale, parts.down.scale)
-    for which, methods in whole.report["error"].items():
+
+    def of(*numbers: int) -> experts.Experts:
+        some = list(numbers)
+        h = experts.Hessians(p.hessians[some], inner[some], [])
+        return experts.quantize(gate_up[some], down[some], h, layers.Settings(), some, Watch(CPU))
+
+    whole, parts = of(0, 1, 2), (of(0, 1), of(2))
+    for kind in ("gate_up", "down"):
+        for part in ("codes", "scale"):
+            joined = torch.cat([getattr(getattr(each, kind), part) for each in parts])
+            assert torch.equal(getattr(getattr(whole, kind), part), joined)
+    for which, methods in whole.error.items():
         for method, values in methods.items():
-            assert parts.report["error"][which][method] == pytest.approx(values, rel=1e-12)
+            assert parts[0].error[which][method] + parts[1].error[which][method] == pytest.approx(values, rel=1e-5)
+
+
+def test_the_number_of_experts_in_a_step_changes_no_code(
+    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "EXPERT_BATCH", {"cpu": 3})
+    found = calibrated.again(tmp_path)
+    for layer in calibrated.source.config.layers:
+        one, three = (load_file(layers.layer_file(work, layer)) for work in (calibrated.work, found.work))
+        assert [n for n in one if not torch.equal(one[n], three[n])] == []
+        for which, methods in calibrated.report(layer)["error"].items():
+            for method, values in methods.items():
+                assert found.report(layer)["error"][which][method] == pytest.approx(values, rel=1e-5)
+
+
+def test_what_the_report_says_is_lost_is_what_the_codes_lose(calibrated: Calibrated) -> None:
+    config = calibrated.source.config
+    source, x = calibrated.source, experts_input(calibrated)
+    for which in ("w1", "w3"):
+        for expert in (0, 1):  # which have tokens enough, so that nothing is blended
+            wanted, found = calibrated.matrix(HASHED, expert, which)
+            rows = x[(table_of(source)[calibrated.tokens.flatten()] == expert).any(-1)]
+            assert len(rows) >= config.hidden_size
+            hessian = (rows.double().T @ rows.double() / len(rows))[None]
+            nearest = experts.nearest(wanted.bfloat16())
+            errors = calibrated.report(HASHED)["error"][which]
+            for method, q in (("gptq", found), ("rtn", nearest)):
+                exact = weighted_error(wanted, q.dequantized(), hessian)
+                assert errors[method][expert] == pytest.approx(float(exact), rel=1e-2)

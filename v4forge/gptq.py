@@ -70,7 +70,7 @@ def tf32() -> Iterator[None]:
 
 def gram(x: Tensor) -> Tensor:
     """x^T x with F32 accumulation. x: [tokens, in] -> [in, in] f32. Products of BF16 values are exact in F32."""
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+    if x.is_cuda and x.dtype == torch.bfloat16 and len(x):
         return torch.mm(x.mT, x, out_dtype=torch.float32)
     x = x.float()
     return x.mT @ x

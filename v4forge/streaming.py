@@ -105,30 +105,33 @@ class Reader:
         return self
 
     def _run(self) -> None:
+        try:
+            self._read_groups()
+        except BaseException as error:  # handed to the consumer, who would wait for ever
+            self._ready.put(error)
+
+    def _read_groups(self) -> None:
         pin = self._device.type == "cuda"
         if pin:
             torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device's context
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            try:
-                for layer, names in self._groups:
-                    slots, size = {}, 0
-                    for name in names:
-                        spec = self._checkpoint.spec(name)
-                        slots[name] = (size, spec)
-                        size += -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
-                    with self._room:
-                        while not (self._closed or not self._held or self._held + size <= self._ahead):
-                            self._room.wait()
-                        self._held += size
-                    if self._closed:
-                        return
-                    start = self._watch.now()
-                    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-                    self._fill(buffer, slots, pool)
-                    self._watch.add(layer, "read", "read", start, size)
-                    self._ready.put(Group(buffer, slots))
-            except BaseException as error:  # handed to the consumer
-                self._ready.put(error)
+            for layer, names in self._groups:
+                slots, size = {}, 0
+                for name in names:
+                    spec = self._checkpoint.spec(name)
+                    slots[name] = (size, spec)
+                    size += -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
+                with self._room:
+                    while not (self._closed or not self._held or self._held + size <= self._ahead):
+                        self._room.wait()
+                    self._held += size
+                if self._closed:
+                    return
+                start = self._watch.now()
+                buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+                self._fill(buffer, slots, pool)
+                self._watch.add(layer, "read", "read", start, size)
+                self._ready.put(Group(buffer, slots))
 
     def _fill(self, buffer: Tensor, slots: dict[str, tuple[int, TensorSpec]], pool: ThreadPoolExecutor) -> None:
         view = buffer.numpy().data
