@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ from v4forge.files import write_json
 from v4forge.layers import Settings, digest_of, finished, layer_file, layer_report, read_experts
 from v4forge.ranks import Ranks
 from v4forge.recipe import rule_for
-from v4forge.streaming import Group, Reader, Writer, on_host
+from v4forge.streaming import Group, Reader, done, on_host
 from v4forge.watch import Watch, seconds
 
 # Experts at a time. On the CPU one, whose bits then depend on nothing else.
 EXPERT_BATCH = {"cuda": 16, "cpu": 1}
 READ_AHEAD_BYTES = 4 << 30
 CHECKED_AT_A_TIME = 48  # tensors of the MTP block
-WRITES_PENDING = 8  # groups of experts, and micro-batches of hidden states
+WRITE_THREADS = 2
 
 
 def _noop(_layer: int, _what: str) -> None:
@@ -122,28 +123,28 @@ def calibrate(
     groups = [(i, names) for i in visited for names in _names(run, i, i in todo)]
     with (
         Reader(source, groups, READ_AHEAD_BYTES, device, run.watch) as reader,
-        Writer(WRITES_PENDING) as writer,
-        Writer(1 + len(batches)) as keeper,
+        ThreadPoolExecutor(WRITE_THREADS, "writer") as writer,
     ):
         previous: Layer | None = None
+        kept: list[Future[None]] = []
         for index in visited:
             layer = Layer(run, index, writer, index in todo)
             attended = layer.attend(reader, hf_config, streams, batches, rotary)
-            if previous is not None:
-                previous.publish()  # while the GPU attends
             streams = layer.mix(attended, reader, float(hf_config.swiglu_limit), last=index == todo[-1])
+            del attended
+            if previous is not None:
+                previous.publish()  # its writes had this layer's time
             previous = layer
             if corpus is not None and keep_every and (index + 1) % keep_every == 0 and index != todo[-1]:
-                keeper.flush()
+                done(kept)
                 ranks.barrier()
                 if ranks.rank == 0:
                     hidden_states.keep(work, [index + 1 - keep_every])
                 ranks.barrier()
-                for number, batch in zip(own, streams, strict=True):
-                    layer.keep(keeper, number, batch)
+                kept += [layer.keep(number, batch) for number, batch in zip(own, streams, strict=True)]
         if previous is not None:
             previous.publish()
-        keeper.flush()
+        done(kept)
     ranks.barrier()
     if ranks.rank == 0:
         hidden_states.keep(work, [])
@@ -193,12 +194,13 @@ class Layer:
 
     run: Run
     index: int
-    writer: Writer
+    writer: ThreadPoolExecutor
     quantizes: bool  # or is it finished, and only run again on its quantized experts
     shard: SharedShard | None = None
     notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by expert of this rank
     counts: list[int] = field(default_factory=list)  # tokens by expert, of all ranks
     peak_gpu_bytes: int = 0
+    writes: list[Future[None]] = field(default_factory=list)
 
     def attend(
         self,
@@ -215,10 +217,10 @@ class Layer:
         watch.begin(self.index)
         run.progress(self.index, "forward")
         frame = next(reader)
-        if self.quantizes:
-            self.open(frame)
         with watch.compute("decode"):
             view = run.source.holding(frame.on(run.device).tensors())
+            if self.quantizes:
+                self.open(view)
             module = model.load_layer(model.Weights(view, run.device), hf_config, self.index, experts=False)
         with watch.compute("forward 1"):
             return [model.attend(module, streams.pop(0), rotary.context(batch)) for batch in batches]
@@ -238,15 +240,14 @@ class Layer:
             self.peak_gpu_bytes = torch.cuda.max_memory_allocated(run.device)
         return outputs
 
-    def open(self, frame: Group) -> None:
-        """Starts the layer's file; rank 0 writes what is not an expert's into it."""
+    def open(self, source: Checkpoint) -> None:
+        """Starts the layer's file; rank 0 writes what is not an expert's into it, which `source` holds."""
         run, config = self.run, self.run.source.config
         specs = {
             stored: spec
             for name, shape in layout.layer_parameters(config, self.index)
             for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
         }
-        source = run.source.holding(frame.tensors())
         for name, spec in specs.items():  # an integer table keeps its source's width
             if spec.dtype == torch.int64 and name in source.weight_map:
                 specs[name] = source.spec(name)
@@ -269,9 +270,9 @@ class Layer:
             shard.write(tensors)
             watch.add(index, "write", "write", start, sum(t.numel() * t.element_size() for t in tensors.values()))
 
-        self.writer.submit(job)
+        self.writes.append(self.writer.submit(job))
 
-    def keep(self, keeper: Writer, number: int, streams: Tensor) -> None:
+    def keep(self, number: int, streams: Tensor) -> Future[None]:
         """Starts to write a micro-batch's hidden states behind this layer."""
         run, before = self.run, self.index + 1
         ready = on_host({"streams": streams})
@@ -282,7 +283,7 @@ class Layer:
             hidden_states.save(run.work, before, number, tensors["streams"], run.digest)
             run.watch.add(self.index, "hidden states", "write", start, streams.numel() * streams.element_size())
 
-        keeper.submit(job)
+        return self.writer.submit(job)
 
     def route(self, attended: list[model.Attended], reader: Reader, limit: float) -> Tensor | None:
         """Every expert's work, step by step -> the experts' outputs [tokens * top_k, hidden], None without a corpus."""
@@ -401,7 +402,7 @@ class Layer:
 
     def publish(self) -> None:
         """Waits until all ranks' writes are on disk, writes the report and gives the finished layer's file its name."""
-        self.writer.flush()
+        done(self.writes)
         self.run.ranks.barrier()
         if self.shard is not None:
             self.report()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from v4forge.codec import INT4_GROUP
 
+ROUNDER = tl.constexpr(1.5 * 2**23)  # added and taken away again it rounds to the nearest integer, ties to even
 SEARCH_ROWS = 32
 SWEEP_ROWS = 32
 
@@ -19,7 +20,7 @@ SWEEP_ROWS = 32
 @triton.jit
 def _nearest_code(value, step):
     code = tl.minimum(tl.maximum(tl.div_rn(value, step), -8.0), 7.0)
-    return (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, ties to even
+    return (code + ROUNDER) - ROUNDER
 
 
 @triton.jit
@@ -50,7 +51,9 @@ def _searched_scales(
     least = tl.full([ROWS], float("inf"), tl.float32)
     for i in range(N):
         step = (wide * tl.load(factors + i)).to(tl.bfloat16).to(tl.float32)
-        off = _nearest_code(w, tl.broadcast_to(step[:, None], (ROWS, G))) * step[:, None] - w
+        # a product with the reciprocal finds another code only at a tie, where both are as good
+        code = tl.minimum(tl.maximum(w * (1.0 / step)[:, None], -8.0), 7.0)
+        off = ((code + ROUNDER) - ROUNDER) * step[:, None] - w
         error = tl.sum(off * off * h[None, :], axis=1)
         best = tl.where(error < least, step, best)
         least = tl.minimum(error, least)

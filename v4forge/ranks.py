@@ -59,9 +59,8 @@ class Ranks:
     @_together
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order; small picklable values."""
-        values: list[Any] = [value]
-        if self.size > 1:
-            values = [None] * self.size
+        values: list[Any] = [value] * self.size
+        if dist.is_initialized():
             dist.all_gather_object(values, value)
         return values
 
@@ -69,7 +68,7 @@ class Ranks:
     def told(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""
         held = [value]
-        if self.size > 1:
+        if dist.is_initialized():
             dist.broadcast_object_list(held, src=0)
         return held[0]  # type: ignore[return-value]
 
@@ -80,7 +79,7 @@ class Ranks:
     @_together
     def exchange(self, rows: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """rows[r]: [n, width] for rank r -> what every rank has sent here, counts[r] rows from rank r."""
-        if self.size == 1:
+        if not dist.is_initialized():
             return list(rows)
         like = rows[0]
         row_bytes = like.shape[1] * like.element_size()
@@ -105,7 +104,7 @@ class Ranks:
             total += term
         if self.rank + 1 < self.size:
             dist.send(total, self.rank + 1)
-        if self.size > 1:
+        if dist.is_initialized():
             dist.broadcast(total, self.size - 1)
         return total
 
@@ -113,19 +112,18 @@ class Ranks:
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     """The place that torchrun gave this process, and its device: `cuda` becomes the GPU of its local rank."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
     if device.type == "cuda":
         local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise UserError(f"there is no GPU {local} here", f"start at most {torch.cuda.device_count()} processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if size == 1:
+    if "WORLD_SIZE" not in os.environ:
         yield Ranks(), device
         return
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
     _together(dist.init_process_group)(backend, timeout=TIMEOUT, device_id=bound)
     try:
-        yield Ranks(dist.get_rank(), size), device
+        yield Ranks(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()

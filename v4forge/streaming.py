@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from v4forge.watch import Watch
 
 READ_THREADS = 8
 READ_BYTES = 8 << 20  # a request to the disk
-WRITE_THREADS = 2
 ALIGNMENT = 64  # of a tensor in a buffer, in bytes
 
 
@@ -160,37 +158,10 @@ def _read(file: int, path: str, target: memoryview, offset: int) -> None:
         target, offset = target[count:], offset + count
 
 
-class Writer:
-    """Runs jobs on a few threads; `submit` waits while `pending` of them are not done. Errors come at `flush`."""
-
-    def __init__(self, pending: int) -> None:
-        self._pool = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="writer")
-        self._slots = threading.BoundedSemaphore(pending)
-        self._jobs: list[Future[Any]] = []
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def submit(self, job: Callable[[], None]) -> None:
-        """Runs `job` soon, beside others."""
-        self._slots.acquire()
-
-        def run() -> None:
-            try:
-                job()
-            finally:
-                self._slots.release()
-
-        self._jobs.append(self._pool.submit(run))
-
-    def flush(self) -> None:
-        """Waits for all jobs; raises the first error."""
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job.result()
+def done(jobs: list[Future[None]]) -> None:
+    """Waits for all jobs of a thread pool and empties the list; raises the first error."""
+    while jobs:
+        jobs.pop(0).result()
 
 
 def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:

@@ -1,0 +1,107 @@
+"""What quantization does on a GPU, at DeepSeek-V4-Flash's widths, against the torch code and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from kernel_cases import DAMPENING, blocks, problem, scales
+
+from v4forge import gptq
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+SHAPES = {"w1 and w3": (2, 4096, 4096), "w2": (2, 4096, 2048), "odd": (3, 100, 384)}  # experts, rows, width
+
+Problem = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def matrices(request: pytest.FixtureRequest) -> Problem:
+    """Weights and Hessians."""
+    return problem(*SHAPES[request.param], device="cuda")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_a_block_of_the_sweep_is_the_torch_code_s(matrices: Problem, shared: bool) -> None:
+    weights, hessians = matrices
+    factor = gptq.factorize(hessians[:1] if shared else hessians, DAMPENING)
+    found = blocks(weights, factor, gptq.absmax_scales(weights))
+    assert found.blocks == weights.shape[-1] // gptq.SWEEP_COLUMNS
+    assert found.codes_equal > 0.9995  # a kernel fuses products with sums: a target half way may fall to either side
+    assert found.loss_off < 0.05  # of a row in which a code differs
+    assert not found.outside_touched
+
+
+def test_the_sweep_counts_what_the_rows_lose(matrices: Problem) -> None:
+    weights, hessians = matrices
+    scale = gptq.absmax_scales(weights)
+    found, lost = gptq.sweep(weights, gptq.factorize(hessians, DAMPENING), scale)
+    left = weights.double() - found.codes.double() * scale.double().repeat_interleave(128, -1)
+    exact = ((left @ hessians.double()) * left).sum(-1)
+    torch.testing.assert_close(lost.double(), exact, rtol=1e-2, atol=0)
+    torch.testing.assert_close(lost.double().sum(), exact.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(gptq.energy(left.float(), hessians).double().sum(), exact.sum(), rtol=1e-3, atol=0)
+
+
+def test_gptq_loses_as_much_as_on_the_cpu() -> None:
+    weights, hessians = problem(2, 256, 1024, device="cuda")
+    scale = gptq.absmax_scales(weights)
+    lost = []
+    for device in ("cuda", "cpu"):
+        w, h, s = (tensor.to(device) for tensor in (weights, hessians, scale))
+        found, by_row = gptq.sweep(w, gptq.factorize(h, DAMPENING), s)
+        lost.append((found.codes.cpu(), by_row.cpu().double().sum(1)))
+    assert float((lost[0][0] == lost[1][0]).double().mean()) > 0.98
+    torch.testing.assert_close(lost[0][1], lost[1][1], rtol=1e-3, atol=0)
+
+
+def test_the_searched_scales_are_the_torch_code_s(matrices: Problem) -> None:
+    weights, hessians = matrices
+    importance = hessians.diagonal(dim1=-2, dim2=-1)
+    found = scales(weights, importance, gptq.absmax_scales(weights), gptq.SCALE_GRID)
+    assert found.chosen > 8
+    assert found.equal >= 0.9999
+    assert found.worse < 1e-5
+
+
+def test_a_factor_multiplies_out_to_the_dampened_hessian(matrices: Problem) -> None:
+    _, hessians = matrices
+    factor = gptq.factorize(hessians, DAMPENING)
+    assert not bool(factor.failed.any())
+    for h, order, lower, pivots in zip(hessians, factor.order, factor.lower, factor.pivots, strict=True):
+        wanted = h.double()[order][:, order]
+        wanted += DAMPENING * h.double().diagonal().mean() * torch.eye(len(h), device=h.device)
+        assert bool((lower == lower.tril()).all())
+        product = lower.double() * pivots.double() @ lower.double().T
+        assert float((product - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_only_the_hessian_that_cannot_be_factorized_fails(bad: int) -> None:
+    _, hessians = problem(3, 1, 512, device="cuda")
+    whole = gptq.factorize(hessians, DAMPENING)
+    hessians[1, bad] = hessians[1, :, bad] = 0
+    hessians[1, bad, bad - 1] = hessians[1, bad - 1, bad] = 100
+    hessians[1, bad, bad] = 1
+    found = gptq.factorize(hessians, DAMPENING)
+    assert found.failed.tolist() == [False, True, False]
+    assert torch.equal(found.lower[1], torch.eye(512, device="cuda"))
+    for e in (0, 2):
+        torch.testing.assert_close(found.lower[e], whole.lower[e])
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 2048), (1000, 2048), (100_000, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gram_is_the_sum_of_outer_products(tokens: int, width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, width, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(dtype)
+    exact = sum(part.double().T @ part.double() for part in x.split(10_000))
+    found = gptq.gram(x)
+    assert found.dtype == torch.float32
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
+    assert float((found.double() - exact).diagonal().abs().max() / exact.diagonal().min()) < 1e-5
+    assert torch.equal(found, found.T)
