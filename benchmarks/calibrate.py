@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks import flash_layers
 from scripts.cli import parser_for
-from v4forge import calibration, dispatch, experts, gptq, layers, layout, model, plan
+from v4forge import calibration, dispatch, experts, gptq, layers, layout, model, one_layer, plan
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
 from v4forge.errors import run_main
@@ -178,8 +178,8 @@ def measured_layers(
     return {
         "wall_s": wall,
         "spans": [asdict(span) for span in watch.spans()],
-        "peak_gpu_gib": max(r["run"]["peak_gpu_bytes"][0] for r in reports) / 2**30,
-        "peak_host_gib": max(r["run"]["peak_host_bytes"][0] for r in reports) / 2**30,
+        "peak_gpu_gib": max(r["run"][0]["peak_gpu"] for r in reports) / 2**30,
+        "peak_host_gib": max(r["run"][0]["peak_host"] for r in reports) / 2**30,
         "reports": [{k: r[k] for k in ("layer", "attention", "tokens")} | {"lost": lost(r)} for r in reports],
     }
 
@@ -212,7 +212,7 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
     inner, damp = config.moe_intermediate_size, layers.Settings().dampening
     ours_s, theirs_s, equal, codes = [], [], 0, 0
     losses = {"ours": 0.0, "theirs": 0.0}
-    at_once = calibration.EXPERT_BATCH[device.type]
+    at_once = one_layer.EXPERT_BATCH[device.type]
     for first in range(0, config.n_routed_experts, PEER_BATCH):
         some = range(first, min(first + PEER_BATCH, config.n_routed_experts))
         matrices = {

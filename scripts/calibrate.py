@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from scripts.cli import parser_for, steps
 from v4forge import calibration, corpus, experts, layers, plan, ranks
 from v4forge.checkpoint import Checkpoint
-from v4forge.errors import run_main
+from v4forge.errors import UserError, run_main
 from v4forge.layout import upstream
+from v4forge.stamps import exclusive
 
 
 def main() -> None:
@@ -82,7 +84,7 @@ def main() -> None:
     add(
         "--keep-every",
         type=int,
-        default=8,
+        default=plan.KEEP_EVERY,
         metavar="LAYERS",
         help="keep hidden states on disk every so many layers, to resume from; 0: never (default: %(default)s)",
     )
@@ -123,6 +125,28 @@ def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device)
         print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {on}")
     if arguments.dry_run:
         return
+    with ExitStack() as held:
+        if place.rank == 0:
+            held.enter_context(sole_run(arguments.work))
+        calibrated(arguments, settings, source, samples, mark, place, device)
+
+
+def sole_run(work: Path) -> AbstractContextManager[int]:
+    """Keeps a second run out of `work` while this one lives: the files that ranks fill together have fixed names."""
+    busy = UserError(f"another run is writing to {work}", "wait until it has ended, or choose another --work")
+    return exclusive(work.parent / ".stamps" / f"{work.name}.lock", lambda: busy)
+
+
+def calibrated(
+    arguments: argparse.Namespace,
+    settings: layers.Settings,
+    source: Checkpoint,
+    samples: corpus.Corpus | None,
+    mark: Mapping[str, Any],
+    place: ranks.Ranks,
+    device: torch.device,
+) -> None:
+    todo = source.config.layers
     if place.rank == 0:
         layers.claim(arguments.work, mark, arguments.on_mismatch, print)
         kept = samples.tokens.shape if samples and arguments.keep_every else (0, 0)

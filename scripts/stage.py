@@ -26,6 +26,7 @@ from v4forge.stamps import Digests, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONS_SHOWN = 4
+LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 class Runner:
@@ -96,12 +97,18 @@ class Runner:
     def command(self, name: str) -> list[str]:
         stage = self.table[name]
         command = [sys.executable, "-m", stage.program]
+        if self.launched(stage):
+            command[2:2] = [*LAUNCHER, str(self.values["gpus"]), "-m"]
         for part in stage.arguments:
             if isinstance(part, str):
                 command.append(part.format(**self.values))
             elif self.values[part[1]]:
                 command += [part[0], str(self.values[part[1]])]
         return command
+
+    def launched(self, stage: Stage) -> bool:
+        """Whether the stage runs as several processes."""
+        return stage.parallel and self.values["gpus"] > 1
 
     def say_unsaid(self) -> None:
         while self.unsaid:
@@ -129,7 +136,9 @@ class Runner:
         say(f"{name}: {stage.does.format(**self.values)}{again}")
         command = self.command(name)
         started, clock = datetime.now(timezone.utc), time.monotonic()
-        code = execute(command, self.root, lock)
+        # torchrun sets it, and says so, where it is not set; the program fixes its threads itself
+        environment = {"OMP_NUM_THREADS": "1"} if self.launched(stage) else {}
+        code = execute(command, self.root, lock, environment)
         elapsed_s = round(time.monotonic() - clock, 3)
         if code:
             sys.exit(code)
@@ -166,10 +175,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def execute(command: Sequence[str], root: Path, lock: int) -> int:
+def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
     """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
     while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
         previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
         try:
@@ -189,17 +198,15 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     for key in ("source", "corpus", "heldout", "samples", "seq_len", "runtime"):
         if getattr(args, key) not in (None, ""):
             values[key] = getattr(args, key)
-    values["profile"], values["seed"] = args.profile, args.seed
+    values["profile"], values["seed"], values["gpus"] = args.profile, args.seed, args.gpus
     values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
     values["source"] = values["source"] or f"{values['work']}/upstream"
     return values
 
 
-def check_runtime(runtime: str, gpus: int) -> None:
+def check_runtime(runtime: str) -> None:
     if runtime == "docker":
         raise UserError("RUNTIME=docker: the images are not there yet", "run it in .venv: make … RUNTIME=host")
-    if gpus > 1:
-        raise UserError(f"GPUS={gpus}: only one GPU is used so far", "leave GPUS out; DEVICES=1 picks another GPU")
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
@@ -212,7 +219,7 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--scratch", default="scratch", help="where everything is written (default: %(default)s)")
     parser.add_argument("--title", default="", help="name of the whole: one line when nothing of it has to run")
     parser.add_argument("--runtime", choices=("", "host", "docker"), help="default: host for tiny, docker for flash")
-    parser.add_argument("--gpus", type=int, default=1, help="how many GPUs (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="processes of calibrate, each on a GPU if there are any")
     parser.add_argument("--source", help="another upstream checkpoint than the profile's")
     parser.add_argument("--corpus", help="another calibration text than the profile's, .jsonl or .txt")
     parser.add_argument("--heldout", help="another text to evaluate on than the profile's")
@@ -220,6 +227,8 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--seq-len", type=int, help="tokens in a sample")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     args = parser.parse_args(argv)
+    if args.gpus < 1:
+        parser.error(f"argument --gpus: {args.gpus} is not a number of GPUs")
     for name in args.stages:
         if name not in names:
             parser.error(f"no stage {name!r}; there are: {', '.join(names)}")
@@ -235,7 +244,7 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, Stage] = STAGES,
         runner.digests.save()
         return 0
 
-    check_runtime(runner.values["runtime"], args.gpus)
+    check_runtime(runner.values["runtime"])
     hint = "wait for it, or give this run a folder of its own: make … SCRATCH=<folder>"
     busy = UserError(f"another run is writing to {runner.work}", hint)
     with stamps.exclusive(runner.work / ".stamps" / "lock", lambda: busy) as lock:

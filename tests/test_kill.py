@@ -1,12 +1,18 @@
-"""Every stage killed with SIGKILL at one moment after another, then run to its end: the bytes of an undisturbed run."""
+"""Every stage killed with SIGKILL at one moment after another, then run to its end: the bytes of an undisturbed run.
+
+Calibration also as two ranks, and from the hidden states that it has kept.
+"""
 
 from __future__ import annotations
 
+import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from programs import (
@@ -16,10 +22,16 @@ from programs import (
     calibrate_arguments,
     contents,
     fork_server,
+    run_here,
     temporaries,
     write_corpus,
     write_source,
 )
+from safetensors.torch import load_file
+
+from v4forge import calibration
+from v4forge.checkpoint import Checkpoint, write_shard
+from v4forge.streaming import Reader
 
 
 @dataclass
@@ -173,3 +185,194 @@ def test_a_killed_postprocess_leaves_no_sums_that_would_pass(workshop: Workshop,
     assert workshop.run("postprocess", tmp_path) == 0
     artifact = contents(workshop.calm / "artifact")
     assert contents(tmp_path / "artifact") == without_certificate(artifact)
+
+
+# Calibration that keeps its hidden states before every layer.
+
+
+def keeping(workshop: Workshop, folder: Path) -> list[str]:
+    return [*workshop.arguments("calibrate", folder, folder), "--keep-every", "1"]
+
+
+def assert_ended(workshop: Workshop, folder: Path) -> None:
+    """All that a run keeps to itself is gone, and the rest has the undisturbed run's bytes."""
+    assert contents(folder / "layers") == contents(workshop.calm / "layers")
+    assert not (folder / "layers" / "streams").exists()
+    assert not temporaries(folder)
+
+
+def assert_layers_are_the_undisturbed_run_s(workshop: Workshop, work: Path) -> None:
+    wanted = contents(workshop.calm / "layers")
+    for path in work.glob("layer-*"):
+        assert contents(work)[path.name] == wanted[path.name], path
+
+
+def calibrate(workshop: Workshop, folder: Path, size: int = 0, delay_s: float | None = None) -> bool:
+    """A run without torchrun's variables, or of `size` ranks; all are killed after `delay_s`. Whether it has ended."""
+    log, arguments = workshop.base / "log.txt", keeping(workshop, folder)
+    end = time.monotonic() + (delay_s or 0)
+    until = None if delay_s is None else lambda: time.monotonic() > end
+    if size:
+        statuses = workshop.server.run_ranks(size, "calibrate", arguments, log, until=until)
+    else:
+        statuses = [workshop.server.run("calibrate", arguments, log, until=until)]
+    killed = -signal.SIGKILL if until else 0
+    assert set(statuses) <= {0, killed}, [path.read_text() for path in workshop.base.glob("log.txt*")]
+    return set(statuses) == {0}
+
+
+@pytest.mark.parametrize(("size", "moments"), [(0, 20), (2, 10)], ids=["one process", "two ranks"])
+def test_calibration_killed_at_random_moments_ends_with_the_same_bytes(
+    workshop: Workshop, tmp_path: Path, size: int, moments: int
+) -> None:
+    start = time.monotonic()
+    assert calibrate(workshop, tmp_path / "whole", size)
+    took_s = time.monotonic() - start
+    assert_ended(workshop, tmp_path / "whole")
+    rng = random.Random(size)
+    finished: set[int] = set()
+    for moment in range(moments):
+        folder = tmp_path / str(moment)
+        ended = calibrate(workshop, folder, size, delay_s=took_s * (moment + rng.random()) / moments)
+        if not ended:
+            finished.add(len(list((folder / "layers").glob("layer-*.safetensors"))))
+            assert_shards_are_whole(folder)
+            assert_layers_are_the_undisturbed_run_s(workshop, folder / "layers")
+        # a run of two ranks is continued by one and by two
+        assert calibrate(workshop, folder, size * (moment % 2))
+        assert_ended(workshop, folder)
+        shutil.rmtree(folder)
+    assert len(finished) > 1, "some were killed before the first layer was finished, and some after it"
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        Death("temporary", "00000.safetensors"),
+        Death("renamed", "00000.safetensors"),
+        Death("renamed", "00001.safetensors"),
+        Death("renamed", "layer-000.safetensors"),
+        Death("renamed", "layer-001.safetensors"),
+        Death("temporary", "layer-002.safetensors"),
+        Death("renamed", "layer-002.safetensors"),
+    ],
+    ids=lambda death: f"{death.moment} {death.name}",
+)
+def test_what_a_killed_run_kept_to_itself_is_gone_at_the_end(workshop: Workshop, tmp_path: Path, death: Death) -> None:
+    log = workshop.base / "log.txt"
+    assert workshop.server.run("calibrate", keeping(workshop, tmp_path), log, death) == -signal.SIGKILL
+    assert_layers_are_the_undisturbed_run_s(workshop, tmp_path / "layers")
+    assert calibrate(workshop, tmp_path)
+    assert_ended(workshop, tmp_path)
+
+
+def test_a_reserved_layer_that_was_not_filled_is_not_taken_for_one(workshop: Workshop, tmp_path: Path) -> None:
+    calm, work = workshop.calm / "layers", tmp_path / "layers"
+    shutil.copytree(calm, work)
+    for layer in (1, 2):  # its report is there, which is written first
+        whole = work / f"layer-{layer:03}.safetensors"
+        header = whole.read_bytes()[:5000]
+        whole.rename(reserved := work / f".{whole.name}.shared.tmp")
+        reserved.write_bytes(header + bytes(reserved.stat().st_size - len(header)))
+    assert calibrate(workshop, tmp_path)
+    assert_ended(workshop, tmp_path)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_that_was_removed_is_made_again(workshop: Workshop, tmp_path: Path, layer: int) -> None:
+    work = tmp_path / "layers"
+    shutil.copytree(workshop.calm / "layers", work)
+    (work / f"layer-{layer:03}.safetensors").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert calibrate(workshop, tmp_path)
+    assert_ended(workshop, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.fixture(scope="module")
+def stopped(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed when all layers but the last were finished, with the hidden states before the last."""
+    folder = tmp_path_factory.mktemp("stopped")
+    death = Death("renamed", "layer-001.safetensors")
+    arguments = keeping(workshop, folder)
+    assert workshop.server.run("calibrate", arguments, workshop.base / "log.txt", death) == -signal.SIGKILL
+    assert sorted(path.name for path in (folder / "layers" / "streams" / "layer-002").iterdir()) == [
+        "00000.safetensors",
+        "00001.safetensors",
+    ]
+    return folder
+
+
+def layers_read(
+    workshop: Workshop, folder: Path, monkeypatch: pytest.MonkeyPatch, refuse_finished: bool = False
+) -> list[int]:
+    """Runs calibration here -> the layers of which it has read anything from the source."""
+    read = []
+
+    def noted(source: Checkpoint, groups: list[tuple[int, list[str]]], *rest: Any) -> Reader:
+        read.extend(layer for layer, _ in groups)
+        return Reader(source, groups, *rest)
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("the experts of a finished layer are read")
+
+    monkeypatch.setattr(calibration, "Reader", noted)
+    if refuse_finished:
+        monkeypatch.setattr(calibration, "read_experts", refused)
+    assert run_here("calibrate", *keeping(workshop, folder)) == 0
+    return sorted(set(read))
+
+
+def test_a_run_continues_from_the_hidden_states_and_reads_no_finished_layer(
+    workshop: Workshop, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    assert layers_read(workshop, tmp_path, monkeypatch, refuse_finished=True) == [2]
+    assert_ended(workshop, tmp_path)
+
+
+def truncate(streams: Path) -> None:
+    path = streams / "layer-002" / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def foreign(streams: Path) -> None:
+    path = streams / "layer-002" / "00000.safetensors"
+    write_shard(path, load_file(path), {"fingerprint": "another"})
+
+
+def nonsense(streams: Path) -> None:
+    (streams / "layer-002" / "00000.safetensors").write_text("nonsense")
+
+
+def incomplete(streams: Path) -> None:
+    (streams / "layer-002" / "00001.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, foreign, nonsense, incomplete], ids=lambda damage: damage.__name__)
+def test_hidden_states_that_are_damaged_or_another_run_s_are_not_used(
+    workshop: Workshop, stopped: Path, tmp_path: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "layers" / "streams")
+    assert layers_read(workshop, tmp_path, monkeypatch)[0] < 2
+    assert_ended(workshop, tmp_path)
+
+
+def test_a_file_among_the_hidden_states_that_is_none_of_them_is_no_defect(
+    workshop: Workshop, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "layers" / "streams" / "notes.txt").write_text("mine")
+    code = run_here("calibrate", *keeping(workshop, tmp_path))
+    assert code == 0 or "hint: " in capsys.readouterr().err
+    assert_layers_are_the_undisturbed_run_s(workshop, tmp_path / "layers")
+
+
+def test_a_run_without_hidden_states_runs_its_finished_layers_again(
+    workshop: Workshop, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "layers" / "streams")
+    assert layers_read(workshop, tmp_path, monkeypatch) == [0, 1, 2]
+    assert_ended(workshop, tmp_path)

@@ -1,76 +1,36 @@
-"""The layer loop: forward, then a few experts at a time Hessians, GPTQ and forward again. A finished layer is one file.
+"""The layer loop of calibration: what is to be done, which layers are visited, what is kept to resume from.
 
-Nothing holds all experts of a layer: their tokens come sorted by expert, and each expert's weights, Hessians, codes and
-outputs are made from them in one go. The next layer's bytes are read meanwhile, and the last one's written.
-
-A layer file holds every tensor of its layer in the artifact's form. A run that finds files of its own fingerprint
-continues behind them, from the last hidden states that were kept.
+While a layer computes, the next one's bytes are read and the last one's are written. A layer file holds every tensor of
+its layer in the artifact's form. A run that finds files of its own fingerprint continues behind them, from the last
+hidden states that were kept.
 """
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from v4forge import experts, gptq, hidden_states, layout, model
-from v4forge.checkpoint import Checkpoint, SharedShard
-from v4forge.codec import FORMATS, CodecError
-from v4forge.conversion import converted
+from v4forge import hidden_states, layout, model
+from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
-from v4forge.dispatch import Dispatch
-from v4forge.errors import UserError
-from v4forge.files import write_json
-from v4forge.layers import Settings, digest_of, finished, layer_file, layer_report, read_experts
+from v4forge.layers import Settings, digest_of, finished
+from v4forge.one_layer import Layer, Run, groups_of, stored_parts
 from v4forge.ranks import Ranks
-from v4forge.recipe import rule_for
-from v4forge.streaming import Group, Reader, done, on_host
-from v4forge.watch import Watch, seconds
+from v4forge.streaming import Reader, done
+from v4forge.watch import Watch
 
-# Experts at a time. On the CPU one, whose bits then depend on nothing else.
-EXPERT_BATCH = {"cuda": 16, "cpu": 1}
 READ_AHEAD_BYTES = 4 << 30
-CHECKED_AT_A_TIME = 48  # tensors of the MTP block
 WRITE_THREADS = 2
+CHECKED_AT_A_TIME = 48  # tensors of the MTP block
 
 
 def _noop(_layer: int, _what: str) -> None:
     return None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of the loop works with."""
-
-    source: Checkpoint
-    work: Path
-    settings: Settings
-    digest: str  # of the fingerprint
-    device: torch.device
-    ranks: Ranks
-    watch: Watch
-    keep_every: int  # layers between two sets of hidden states on disk
-    progress: Callable[[int, str], None]
-    log: Callable[[str], None]
-
-    def steps(self) -> list[list[range]]:
-        """Which experts each rank handles in each step: steps()[i][r]."""
-        count, batch = self.source.config.n_routed_experts, EXPERT_BATCH[self.device.type]
-        shares = [self.ranks.share(count, r) for r in range(self.ranks.size)]
-        longest = max(map(len, shares))
-        return [
-            [range(s.start + min(i, len(s)), s.start + min(i + batch, len(s))) for s in shares]
-            for i in range(0, longest, batch)
-        ]
-
-    def own_steps(self) -> list[range]:
-        return [step[self.ranks.rank] for step in self.steps()]
 
 
 @torch.no_grad()
@@ -100,7 +60,7 @@ def calibrate(
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
     if not todo:
         return
-    run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), keep_every, progress, log)
+    run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
     hf_config = model.hf_config(config)
     batches: list[Tensor] = []
     first = todo[0]
@@ -120,7 +80,7 @@ def calibrate(
     del root
     rotary = model.Rotary(hf_config, device, weights.dtype)
     visited = [i for i in range(first, todo[-1] + 1) if corpus is not None or i in todo]
-    groups = [(i, names) for i in visited for names in _names(run, i, i in todo)]
+    groups = [(i, names) for i in visited for names in groups_of(run, i, i in todo)]
     with (
         Reader(source, groups, READ_AHEAD_BYTES, device, run.watch) as reader,
         ThreadPoolExecutor(WRITE_THREADS, "writer") as writer,
@@ -155,320 +115,9 @@ def _check_mtp(run: Run) -> None:
     parameters = list(layout.mtp_parameters(run.source.config))
     own = [parameters[i] for i in run.ranks.share(len(parameters))]
     chunks = [own[i : i + CHECKED_AT_A_TIME] for i in range(0, len(own), CHECKED_AT_A_TIME)]
-    groups = [[part for name, shape in chunk for part in _parts(name, shape)] for chunk in chunks]
+    groups = [[part for name, shape in chunk for part in stored_parts(name, shape)] for chunk in chunks]
     with Reader(run.source, [(-1, names) for names in groups], READ_AHEAD_BYTES, run.device, run.watch) as reader:
         for chunk, group in zip(chunks, reader, strict=False):
             view = run.source.holding(group.on(run.device).tensors())
             for name, shape in chunk:
                 view.load(name, shape, run.device)
-
-
-def _parts(name: str, shape: layout.Shape) -> list[str]:
-    return list(layout.stored(name, shape, rule_for(name).source))
-
-
-def _names(run: Run, layer: int, quantized_here: bool) -> list[list[str]]:
-    """The stored tensors of a layer in the order in which they are needed: what attends, then the experts by steps."""
-    shapes = dict(layout.layer_parameters(run.source.config, layer))
-    frame = [part for name, shape in shapes.items() if not model.EXPERT.search(name) for part in _parts(name, shape)]
-    if not quantized_here:
-        return [frame]
-    groups = []
-    for step in run.own_steps():
-        group = []
-        for kinds in (("w1", "w3"), ("w2",)):
-            names = [_expert(layer, e, which) for e in step for which in kinds]
-            # tensors of one form one after the other, so that they can be decoded as one
-            group += [part for alike in zip(*(_parts(n, shapes[n]) for n in names), strict=True) for part in alike]
-        groups.append(group)
-    return [frame, *groups]
-
-
-def _expert(layer: int, expert: int, which: str) -> str:
-    return f"layers.{layer}.ffn.experts.{expert}.{which}.weight"
-
-
-@dataclass
-class Layer:
-    """One layer on its way through the loop."""
-
-    run: Run
-    index: int
-    writer: ThreadPoolExecutor
-    quantizes: bool  # or is it finished, and only run again on its quantized experts
-    shard: SharedShard | None = None
-    notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by expert of this rank
-    counts: list[int] = field(default_factory=list)  # tokens by expert, of all ranks
-    peak_gpu_bytes: int = 0
-    writes: list[Future[None]] = field(default_factory=list)
-
-    def attend(
-        self,
-        reader: Reader,
-        hf_config: Any,
-        streams: list[Tensor],
-        batches: Sequence[Tensor],
-        rotary: model.Rotary,
-    ) -> list[model.Attended]:
-        """All but the routed experts, of this rank's micro-batches. Empties `streams`, which enter the layer."""
-        run, watch = self.run, self.run.watch
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-        watch.begin(self.index)
-        run.progress(self.index, "forward")
-        frame = next(reader)
-        with watch.compute("decode"):
-            view = run.source.holding(frame.on(run.device).tensors())
-            if self.quantizes:
-                self.open(view)
-            module = model.load_layer(model.Weights(view, run.device), hf_config, self.index, experts=False)
-        with watch.compute("forward 1"):
-            return [model.attend(module, streams.pop(0), rotary.context(batch)) for batch in batches]
-
-    def mix(self, attended: list[model.Attended], reader: Reader, limit: float, last: bool) -> list[Tensor]:
-        """The routed experts, quantized where they are not, and the streams that leave the layer; none of the last."""
-        run = self.run
-        routed = self.route(attended, reader, limit)
-        outputs: list[Tensor] = []
-        if routed is not None and not last:
-            with run.watch.compute("forward 2"):
-                parts = routed.split([batch.indices.numel() for batch in attended])
-                for batch, part in zip(attended, parts, strict=True):
-                    outputs.append(model.combine(batch, model.weighted_sum(part, batch.weights)))
-                    batch.carried = batch.x  # frees the streams that have been used
-        if run.device.type == "cuda":
-            self.peak_gpu_bytes = torch.cuda.max_memory_allocated(run.device)
-        return outputs
-
-    def open(self, source: Checkpoint) -> None:
-        """Starts the layer's file; rank 0 writes what is not an expert's into it, which `source` holds."""
-        run, config = self.run, self.run.source.config
-        specs = {
-            stored: spec
-            for name, shape in layout.layer_parameters(config, self.index)
-            for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
-        }
-        for name, spec in specs.items():  # an integer table keeps its source's width
-            if spec.dtype == torch.int64 and name in source.weight_map:
-                specs[name] = source.spec(name)
-        self.shard = SharedShard(layer_file(run.work, self.index), specs, {"fingerprint": run.digest})
-        if run.ranks.rank == 0:
-            self.shard.create()
-            for name, shape in layout.layer_parameters(config, self.index):
-                if not model.EXPERT.search(name):
-                    self._write(on_host(converted(source, name, shape)))
-        run.ranks.barrier()
-        self.shard.open()
-
-    def _write(self, ready: Callable[[], dict[str, Tensor]]) -> None:
-        shard, watch, index = self.shard, self.run.watch, self.index
-        assert shard is not None
-
-        def job() -> None:
-            tensors = ready()
-            start = watch.now()
-            shard.write(tensors)
-            watch.add(index, "write", "write", start, sum(t.numel() * t.element_size() for t in tensors.values()))
-
-        self.writes.append(self.writer.submit(job))
-
-    def keep(self, number: int, streams: Tensor) -> Future[None]:
-        """Starts to write a micro-batch's hidden states behind this layer."""
-        run, before = self.run, self.index + 1
-        ready = on_host({"streams": streams})
-
-        def job() -> None:
-            tensors = ready()
-            start = run.watch.now()
-            hidden_states.save(run.work, before, number, tensors["streams"], run.digest)
-            run.watch.add(self.index, "hidden states", "write", start, streams.numel() * streams.element_size())
-
-        return self.writer.submit(job)
-
-    def route(self, attended: list[model.Attended], reader: Reader, limit: float) -> Tensor | None:
-        """Every expert's work, step by step -> the experts' outputs [tokens * top_k, hidden], None without a corpus."""
-        run, watch, config = self.run, self.run.watch, self.run.source.config
-        dispatch = None
-        common = everything = hidden = None
-        if run.settings.method == "gptq" or attended:
-            with watch.compute("sort"):
-                dispatch = self._dispatch(attended)
-                self.counts = dispatch.counts
-            if self.quantizes:
-                with watch.compute("Hessian"):
-                    common, everything, hidden = self._common(attended, dispatch)
-        for step in run.steps():
-            own = step[run.ranks.rank]
-            run.progress(self.index, f"experts {step[0].start}-{step[0].stop - 1}" if step[0] else "experts")
-            with watch.compute("sort"):
-                rows = dispatch.rows(step) if dispatch else []
-            if self.quantizes:
-                group = next(reader)
-                served = self._quantized(own, group, rows, limit, common, everything, hidden) if own else None
-            else:
-                served = read_experts(run.work, config, self.index, own, run.device) if own else None
-            if dispatch is None:
-                continue
-            with watch.compute("forward 2"):
-                outputs = []
-                for i, x in enumerate(rows):
-                    assert served is not None
-                    outputs.append(model.expert(x, served[0][i], served[1][i], limit))
-                dispatch.give_back(outputs)
-            del rows, served, outputs
-        return dispatch.routed if dispatch else None
-
-    def _dispatch(self, attended: list[model.Attended]) -> Dispatch:
-        run, config = self.run, self.run.source.config
-        if attended:
-            x = torch.cat([batch.x for batch in attended])
-            indices = torch.cat([batch.indices for batch in attended])
-            start = 0
-            for batch in attended:  # views of the whole, so that it is there once
-                batch.x = x[start : start + len(batch.x)]
-                start += len(batch.x)
-        else:  # a rank without samples
-            x = torch.empty(0, config.hidden_size, dtype=torch.bfloat16, device=run.device)
-            indices = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=run.device)
-        return Dispatch(run.ranks, x, indices, config.n_routed_experts)
-
-    def _common(
-        self, attended: list[model.Attended], dispatch: Dispatch
-    ) -> tuple[experts.Common | None, Tensor | None, Tensor | None]:
-        """What experts share: for those that few tokens reach, or where every token goes through every expert."""
-        run, config = self.run, self.run.source.config
-        all_tokens = run.settings.experts == "all"
-        if not all_tokens and min(dispatch.counts) >= max(config.hidden_size, config.moe_intermediate_size):
-            return None, None, None
-        like = torch.empty(config.hidden_size, config.hidden_size, device=run.device)
-        hessian = run.ranks.ordered_sum((gptq.gram(batch.x) for batch in attended), like) / dispatch.tokens
-        if all_tokens:
-            return None, dispatch.everything(), hessian.unsqueeze(0)
-        sample = dispatch.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
-        return experts.Common(hessian, sample), None, None
-
-    def _quantized(
-        self,
-        own: range,
-        group: Group,
-        rows: list[Tensor],
-        limit: float,
-        common: experts.Common | None,
-        everything: Tensor | None,
-        hidden: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
-        run, watch = self.run, self.run.watch
-        with watch.compute("decode"):
-            gate_up, down = self._decoded(own, group.on(run.device))
-        h = None
-        if run.settings.method == "gptq":
-            with watch.compute("Hessian"):
-                if everything is not None and hidden is not None:
-                    h = experts.hessians_of_all(everything, hidden, gate_up, limit)
-                else:
-                    h = experts.hessians(rows, gate_up, limit, common, own)
-            _refuse_nan(self.index, h)
-        quantized = experts.quantize(gate_up, down, h, run.settings, own, watch)
-        for i, e in enumerate(own):
-            self.notes[e] = {which: {m: v[i] for m, v in by.items()} for which, by in quantized.error.items()}
-        for note in h.blended if h else []:
-            self.notes[note["expert"]]["blended"] = note
-        for matrix in quantized.fallback:
-            self.notes[int(matrix.rpartition(" ")[2])].setdefault("fallback", []).append(matrix)
-        with watch.compute("pack"):
-            packed = on_host(quantized.packed())
-            served = quantized.gate_up.dequantized(), quantized.down.dequantized()
-        self._write(lambda: experts.named(packed(), self.index, own))
-        return served
-
-    def _decoded(self, own: range, group: Group) -> tuple[Tensor, Tensor]:
-        """gate_up [E, 2 * inner, hidden] and down [E, hidden, inner] bf16 of some experts."""
-        config = self.run.source.config
-        decoded = []
-        for kinds in (("w1", "w3"), ("w2",)):
-            names = [_expert(self.index, e, which) for e in own for which in kinds]
-            fmt = FORMATS[rule_for(names[0]).source]
-            shape = dict(layout.layer_parameters(config, self.index))[names[0]]
-            parts = [group.stacked([layout.stored_name(n, part) for n in names]) for part in fmt.parts(shape)]
-            try:
-                decoded.append(fmt.decode(*parts).unflatten(0, (len(own), -1)).flatten(1, 2))
-            except CodecError:
-                source = self.run.source.holding(group.tensors())
-                for name in names:
-                    source.load(name, shape)  # says which
-                raise
-        return decoded[0], decoded[1]
-
-    def publish(self) -> None:
-        """Waits until all ranks' writes are on disk, writes the report and gives the finished layer's file its name."""
-        done(self.writes)
-        self.run.ranks.barrier()
-        if self.shard is not None:
-            self.report()
-            if self.run.ranks.rank == 0:
-                self.shard.publish()
-            self.shard.close()
-
-    def report(self) -> None:
-        """Rank 0 writes the layer's report, before its file gets its name."""
-        run = self.run
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        spent = {what: round(s, 3) for what, s in seconds(run.watch.spans(self.index)).items()}
-        told = run.ranks.gather((self.notes, spent, self.peak_gpu_bytes, host))
-        if run.ranks.rank:
-            return
-        notes = {e: note for each in told for e, note in each[0].items()}
-        methods = ("gptq", "rtn") if run.settings.method == "gptq" else ()
-        error = {
-            which: {method: [notes[e][which][method] for e in sorted(notes)] for method in methods}
-            for which in ("w1", "w2", "w3")
-            if methods
-        }
-        report = {
-            "layer": self.index,
-            "attention": layout.COMPRESS_RATIOS[run.source.config.compress_ratios[self.index]],
-            "method": run.settings.method,
-            "fingerprint": run.digest,
-            "tokens": self.counts,
-            "error": error,
-            "blended": [notes[e]["blended"] for e in sorted(notes) if "blended" in notes[e]],
-            "fallback": [matrix for e in sorted(notes) for matrix in notes[e].get("fallback", [])],
-            "run": {
-                "ranks": run.ranks.size,
-                "seconds": [each[1] for each in told],
-                "peak_gpu_bytes": [each[2] for each in told],
-                "peak_host_bytes": [each[3] for each in told],
-            },
-        }
-        write_json(layer_report(run.work, self.index), report)
-        run.log(summary(report))
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """One line about a finished layer."""
-    line = f"layer {report['layer']}"
-    tokens = sorted(report["tokens"])
-    if tokens:
-        middle = tokens[len(tokens) // 2]
-        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
-    if report["error"]:
-        means = []
-        for method in ("gptq", "rtn"):
-            lost = [each for by in report["error"].values() for each in by[method]]
-            means.append(sum(lost) / len(lost))
-        line += f"; lost {means[0]:.3%}, round-to-nearest {means[1]:.3%}"
-    spent = report["run"]["seconds"][0]
-    busy = sum(s for what, s in spent.items() if what not in ("read", "write", "hidden states"))
-    gpu, host = max(report["run"]["peak_gpu_bytes"]), max(report["run"]["peak_host_bytes"])
-    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
-    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"
-
-
-def _refuse_nan(layer: int, h: experts.Hessians) -> None:
-    for each in (h.hidden, h.inner):
-        if not bool(each.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-            raise UserError(
-                f"the inputs of layer {layer}'s experts hold NaN or Inf",
-                "check the source: python -m scripts.fetch --help",
-            )

@@ -23,7 +23,7 @@ from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, remove_leftovers, write_json
-from v4forge.layout import Config
+from v4forge.layout import COMPRESS_RATIOS, Config
 from v4forge.stamps import Digests
 
 FINGERPRINT = "fingerprint.json"
@@ -41,6 +41,7 @@ DETERMINING_MODULES = (
     "layers",
     "layout",
     "model",
+    "one_layer",
     "ranks",
     "recipe",
 )
@@ -160,3 +161,52 @@ def read_experts(
             gate_up.append(torch.cat((decoded(e, "w1"), decoded(e, "w3"))))
             down.append(decoded(e, "w2"))
     return torch.stack(gate_up), torch.stack(down)
+
+
+def report(
+    config: Config,
+    layer: int,
+    settings: Settings,
+    mark: str,
+    tokens: list[int],
+    notes: Mapping[int, Mapping[str, Any]],
+    used: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What layer-NNN.json holds. tokens: by expert; notes: by expert, its losses, and whether its Hessian was blended
+    or not factorized; used: by rank, seconds by stage and peak memory in bytes, which differ from run to run.
+    """
+    experts = sorted(notes)
+    error = {}
+    if settings.method == "gptq":
+        error = {w: {m: [notes[e][w][m] for e in experts] for m in ("gptq", "rtn")} for w in ("w1", "w2", "w3")}
+    return {
+        "layer": layer,
+        "attention": COMPRESS_RATIOS[config.compress_ratios[layer]],
+        "method": settings.method,
+        "fingerprint": mark,
+        "tokens": tokens,
+        "error": error,
+        "blended": [notes[e]["blended"] for e in experts if "blended" in notes[e]],
+        "fallback": [matrix for e in experts for matrix in notes[e].get("fallback", [])],
+        "run": used,
+    }
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """One line about a finished layer."""
+    line = f"layer {report['layer']}"
+    tokens = sorted(report["tokens"])
+    if tokens:
+        middle = tokens[len(tokens) // 2]
+        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
+    if report["error"]:
+        means = []
+        for method in ("gptq", "rtn"):
+            lost = [each for by in report["error"].values() for each in by[method]]
+            means.append(sum(lost) / len(lost))
+        line += f"; lost {means[0]:.3%}, round-to-nearest {means[1]:.3%}"
+    used = report["run"]
+    busy = sum(s for what, s in used[0]["seconds"].items() if what not in ("read", "write", "hidden states"))
+    gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))
+    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
+    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"

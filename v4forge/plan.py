@@ -19,6 +19,7 @@ from v4forge.recipe import ALIASES
 # config.json of deepseek-ai/DeepSeek-V4-Flash's first release
 FLASH_CONFIG = Path(__file__).with_name("flash_config.json")
 BF16_BYTES = 2
+KEEP_EVERY = 8  # layers from one set of hidden states on disk to the next, as calibrate does by default
 WORKING_SET_BYTES = 10 << 30  # of a GPU, besides a layer's activations
 PROCESS_BYTES = 4 << 30  # of the host for a process: Python, torch, the CUDA context
 
@@ -156,7 +157,7 @@ class LayerTime:
 
     layers: int
     read_bytes: int  # upstream
-    write_bytes: int  # finished layer and hidden states
+    write_bytes: int  # finished layer, and its part of the hidden states
     read_s: float
     write_s: float
     compute_s: float
@@ -182,5 +183,5 @@ def layer_time(
     """The time of a layer that takes `compute_s` on the GPUs, with a disk of these speeds, in 10^9 bytes a second."""
     layers = config.num_hidden_layers
     read = layer_bytes(sizes.upstream) // layers
-    written = layer_bytes(sizes.artifact) // layers + streams_bytes(config, samples, seq_len)
+    written = layer_bytes(sizes.artifact) // layers + streams_bytes(config, samples, seq_len) // KEEP_EVERY
     return LayerTime(layers, read, written, read / read_gbps / 1e9, written / write_gbps / 1e9, compute_s)

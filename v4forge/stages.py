@@ -40,6 +40,7 @@ class Stage:
     pins: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     concludes: bool = False  # its own last line ends the run
+    parallel: bool = False  # runs as one process a GPU, which changes none of its outputs
 
 
 # name -> path template and the files below it that do not belong to it.
@@ -61,7 +62,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reports/index.html": ("{work}/reports/index.html", ()),
 }
 
-NUMERICS = ("TORCH_VERSION", "TRANSFORMERS_VERSION", "LLMCOMPRESSOR_VERSION", "COMPRESSED_TENSORS_VERSION")
+NUMERICS = ("TORCH_VERSION", "TRANSFORMERS_VERSION", "COMPRESSED_TENSORS_VERSION")
 STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
 CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
 CALIBRATE = (
@@ -95,6 +96,7 @@ STAGES: dict[str, Stage] = {
         settings=("samples", "seq_len", "seed"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
+        parallel=True,
     ),
     "postprocess": Stage(
         program="scripts.postprocess",
@@ -123,6 +125,7 @@ STAGES: dict[str, Stage] = {
         settings=("samples", "seq_len", "seed"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
+        parallel=True,
     ),
     "postprocess-rtn": Stage(
         program="scripts.postprocess",

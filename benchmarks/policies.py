@@ -1,0 +1,156 @@
+"""Compares calibration policies by what they do to a model: which tokens make an expert's Hessian, and dampening.
+
+    python -m benchmarks.policies --out benchmarks/results/policies-tiny.json
+
+Each policy calibrates the embedded model at the settings of `make demo`, on several choices of samples, and is measured
+on the held-out tokens of `evaluate`. Losses of policies whose Hessians see other tokens are not to be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.calibrate import lost, machine
+from scripts.cli import parser_for
+from scripts.evaluate import heldout_tokens
+from v4forge import calibration, corpus, layers
+from v4forge.artifact import assemble
+from v4forge.checkpoint import Checkpoint
+from v4forge.errors import run_main
+from v4forge.evaluation import Quality, evaluate
+from v4forge.files import write_json
+from v4forge.stages import PROFILES
+
+CPU = torch.device("cpu")
+TINY = PROFILES["tiny"]
+HELDOUT_SEQUENCES, HELDOUT_SEQ_LEN = 32, 512
+GPTQ = [layers.Settings(experts=seen, dampening=share) for seen, share in product(("routed", "all"), (0.01, 0.1))]
+DEFAULT, NEAREST = layers.Settings(), layers.Settings(method="rtn")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    quality: Quality
+    loss: float | None  # mean relative Hessian-weighted loss over all matrices, None for round-to-nearest
+    rtn_loss: float | None  # of round-to-nearest under the same Hessians
+    calibrate_s: float
+
+
+def outcome(settings: layers.Settings, seed: int, source: Checkpoint, heldout: torch.Tensor) -> Outcome:
+    """Calibrates, assembles and evaluates in a folder that is gone afterwards. `seed` picks the samples."""
+    samples = None
+    if settings.method == "gptq":
+        size = source.config.vocab_size
+        samples = corpus.load(source.directory, Path(TINY.corpus), TINY.samples, TINY.seq_len, seed, size)
+    with tempfile.TemporaryDirectory() as name:
+        work, artifact = Path(name, "layers"), Path(name, "artifact")
+        digests = layers.source_digests(source.directory, source.shard_names, Path(name, ".stamps", "digests.json"))
+        mark = layers.fingerprint(digests, samples, settings, CPU)
+        layers.claim(work, mark, "refuse", print)
+        start = time.perf_counter()
+        calibration.calibrate(source, samples, work, settings, mark, CPU)
+        calibrate_s = time.perf_counter() - start
+        reports = [json.loads(layers.layer_report(work, i).read_text()) for i in source.config.layers]
+        assemble(source, work, artifact)
+        quality = evaluate(Checkpoint(artifact, form="artifact"), heldout, CPU)
+    if samples is None:
+        return Outcome(quality, None, None, calibrate_s)
+    losses = [lost(report) for report in reports]
+    return Outcome(quality, fmean(each["gptq"] for each in losses), fmean(each["rtn"] for each in losses), calibrate_s)
+
+
+def pooled(found: Sequence[Outcome]) -> Outcome:
+    """The mean over several choices of samples; of log-likelihoods token by token."""
+    nll = torch.stack([each.quality.nll for each in found]).mean(0)
+    return Outcome(
+        Quality(nll, fmean(each.quality.mtp_acceptance for each in found)),
+        fmean(each.loss for each in found if each.loss is not None),
+        fmean(each.rtn_loss for each in found if each.rtn_loss is not None),
+        fmean(each.calibrate_s for each in found),
+    )
+
+
+def row(
+    settings: layers.Settings, seed: int | str, found: Outcome, source: Quality, default: Quality
+) -> dict[str, Any]:
+    """One line's figures. Changes are percent of perplexity and their standard errors over the held-out sequences."""
+    return {
+        "settings": asdict(settings),
+        "seed": seed,
+        "perplexity": found.quality.perplexity,
+        "change_from_source": found.quality.change_from(source),
+        "change_from_default": found.quality.change_from(default),
+        "mtp_acceptance": found.quality.mtp_acceptance,
+        "loss": found.loss,
+        "rtn_loss": found.rtn_loss,
+        "calibrate_s": found.calibrate_s,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], source: Quality) -> Table:
+    caption = (
+        f"source: perplexity {source.perplexity:.3f}, MTP acceptance {source.mtp_acceptance:.1%} of {source.tokens:,} "
+        "held-out tokens; loss: of the outputs' energy, behind it round-to-nearest's under the same Hessians"
+    )
+    drawn = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    for heading in ("Hessians of", "damp.", "samples", "perplexity", "to the default", "MTP acc.", "loss", "seconds"):
+        drawn.add_column(heading, justify="left" if heading == "Hessians of" else "right", no_wrap=True)
+    for each in rows:
+        settings, gptq = each["settings"], each["loss"] is not None
+        drawn.add_row(
+            f"{settings['experts']} tokens" if gptq else "round-to-nearest",
+            f"{settings['dampening']}" if gptq else "",
+            str(each["seed"]),
+            "{:+.2f} ±{:.2f}%".format(*each["change_from_source"]),
+            "{:+.2f} ±{:.2f}%".format(*each["change_from_default"]) if settings != asdict(DEFAULT) else "",
+            f"{each['mtp_acceptance']:.1%}",
+            f"{each['loss']:.3%} of {each['rtn_loss']:.3%}" if gptq else "",
+            f"{each['calibrate_s']:.0f}",
+            end_section=each["seed"] in ("mean", ""),
+        )
+    return drawn
+
+
+def main() -> None:
+    parser = parser_for("policies", __doc__)
+    parser.prog = "python -m benchmarks.policies"
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets every number as JSON")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the samples (default: 42 43 44)")
+    args = parser.parse_args()
+    torch.set_num_threads(DEFAULT.threads)
+    source = Checkpoint(Path(TINY.source))
+    size = source.config.vocab_size
+    heldout = heldout_tokens(source.directory, Path(TINY.heldout), HELDOUT_SEQUENCES, HELDOUT_SEQ_LEN, size)
+    best = evaluate(source, heldout, CPU)
+    found: dict[layers.Settings, dict[int | str, Outcome]] = {}
+    for settings in (*GPTQ, NEAREST):
+        found[settings] = {}
+        for seed in args.seeds if settings.method == "gptq" else [""]:
+            found[settings][seed] = outcome(settings, int(seed or 0), source, heldout)
+            print(settings, seed, f"perplexity {found[settings][seed].quality.perplexity:.4f}", file=sys.stderr)
+        if settings.method == "gptq":
+            found[settings]["mean"] = pooled(list(found[settings].values()))
+    default = {**found[DEFAULT], "": found[DEFAULT]["mean"]}
+    rows = [row(s, seed, o, best, default[seed].quality) for s, by in found.items() for seed, o in by.items()]
+    command = " ".join(["python -m benchmarks.policies", *sys.argv[1:]])
+    source_figures = {"perplexity": best.perplexity, "mtp_acceptance": best.mtp_acceptance, "tokens": best.tokens}
+    write_json(args.out, {"command": command, **machine(CPU), "source": source_figures, "policies": rows})
+    Console(width=120).print(table(rows, best))
+
+
+if __name__ == "__main__":
+    run_main(main)
