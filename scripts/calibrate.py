@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge import calibration, corpus, experts, layers, plan, ranks
+from v4forge import calibration, corpus, experts, layers, plan, ranks, report
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
+from v4forge.files import read_json, write_text
 from v4forge.layout import upstream
 from v4forge.stamps import exclusive
 
@@ -165,6 +166,10 @@ def calibrated(
             progress=progress,
             log=print,
         )
+    if place.rank == 0 and settings.method == "gptq":
+        page = arguments.work / "calibration.html"
+        write_text(page, report.calibration_page([read_json(layers.layer_report(arguments.work, i)) for i in todo]))
+        print(f"calibration: {page}")
 
 
 def prepared(

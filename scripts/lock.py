@@ -121,10 +121,10 @@ def main() -> None:
         bounds = "".join(f"{requirement}\n" for requirement in calib) + constraints(names(dev_in))
         dev = compile_lock(uv, [dev_in], bounds, Path(folder))
 
-    taken = {package_of(requirement) for requirement in calib}
-    dev = {requirement: hashes for requirement, hashes in dev.items() if package_of(requirement) not in taken}
     cuda = {line: hashes for line, hashes in calib.items() if CUDA_PACKAGE.fullmatch(package_of(line))}
     calib = {line: hashes for line, hashes in calib.items() if line not in cuda}
+    taken = {package_of(requirement) for requirement in calib}
+    dev = {requirement: hashes for requirement, hashes in dev.items() if package_of(requirement) not in taken}
     (torch,) = (line for line in calib if package_of(line) == "torch")
     calib[torch] += [
         f"--hash=sha256:{value}" for key, value in pins.read().items() if key.startswith("TORCH_CPU_SHA256_")

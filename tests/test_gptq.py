@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from synthetic import write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, experts, gptq, layers, layout, model
+from v4forge import calibration, experts, gptq, layers, layout, model, one_layer
 from v4forge.checkpoint import Checkpoint, write_shard
 from v4forge.codec import unpack_int4
 from v4forge.corpus import Corpus
@@ -494,7 +494,7 @@ def test_the_number_of_experts_quantized_at_a_time_changes_no_code() -> None:
 def test_the_number_of_experts_in_a_step_changes_no_code(
     calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "EXPERT_BATCH", {"cpu": 3})
+    monkeypatch.setattr(one_layer, "EXPERT_BATCH", {"cpu": 3})
     found = calibrated.again(tmp_path)
     for layer in calibrated.source.config.layers:
         one, three = (load_file(layers.layer_file(work, layer)) for work in (calibrated.work, found.work))

@@ -6,6 +6,7 @@ Calibration also as two ranks, and from the hidden states that it has kept.
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import time
@@ -29,7 +30,7 @@ from programs import (
 )
 from safetensors.torch import load_file
 
-from v4forge import calibration
+from v4forge import calibration, layers
 from v4forge.checkpoint import Checkpoint, write_shard
 from v4forge.streaming import Reader
 
@@ -310,7 +311,7 @@ def layers_read(
     read = []
 
     def noted(source: Checkpoint, groups: list[tuple[int, list[str]]], *rest: Any) -> Reader:
-        read.extend(layer for layer, _ in groups)
+        read.extend(re.findall(r"^layers\.(\d+)\.", "\n".join(n for _, names in groups for n in names), re.MULTILINE))
         return Reader(source, groups, *rest)
 
     def refused(*_: Any) -> None:
@@ -318,9 +319,9 @@ def layers_read(
 
     monkeypatch.setattr(calibration, "Reader", noted)
     if refuse_finished:
-        monkeypatch.setattr(calibration, "read_experts", refused)
+        monkeypatch.setattr(layers, "read_experts", refused)
     assert run_here("calibrate", *keeping(workshop, folder)) == 0
-    return sorted(set(read))
+    return sorted(set(map(int, read)))
 
 
 def test_a_run_continues_from_the_hidden_states_and_reads_no_finished_layer(

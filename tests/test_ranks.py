@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,27 +133,12 @@ def test_experts_that_no_rank_reaches_are_calibrated_on_the_tokens_of_the_others
         assert 0 < report["error"]["w1"]["gptq"][expert] < 0.01
 
 
-def torchrun(size: int, arguments: list[str], threads: int | None, output: Path) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+def torchrun(size: int, arguments: list[str], threads: int, output: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     launcher = ("torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port()))
     command = [sys.executable, "-m", *launcher, "-m", "scripts.calibrate", *arguments]
     with open(output, "wb") as file:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-
-
-# torchrun sets OMP_NUM_THREADS=1 itself, where nothing is said
-@pytest.mark.parametrize(("size", "threads"), [(2, 4), (4, None)])
-def test_torchrun_gives_the_same_bytes_whatever_the_environment_says_about_threads(
-    shop: Shop, tmp_path: Path, size: int, threads: int | None
-) -> None:
-    work, output = tmp_path / "layers", tmp_path / "output.txt"
-    assert torchrun(size, shop.tiny_arguments(work), threads, output).wait(240) == 0, output.read_text()
-    assert_same(contents(work), shop.calm_tiny())
-    said = output.read_text()
-    assert said.count("4 layers, 0 finished") == 1 and f"{size} ranks, cpu" in said
-    assert said.count("layer 3: ") == 1
 
 
 def test_a_run_killed_on_2_ranks_ends_on_1_and_on_4_with_the_same_bytes(shop: Shop, tmp_path: Path) -> None:
@@ -202,9 +188,10 @@ def workers(launcher: int) -> dict[int, int]:
     return found
 
 
-def test_when_a_rank_is_killed_torchrun_ends(shop: Shop, tmp_path: Path) -> None:
+def test_torchrun_ends_when_a_rank_is_killed_and_the_next_one_gives_the_same_bytes(shop: Shop, tmp_path: Path) -> None:
+    """Two ranks with four threads in the environment, then four with one: which changes nothing either."""
     work, output = tmp_path / "layers", tmp_path / "output.txt"
-    launched = torchrun(2, shop.tiny_arguments(work), None, output)
+    launched = torchrun(2, shop.tiny_arguments(work), 4, output)
     try:
         while not (work / "layer-000.safetensors").exists():
             assert launched.poll() is None, output.read_text()
@@ -219,6 +206,32 @@ def test_when_a_rank_is_killed_torchrun_ends(shop: Shop, tmp_path: Path) -> None
     finally:
         launched.kill()
     assert not (work / "layer-003.safetensors").exists()
+    assert torchrun(4, shop.tiny_arguments(work), 1, output).wait(240) == 0, output.read_text()
+    assert_same(contents(work), shop.calm_tiny())
+    said = output.read_text()
+    assert re.findall(r"4 layers, [123] finished; .*; 4 ranks, cpu", said)
+    assert said.count("layer 3: ") == 1
+
+
+# A program that starts one of ours as torchrun does, and waits for it.
+LAUNCHER = """
+import os, subprocess, sys
+program = "import os, time, v4forge; print(os.getpid(), flush=True); time.sleep(600)"
+subprocess.run([sys.executable, "-c", program], env=os.environ | {"TORCHELASTIC_RUN_ID": "a run"})
+"""
+
+
+def test_a_rank_ends_with_the_torchrun_that_is_killed() -> None:
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    end = time.monotonic() + ENDS_WITHIN_S
+    while Path(f"/proc/{rank}").exists() and "\nState:\tZ" not in Path(f"/proc/{rank}/status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    launcher.stdout.close()
 
 
 def test_a_fault_that_one_rank_finds_is_named_and_ends_all(shop: Shop, tmp_path: Path) -> None:

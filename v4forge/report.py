@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from rich.table import Table
 TEMPLATES = Path(__file__).parent / "templates"
 MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
 KINDS = {"w1": "w1 (gate)", "w2": "w2 (down)", "w3": "w3 (up)"}
-EXPERTS_LISTED = 12  # of a layer, in the table of experts that saw too few tokens
+EXPERTS_LISTED = 10  # of a layer, in the table of experts that saw too few tokens
 LEAVES_LISTED = 40  # of a manifest entry; a larger one is left to the manifest
+READING, WRITING = ("read",), ("write", "hidden states")  # spans of a layer that computing does not wait for
 SHA256 = re.compile("[0-9a-f]{64}")
 
 Json = Mapping[str, Any]
@@ -111,9 +112,9 @@ class LayerRow:
 
     @property
     def blended_shown(self) -> str:
-        """The experts with the fewest tokens first, cut after EXPERTS_LISTED."""
+        """Experts with their tokens, the fewest first, cut after EXPERTS_LISTED."""
         order = sorted(self.blended, key=lambda note: (note["tokens"], note["expert"]))
-        shown = [f"{note['expert']} ({note['tokens']:,} tokens; {note['inputs']})" for note in order[:EXPERTS_LISTED]]
+        shown = [f"{note['expert']}\N{NO-BREAK SPACE}({note['tokens']:,})" for note in order[:EXPERTS_LISTED]]
         more = len(order) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
@@ -224,10 +225,49 @@ def _files(listing: Json) -> str:
     return f"{len(digests):,} files{total}; sha256 of their list {hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-# A chart is drawn in these units, which are CSS pixels at the width where three stand side by side.
-CHART_WIDTH, CHART_HEIGHT = 300, 190
+@dataclass(frozen=True)
+class CostRow:
+    """What one layer took, of the rank with the most."""
+
+    layer: int
+    ranks: int
+    compute_s: float
+    read_s: float  # beside computing, like the writing
+    write_s: float
+    stages: str  # the computing by stage
+    gpu_gib: float  # peak; 0 on a CPU
+    host_gib: float  # peak of a process until then
+
+
+def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
+    """One row a layer report, by layer number."""
+    rows = []
+    for report in sorted(layers, key=lambda report: report["layer"]):
+        run = report["run"]
+        busy = [{what: s for what, s in spent.items() if what not in (*READING, *WRITING)} for spent in run["seconds"]]
+        most = max(busy, key=lambda spent: sum(spent.values()))
+        rows.append(
+            CostRow(
+                layer=report["layer"],
+                ranks=run["ranks"],
+                compute_s=sum(most.values()),
+                read_s=max(sum(spent.get(what, 0.0) for what in READING) for spent in run["seconds"]),
+                write_s=max(sum(spent.get(what, 0.0) for what in WRITING) for spent in run["seconds"]),
+                stages=", ".join(f"{what} {s:.2f}" for what, s in sorted(most.items(), key=lambda item: -item[1])),
+                gpu_gib=max(run["peak_gpu_bytes"]) / 2**30,
+                host_gib=max(run["peak_host_bytes"]) / 2**30,
+            )
+        )
+    return rows
+
+
+# A chart is drawn in these units, which are CSS pixels at the width where three, or two wide ones, stand side by side.
+CHART_WIDTH, WIDE_WIDTH, CHART_HEIGHT = 300, 470, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34
 X_LABELS = 9
+LOG_TICKS = 7
+LOG_RATIO = 20  # most to fewest tokens, above which their axis is logarithmic
+LOG_ZERO = 0.1  # counts are whole: a decade below one there is room for none
 
 
 @dataclass(frozen=True)
@@ -239,40 +279,100 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """Losses of one matrix kind over the layers. Ticks are (position, label); lines are by method."""
+    """Some figures over the layers. Ticks are (position, label); lines are by name."""
 
-    kind: str
+    title: str
+    width: int
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: dict[str, list[Point]]
 
 
-def charts(rows: Sequence[LayerRow]) -> list[Chart]:
+@dataclass(frozen=True)
+class Scale:
+    """A vertical axis with these ticks, upwards."""
+
+    ticks: list[float]
+    logarithmic: bool = False
+
+    def y(self, value: float) -> float:
+        """Where a value is drawn."""
+        low, high, at = (self._height(v) for v in (self.ticks[0], self.ticks[-1], value))
+        return round(TOP + (CHART_HEIGHT - TOP - BOTTOM) * (1 - (at - low) / (high - low)), 1)
+
+    def _height(self, value: float) -> float:
+        return math.log10(max(value, LOG_ZERO)) if self.logarithmic else value
+
+
+def loss_charts(rows: Sequence[LayerRow]) -> list[Chart]:
     """One chart a matrix kind, all on one scale that begins at zero."""
     highest = max((max(loss.rtn, loss.gptq) for row in rows for loss in row.losses.values()), default=0.0)
-    ticks = axis(highest)
-    span_x, span_y = CHART_WIDTH - LEFT - RIGHT, CHART_HEIGHT - TOP - BOTTOM
-
-    def x(number: int) -> float:
-        return round(LEFT + span_x * (number + 0.5) / len(rows), 1)
-
-    def y(value: float) -> float:
-        return round(TOP + span_y * (1 - value / ticks[-1]), 1)
-
-    every = math.ceil(len(rows) / X_LABELS)
-    drawn = []
-    for kind in KINDS:
+    scale = Scale(axis(highest))
+    charts = []
+    for kind, title in KINDS.items():
         lines = {
-            method: [
-                Point(x(i), y(value), f"layer {row.layer}, {row.attention}: {value:.3g}%")
-                for i, row in enumerate(rows)
-                for value in [getattr(row.losses[kind], method)]
-            ]
+            method: [(getattr(row.losses[kind], method), f"{getattr(row.losses[kind], method):.3g}%") for row in rows]
             for method in ("rtn", "gptq")
         }
-        x_ticks = [(x(i), str(row.layer)) for i, row in enumerate(rows) if i % every == 0]
-        drawn.append(Chart(kind, x_ticks, [(y(tick), f"{tick:.6g}%") for tick in ticks], lines))
-    return drawn
+        charts.append(_chart(title, CHART_WIDTH, rows, lines, scale, lambda tick: f"{tick:.6g}%"))
+    return charts
+
+
+def token_charts(rows: Sequence[LayerRow]) -> list[Chart]:
+    """Tokens per expert, and how many experts had too few."""
+    fewest, most = min(row.fewest for row in rows), max(row.most for row in rows)
+    logarithmic = most > LOG_RATIO * fewest
+    lines = {
+        name: [(getattr(row, name), f"{name} {getattr(row, name):,.0f} tokens") for row in rows]
+        for name in ("most", "median", "fewest")
+    }
+    starved = {"starved": [(len(row.blended), f"{len(row.blended)} of {row.experts} experts") for row in rows]}
+    starving = axis(max(5, *(len(row.blended) for row in rows)))
+    title = "Tokens per expert, logarithmic" if logarithmic else "Tokens per expert"
+    scale = Scale(log_axis(fewest, most), True) if logarithmic else Scale(axis(most))
+    return [
+        _chart(title, WIDE_WIDTH, rows, lines, scale, _count),
+        _chart("Starved experts", WIDE_WIDTH, rows, starved, Scale(starving), _count),
+    ]
+
+
+def _count(tick: float) -> str:
+    """A whole number, in thousands or millions where it is large; '' for what is none."""
+    if tick != int(tick):
+        return ""
+    for unit, suffix in ((1e6, "M"), (1e3, "k")):
+        if tick >= unit:
+            return f"{tick / unit:g}{suffix}"
+    return f"{tick:g}"
+
+
+def _chart(
+    title: str,
+    width: int,
+    rows: Sequence[LayerRow],
+    lines: Mapping[str, Sequence[tuple[float, str]]],
+    scale: Scale,
+    label: Callable[[float], str],
+) -> Chart:
+    """lines: by name a value and its description for each row; a tick whose label is '' is left out."""
+
+    def x(number: int) -> float:
+        return round(LEFT + (width - LEFT - RIGHT) * (number + 0.5) / len(rows), 1)
+
+    every = math.ceil(len(rows) / X_LABELS)
+    return Chart(
+        title,
+        width,
+        x_ticks=[(x(i), str(row.layer)) for i, row in enumerate(rows) if i % every == 0],
+        y_ticks=[(scale.y(tick), label(tick)) for tick in scale.ticks if label(tick)],
+        lines={
+            name: [
+                Point(x(i), scale.y(value), f"layer {row.layer}, {row.attention}: {said}")
+                for i, (row, (value, said)) in enumerate(zip(rows, line, strict=True))
+            ]
+            for name, line in lines.items()
+        },
+    )
 
 
 def axis(highest: float) -> list[float]:
@@ -282,6 +382,19 @@ def axis(highest: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(highest / 5))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= highest * (1 - 1e-9))
     return [float(f"{step * n:.6g}") for n in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def log_axis(fewest: int, most: int) -> list[float]:
+    """Ticks around these counts, powers of ten and, unless that were too many, 2 and 5 times them; 0 before all."""
+    ticks: list[float] = []
+    for factors in ((1, 2, 5), (1,)):
+        marks = [0.0, *(f * 10.0**power for power in range(math.ceil(math.log10(most)) + 1) for f in factors)]
+        lowest = max(mark for mark in marks if mark <= fewest)
+        highest = min(mark for mark in marks if mark >= most)
+        ticks = [mark for mark in marks if lowest <= mark <= highest]
+        if len(ticks) <= LOG_TICKS:
+            break
+    return ticks
 
 
 def models_table(evaluation: Json) -> Table:
@@ -320,6 +433,39 @@ def heldout_line(evaluation: Json) -> str:
 
 def page(evaluation: Json, certificate: Json, layers: Sequence[Json], run: Json, manifest: Json) -> str:
     """The report as one HTML document that needs no other file."""
+    return _rendered(
+        "report.html.j2",
+        **_layers(layers),
+        models=model_rows(evaluation),
+        heldout=heldout_line(evaluation),
+        heldout_sha256=evaluation["heldout"]["sha256"],
+        stages=stage_rows(run),
+        verdict=verdict(certificate),
+        provenance=provenance(manifest),
+    )
+
+
+def calibration_page(layers: Sequence[Json]) -> str:
+    """What GPTQ left of one or more layers, as one HTML document that needs no other file; its times are a run's."""
+    return _rendered("calibration.html.j2", **_layers(layers), costs=cost_rows(layers))
+
+
+def _layers(layers: Sequence[Json]) -> dict[str, Any]:
+    """What layers.html.j2 shows."""
+    rows = layer_rows(layers)
+    losses = [loss for row in rows for loss in row.losses.values()]
+    return {
+        "layers": rows,
+        "kinds": KINDS,
+        "loss_charts": loss_charts(rows),
+        "token_charts": token_charts(rows),
+        "chart": {"height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+        "better": sum(loss.better for loss in losses),
+        "matrices": sum(loss.experts for loss in losses),
+    }
+
+
+def _rendered(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -327,19 +473,4 @@ def page(evaluation: Json, certificate: Json, layers: Sequence[Json], run: Json,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rows = layer_rows(layers)
-    losses = [loss for row in rows for loss in row.losses.values()]
-    return environment.get_template("report.html.j2").render(
-        models=model_rows(evaluation),
-        heldout=heldout_line(evaluation),
-        heldout_sha256=evaluation["heldout"]["sha256"],
-        stages=stage_rows(run),
-        layers=rows,
-        charts=charts(rows),
-        chart={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
-        better=sum(loss.better for loss in losses),
-        matrices=sum(loss.experts for loss in losses),
-        kinds=KINDS,
-        verdict=verdict(certificate),
-        provenance=provenance(manifest),
-    )
+    return environment.get_template(template).render(values)

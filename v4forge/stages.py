@@ -50,7 +50,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "heldout": ("{heldout}", ()),
     "upstream": ("{work}/upstream", ()),
     "dequant": ("{work}/dequant", ()),
-    "layers": ("{work}/layers", ()),
+    "layers": ("{work}/layers", ("calibration.html",)),
     "layers-rtn": ("{work}/layers-rtn", ()),
     # verify writes the certificate into the artifact, and the model card comes later still.
     "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
