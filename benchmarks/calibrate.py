@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,90 +26,19 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import flash_layers
+from benchmarks.machine import ceilings, forget, machine
+from benchmarks.peer import against_peer
+from benchmarks.timeline import busy, drawn, timeline
 from scripts.cli import parser_for
-from v4forge import calibration, dispatch, experts, gptq, layers, layout, model, one_layer, plan
+from v4forge import calibration, layers, layout, model, plan
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
 from v4forge.errors import run_main
 from v4forge.files import write_json, write_text
-from v4forge.ranks import Ranks
 from v4forge.watch import Span, Watch, seconds
 
 ORIGINAL_H = 15.09  # GPTQ of the published artifact, on eight H200
 LINK_GBPS = 200.0  # between GPUs, for the projection: less than half of NVLink's 450 in one direction
-PEER_BATCH = 32  # experts llm-compressor quantizes at a time
-CHECKED = 4  # experts of a batch whose loss is computed in float64
-DISK_BYTES = 4 << 30
-CHUNK_BYTES = 16 << 20
-
-
-def timed(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    """Median seconds of `work`, after one call that is not counted."""
-    work()
-    taken = []
-    for _ in range(times):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        taken.append(time.perf_counter() - start)
-    return median(taken)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ceilings(device: torch.device, folder: Path, small: bool) -> dict[str, float]:
-    """What this machine can do at most: matrix products in TFLOP/s, copies and the disk in GB/s."""
-    n = 1024 if small else 8192
-    a = torch.randn(n, n, device=device)
-    low = a.bfloat16()
-    flops = 2 * n**3
-    found = {
-        "bf16 TFLOP/s": flops / timed(lambda: low @ low, device) / 1e12,
-        "f32 TFLOP/s": flops / timed(lambda: a @ a, device) / 1e12,
-    }
-    with gptq.tf32():
-        found["tf32 TFLOP/s"] = flops / timed(lambda: a @ a, device) / 1e12
-    found["copy GB/s"] = copy_speed(1 << 24 if small else 1 << 32, device)
-    return found | disk_speed(folder, DISK_BYTES // 64 if small else DISK_BYTES)
-
-
-def copy_speed(size: int, device: torch.device) -> float:
-    """GB/s of a copy in the device's memory, counting bytes read and written."""
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / timed(lambda: target.copy_(source), device) / 1e9
-
-
-def disk_speed(folder: Path, size: int) -> dict[str, float]:
-    """Sequential GB/s of one file: written and flushed, then read with nothing of it in the page cache."""
-    path = folder / "disk-speed.tmp"
-    chunk = os.urandom(CHUNK_BYTES)
-    start = time.perf_counter()
-    with open(path, "wb") as file:
-        for _ in range(size // CHUNK_BYTES):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    written = time.perf_counter() - start
-    forget(path)
-    start = time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while file.read(CHUNK_BYTES):
-            pass
-    read = time.perf_counter() - start
-    path.unlink()
-    return {"disk write GB/s": size / written / 1e9, "disk read GB/s": size / read / 1e9}
-
-
-def forget(path: Path) -> None:
-    """Drops a file from the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -189,114 +114,6 @@ def lost(report: Mapping[str, Any]) -> dict[str, float]:
     return {m: mean(v for by in report["error"].values() for v in by[m]) for m in ("gptq", "rtn")}
 
 
-def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer: bool) -> dict[str, Any]:
-    """Our GPTQ and llm-compressor's batched one on the weights and Hessians of layer 0, with the same scales.
-
-    Theirs a module at a time, in batches of 32 experts; w1 and w3 are modules of their own there. Neither scales nor
-    copies that their kernel may overwrite are in the times.
-    """
-    config, hf_config = source.config, model.hf_config(source.config)
-    weights = model.Weights(source, device)
-    root = model.load_root(weights, hf_config)
-    frame = model.load_layer(weights, hf_config, 0, experts=False)
-    rotary = model.Rotary(hf_config, device, weights.dtype)
-    attended = [
-        model.attend(frame, model.embed(root, hf_config, batch), rotary.context(batch))
-        for batch in tokens.to(device).split(layers.Settings().micro_batch)
-    ]
-    x, indices = torch.cat([a.x for a in attended]), torch.cat([a.indices for a in attended])
-    del attended, root, frame
-    routed = dispatch.Dispatch(Ranks(), x, indices, config.n_routed_experts)
-    sample = routed.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
-    common = experts.Common(gptq.gram(x) / len(x), sample)
-    inner, damp = config.moe_intermediate_size, layers.Settings().dampening
-    ours_s, theirs_s, equal, codes = [], [], 0, 0
-    losses = {"ours": 0.0, "theirs": 0.0}
-    at_once = one_layer.EXPERT_BATCH[device.type]
-    for first in range(0, config.n_routed_experts, PEER_BATCH):
-        some = range(first, min(first + PEER_BATCH, config.n_routed_experts))
-        matrices = {
-            which: torch.stack([weights(f"layers.0.ffn.experts.{e}.{which}.weight", shape) for e in some])
-            for which, shape in (("w1", (inner, x.shape[1])), ("w3", (inner, x.shape[1])), ("w2", (x.shape[1], inner)))
-        }
-        gate_up, down = torch.cat((matrices["w1"], matrices["w3"]), 1), matrices["w2"]
-        h = experts.hessians(routed.rows([some]), gate_up, float(hf_config.swiglu_limit), common, some)
-        problems = [(gate_up, h.hidden), (down, h.inner)]
-        scales = [gptq.searched_scales(w, of.diagonal(dim1=-2, dim2=-1)) for w, of in problems]
-
-        def ours(problems: Any = problems, scales: Any = scales) -> list[Tensor]:
-            found = []
-            for (w, of), scale in zip(problems, scales, strict=True):
-                parts = zip(w.split(at_once), of.split(at_once), scale.split(at_once), strict=True)
-                found.append(torch.cat([gptq.gptq(a, b, c, damp).codes for a, b, c in parts]))
-            return [found[0][:, :inner], found[0][:, inner:], found[1]]
-
-        if first == 0:
-            ours()
-        seconds_taken, ours_codes = clocked(ours, device)
-        ours_s.append(seconds_taken)
-        if not peer:
-            continue
-        cases = [
-            (matrices["w1"], h.hidden, scales[0][:, :inner]),
-            (matrices["w3"], h.hidden, scales[0][:, inner:]),
-            (matrices["w2"], h.inner, scales[1]),
-        ]
-        taken = 0.0
-        for (w, of, scale), mine in zip(cases, ours_codes, strict=True):
-            if first == 0:
-                peer_codes(w[:2], of[:2].clone(), scale[:2], damp, device)
-            spent, found = peer_codes(w, of.clone(), scale, damp, device)
-            taken += spent
-            equal += int((found == mine).sum())
-            codes += mine.numel()
-            for e in range(0, len(some), max(1, len(some) // CHECKED)):
-                for name, each in (("ours", mine), ("theirs", found)):
-                    losses[name] += weighted_loss(w[e], each[e], scale[e], of[e])
-        theirs_s.append(taken)
-    result: dict[str, Any] = {"ours_s": ours_s, "ours_total_s": sum(ours_s), "matrices": 3 * config.n_routed_experts}
-    if peer:
-        result |= {
-            "llmcompressor": version("llmcompressor"),
-            "theirs_s": theirs_s,
-            "theirs_total_s": sum(theirs_s),
-            "time_ratio": sum(ours_s) / sum(theirs_s),
-            "loss_ratio": losses["ours"] / losses["theirs"],
-            "equal_codes": equal / codes,
-        }
-    return result
-
-
-def clocked(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of one call, between synchronized clocks, and its value."""
-    _wait(device)
-    start = time.perf_counter()
-    value = work()
-    _wait(device)
-    return time.perf_counter() - start, value
-
-
-def peer_codes(
-    weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float, device: torch.device
-) -> tuple[float, Tensor]:
-    """llm-compressor's quantize_weight: seconds and codes. It may overwrite `hessians`."""
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-    wide, whole = scale.float().contiguous(), weights.float().contiguous()
-    zero = torch.zeros_like(wide)
-    spent, (values, _, _) = clocked(
-        lambda: quantize_weight(whole, hessians, wide, zero, None, gptq.QUANT_ARGS, 128, dampening), device
-    )
-    return spent, (values.unflatten(-1, (-1, 128)) / wide.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
-
-
-def weighted_loss(weights: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:
-    """tr((W - Q) H (W - Q)^T) in float64."""
-    values = codes.double() * scale.double().repeat_interleave(128, -1)
-    off = weights.double() - values
-    return float(((off @ hessian.double()) * off).sum())
-
-
 def projection(
     config: layout.Config,
     by_kind: Mapping[int, float],
@@ -333,18 +150,6 @@ def projection(
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
-    versions = {}
-    for package in ("torch", "triton", "transformers", "compressed-tensors", "llmcompressor"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "cpus": os.cpu_count(), "python": platform.python_version(), "versions": versions}
-
-
 def stages_table(found: Mapping[str, Any], config: layout.Config, tokens: int, seq_len: int) -> tuple[Table, list[Any]]:
     """Seconds a layer by stage, mean over the layers behind the first, whose time holds compilations."""
     spans = [Span(**span) for span in found["layers"]["spans"]]
@@ -365,80 +170,6 @@ def stages_table(found: Mapping[str, Any], config: layout.Config, tokens: int, s
         rows.append({"stage": stage, "s": taken, "rate": rate, "ceiling": ceiling, "share": share})
         table.add_row(stage, f"{taken:.3f}", f"{rate:.1f} {ceiling.split()[-1]}", f"{share:.0%} of {ceiling}")
     return table, rows
-
-
-def busy(spans: list[Span]) -> float:
-    """Seconds in which at least one of the spans runs."""
-    total, end = 0.0, -math.inf
-    for span in sorted(spans, key=lambda s: s.start_s):
-        total += max(0.0, span.end_s - max(span.start_s, end))
-        end = max(end, span.end_s)
-    return total
-
-
-def timeline(spans: list[Span], first: int) -> dict[str, float]:
-    """Wall time from layer `first` on, and how long each lane was busy in it."""
-    own = [s for s in spans if s.layer >= first]
-    begin = min(s.start_s for s in own if s.lane == "compute")
-    end = max(s.end_s for s in own)
-    late = [Span(s.layer, s.what, s.lane, max(s.start_s, begin), s.end_s, s.bytes) for s in own if s.end_s > begin]
-    lanes = {lane: busy([s for s in late if s.lane == lane]) for lane in ("compute", "read", "write")}
-    disk = busy([s for s in late if s.lane != "compute"])
-    limit = max(lanes["compute"], disk)
-    return {
-        "wall_s": end - begin,
-        **{f"{k}_s": v for k, v in lanes.items()},
-        "disk_s": disk,
-        "ratio": (end - begin) / limit,
-    }
-
-
-COLORS = {
-    "read": "#4c78a8",
-    "decode": "#9ecae9",
-    "forward 1": "#54a24b",
-    "Hessian": "#f58518",
-    "scales": "#ffbf79",
-    "factorize": "#e45756",
-    "sweep": "#b279a2",
-    "errors": "#d6a5c9",
-    "pack": "#9d755d",
-    "forward 2": "#88d27a",
-    "write": "#72b7b2",
-    "hidden states": "#439894",
-    "sort": "#bab0ac",
-}
-
-
-def drawn(spans: list[Span]) -> str:
-    """The timeline as SVG: a lane for the GPU, one for reading, one for writing."""
-    lanes = ("compute", "read", "write")
-    begin, end = min(s.start_s for s in spans), max(s.end_s for s in spans)
-    width, left, height = 1100, 70, 44
-    scale = (width - left - 10) / (end - begin)
-    body = []
-    for row, lane in enumerate(lanes):
-        y = 24 + row * height
-        body.append(f'<text x="4" y="{y + 20}">{lane}</text>')
-        for s in sorted((s for s in spans if s.lane == lane), key=lambda s: s.start_s):
-            x, w = left + (s.start_s - begin) * scale, max(0.3, (s.end_s - s.start_s) * scale)
-            label = f"layer {s.layer}: {s.what}, {s.end_s - s.start_s:.3f} s"
-            body.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="30" fill="{COLORS.get(s.what, "#ccc")}">'
-                f"<title>{label}</title></rect>"
-            )
-    for layer in sorted({s.layer for s in spans if s.lane == "compute"}):
-        x = left + (min(s.start_s for s in spans if s.layer == layer and s.lane == "compute") - begin) * scale
-        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="156" stroke="#333"/>')
-        body.append(f'<text x="{x + 3:.1f}" y="16">layer {layer}</text>')
-    for second in range(0, math.ceil(end - begin) + 1, 2):
-        body.append(f'<text x="{left + second * scale:.1f}" y="172">{second} s</text>')
-    for i, (what, color) in enumerate(COLORS.items()):
-        x, y = left + (i % 7) * 140, 188 + i // 7 * 18
-        body.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{color}"/>')
-        body.append(f'<text x="{x + 16}" y="{y + 10}">{what}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 230" font-family="sans-serif" font-size="11">'
-    return "\n".join([head, f'<rect width="{width}" height="230" fill="white"/>', *body, "</svg>\n"])
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.calibrate import lost, machine
+from benchmarks.calibrate import lost
+from benchmarks.machine import machine
 from scripts.cli import parser_for
 from scripts.evaluate import heldout_tokens
 from v4forge import calibration, corpus, layers
@@ -45,8 +46,7 @@ DEFAULT, NEAREST = layers.Settings(), layers.Settings(method="rtn")
 @dataclass(frozen=True)
 class Outcome:
     quality: Quality
-    loss: float | None  # mean relative Hessian-weighted loss over all matrices, None for round-to-nearest
-    rtn_loss: float | None  # of round-to-nearest under the same Hessians
+    loss: dict[str, float]  # mean relative Hessian-weighted loss of GPTQ and of round-to-nearest; {} without Hessians
     calibrate_s: float
 
 
@@ -67,36 +67,30 @@ def outcome(settings: layers.Settings, seed: int, source: Checkpoint, heldout: t
         reports = [json.loads(layers.layer_report(work, i).read_text()) for i in source.config.layers]
         assemble(source, work, artifact)
         quality = evaluate(Checkpoint(artifact, form="artifact"), heldout, CPU)
-    if samples is None:
-        return Outcome(quality, None, None, calibrate_s)
-    losses = [lost(report) for report in reports]
-    return Outcome(quality, fmean(each["gptq"] for each in losses), fmean(each["rtn"] for each in losses), calibrate_s)
+    return Outcome(quality, means([lost(report) for report in reports if report["error"]]), calibrate_s)
+
+
+def means(losses: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {method: fmean(each[method] for each in losses) for method in ("gptq", "rtn") if losses}
 
 
 def pooled(found: Sequence[Outcome]) -> Outcome:
     """The mean over several choices of samples; of log-likelihoods token by token."""
     nll = torch.stack([each.quality.nll for each in found]).mean(0)
-    return Outcome(
-        Quality(nll, fmean(each.quality.mtp_acceptance for each in found)),
-        fmean(each.loss for each in found if each.loss is not None),
-        fmean(each.rtn_loss for each in found if each.rtn_loss is not None),
-        fmean(each.calibrate_s for each in found),
-    )
+    quality = Quality(nll, fmean(each.quality.mtp_acceptance for each in found))
+    return Outcome(quality, means([each.loss for each in found]), fmean(each.calibrate_s for each in found))
 
 
-def row(
-    settings: layers.Settings, seed: int | str, found: Outcome, source: Quality, default: Quality
-) -> dict[str, Any]:
+def row(settings: layers.Settings, seed: int | str, found: Outcome, best: Quality, default: Quality) -> dict[str, Any]:
     """One line's figures. Changes are percent of perplexity and their standard errors over the held-out sequences."""
     return {
         "settings": asdict(settings),
         "seed": seed,
         "perplexity": found.quality.perplexity,
-        "change_from_source": found.quality.change_from(source),
+        "change_from_source": found.quality.change_from(best),
         "change_from_default": found.quality.change_from(default),
         "mtp_acceptance": found.quality.mtp_acceptance,
         "loss": found.loss,
-        "rtn_loss": found.rtn_loss,
         "calibrate_s": found.calibrate_s,
     }
 
@@ -110,15 +104,15 @@ def table(rows: Sequence[dict[str, Any]], source: Quality) -> Table:
     for heading in ("Hessians of", "damp.", "samples", "perplexity", "to the default", "MTP acc.", "loss", "seconds"):
         drawn.add_column(heading, justify="left" if heading == "Hessians of" else "right", no_wrap=True)
     for each in rows:
-        settings, gptq = each["settings"], each["loss"] is not None
+        settings, loss = each["settings"], each["loss"]
         drawn.add_row(
-            f"{settings['experts']} tokens" if gptq else "round-to-nearest",
-            f"{settings['dampening']}" if gptq else "",
+            f"{settings['experts']} tokens" if loss else "round-to-nearest",
+            f"{settings['dampening']}" if loss else "",
             str(each["seed"]),
             "{:+.2f} ±{:.2f}%".format(*each["change_from_source"]),
             "{:+.2f} ±{:.2f}%".format(*each["change_from_default"]) if settings != asdict(DEFAULT) else "",
             f"{each['mtp_acceptance']:.1%}",
-            f"{each['loss']:.3%} of {each['rtn_loss']:.3%}" if gptq else "",
+            f"{loss['gptq']:.3%} of {loss['rtn']:.3%}" if loss else "",
             f"{each['calibrate_s']:.0f}",
             end_section=each["seed"] in ("mean", ""),
         )

@@ -77,6 +77,18 @@ def layer(number: int, blended: bool = False, fallback: tuple[str, ...] = ()) ->
         "error": {kind: error for kind in ("w1", "w2", "w3")},
         "blended": [{"expert": 0, "tokens": 17, "inputs": "w1, w3"}] if blended else [],
         "fallback": list(fallback),
+        "run": [
+            {
+                "seconds": {"sweep": 1.5, "Hessian": 1.0, "read": 0.25, "write": 0.5},
+                "peak_gpu": 3 << 30,
+                "peak_host": 1,
+            },
+            {
+                "seconds": {"sweep": 1.0, "Hessian": 1.0, "read": 0.75, "write": 0.5},
+                "peak_gpu": 1,
+                "peak_host": 5 << 30,
+            },
+        ],
     }
 
 
@@ -238,14 +250,24 @@ class Page(HTMLParser):
         self.text += f"{data} "
 
 
-def test_the_page_loads_nothing_and_runs_nothing(run_folder: Path) -> None:
+def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
     call(run_folder)
-    text = (run_folder / "reports/index.html").read_text()
-    page = Page(text)
-    assert page.loads == ["data:,"]
-    assert not {"script", "iframe", "img", "object"} & set(page.tags)
-    assert "url(" not in text and "@import" not in text
-    assert page.open == []
+    for text in ((run_folder / "reports/index.html").read_text(), report.calibration_page([layer(0), layer(1, True)])):
+        page = Page(text)
+        assert page.loads == ["data:,"]
+        assert not {"script", "iframe", "img", "object"} & set(page.tags)
+        assert "url(" not in text and "@import" not in text
+        assert page.open == []
+
+
+def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> None:
+    page = Page(report.calibration_page([layer(1, blended=True), layer(0)]))
+    text = " ".join(page.text.split())
+    assert "2 layers of 2 experts" in text
+    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "1 17 458 900 1 of 2 0 (17)" in text
+    assert "0 2 2.50 0.75 0.50 3.00 5.00 1 2 2.50" in text, "each of the rank with the most"
+    assert page.tags.count("svg") == 5
 
 
 def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Path) -> None:
@@ -255,7 +277,7 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
     assert "GPTQ lost less than round-to-nearest on 18 of 18 matrices" in text
     assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
     assert "1 of 6 experts, in 1 of 3 layers" in text
-    assert "0 (17 tokens; w1, w3)" in text
+    assert "1 of 2 0 (17)" in text
     assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
     assert "pass-through ok 118 tensors equal" in text
     assert "settings.dampening 0.01" in text and "versions.torch 2.x+cpu" in text
@@ -280,16 +302,39 @@ def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> N
     assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
 
 
+@given(st.integers(0, 10**6), st.integers(1, 10**6))
+def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: int) -> None:
+    most = report.LOG_RATIO * fewest + more
+    ticks = report.log_axis(fewest, most)
+    assert ticks == sorted(set(ticks)) and ticks[0] <= fewest and ticks[-1] >= most
+    assert 2 <= len(ticks) <= 10
+    assert (ticks[0] == 0) == (fewest == 0)
+
+
 @pytest.mark.parametrize("layers", [1, 4, 43])
-def test_every_layer_has_its_points_inside_the_chart(layers: int) -> None:
-    for chart in report.charts(report.layer_rows([layer(i) for i in range(layers)])):
+@pytest.mark.parametrize("tokens", [[17, 900], [0, 900], [0, 0], [600, 900], [800_000, 1_000_000]])
+def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[int]) -> None:
+    rows = report.layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
+    losses, counts = report.loss_charts(rows), report.token_charts(rows)
+    for chart in (*losses, *counts):
         assert len(chart.x_ticks) <= report.X_LABELS
         for points in chart.lines.values():
             assert len(points) == layers
-            assert all(report.LEFT <= p.x <= report.CHART_WIDTH and 0 <= p.y <= report.CHART_HEIGHT for p in points)
-        assert all(g.y > r.y for g, r in zip(chart.lines["gptq"], chart.lines["rtn"], strict=True)), (
-            "less loss is lower"
-        )
+            assert all(report.LEFT <= p.x <= chart.width - report.RIGHT for p in points)
+            assert all(report.TOP <= p.y <= report.CHART_HEIGHT - report.BOTTOM for p in points)
+    assert all(g.y > r.y for c in losses for g, r in zip(c.lines["gptq"], c.lines["rtn"], strict=True)), (
+        "less loss is lower"
+    )
+    assert all(few.y >= most.y for few, most in zip(counts[0].lines["fewest"], counts[0].lines["most"], strict=True))
+
+
+@pytest.mark.parametrize(("most", "logarithmic"), [(20_000, False), (20_001, True)])
+def test_tokens_of_very_different_counts_have_a_logarithmic_axis(most: int, logarithmic: bool) -> None:
+    chart = report.token_charts(report.layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
+    assert ("logarithmic" in chart.title) == logarithmic
+    assert [label for _, label in chart.y_ticks] == (
+        ["1k", "2k", "5k", "10k", "20k", "50k"] if logarithmic else ["0", "5k", "10k", "15k", "20k"]
+    )
 
 
 def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:

@@ -58,23 +58,31 @@ def calibrate(
     config, digest = source.config, digest_of(mark)
     source.validate(layout.upstream(config))
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
-    if not todo:
-        return
-    run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
-    hf_config = model.hf_config(config)
+    if todo:
+        run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
+        _loop(run, todo, corpus, keep_every)
+    ranks.barrier()
+    if ranks.rank == 0:
+        hidden_states.keep(work, [])
+
+
+def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> None:
+    """Visits the layers from the first one to do, or from the hidden states kept before it, to the last one to do."""
+    source, ranks, device = run.source, run.ranks, run.device
+    hf_config = model.hf_config(source.config)
     batches: list[Tensor] = []
     first = todo[0]
     own = range(0)
     if corpus is not None:
-        everyones = corpus.tokens.split(settings.micro_batch)
+        everyones = corpus.tokens.split(run.settings.micro_batch)
         own = ranks.share(len(everyones))
         batches = [everyones[i].to(device) for i in own]
-        first = ranks.told(hidden_states.latest(work, todo[0], len(everyones), digest))
+        first = ranks.told(hidden_states.latest(run.work, todo[0], len(everyones), run.digest))
     _check_mtp(run)
     weights = model.Weights(source, device)
     root = model.load_root(weights, hf_config)  # read even where it is not needed, for its checks
     if first:
-        streams = [hidden_states.load(work, first, i, device) for i in own]
+        streams = [hidden_states.load(run.work, first, i, device) for i in own]
     else:
         streams = [model.embed(root, hf_config, batch) for batch in batches]
     del root
@@ -99,15 +107,12 @@ def calibrate(
                 done(kept)
                 ranks.barrier()
                 if ranks.rank == 0:
-                    hidden_states.keep(work, [index + 1 - keep_every])
+                    hidden_states.keep(run.work, [index + 1 - keep_every])
                 ranks.barrier()
                 kept += [layer.keep(number, batch) for number, batch in zip(own, streams, strict=True)]
         if previous is not None:
             previous.publish()
         done(kept)
-    ranks.barrier()
-    if ranks.rank == 0:
-        hidden_states.keep(work, [])
 
 
 def _check_mtp(run: Run) -> None:

@@ -276,7 +276,7 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
         position_ids=context.position_ids,
         attention_mask=context.attention_mask,
     )
-    streams = post.to(dtype).unsqueeze(-1) * attention.unsqueeze(-2) + torch.matmul(comb.to(dtype).mT, streams)
+    streams = mixed(streams, comb.to(dtype), post.to(dtype), attention)
     post, comb, collapsed = layer.ffn_hc(streams)
     x = layer.post_attention_layernorm(collapsed)
     routed = layer.mlp.gate(x, context.input_ids) if layer.mlp.is_hash else layer.mlp.gate(x)
@@ -287,8 +287,22 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
         weights=weights,
         shared=layer.mlp.shared_experts(x),
         post=post.to(dtype),
-        carried=torch.matmul(comb.to(dtype).mT, streams),
+        carried=mixed(streams, comb.to(dtype), post.to(dtype)),
     )
+
+
+def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None = None) -> Tensor:
+    """Each stream as comb's mixture of all, plus post's share of a sublayer's output.
+
+    streams: [..., hc_mult, hidden]; comb: [..., hc_mult, hc_mult], from row to column; post: [..., hc_mult]; output:
+    [..., hidden] -> like streams.
+    """
+    if streams.is_cuda:
+        from v4forge import kernels
+
+        return kernels.mixed(streams, comb, post, output)
+    carried = torch.matmul(comb.mT, streams)
+    return carried if output is None else post.unsqueeze(-1) * output.unsqueeze(-2) + carried
 
 
 def combine(attended: Attended, routed: Tensor) -> Tensor:

@@ -243,19 +243,20 @@ def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
     """One row a layer report, by layer number."""
     rows = []
     for report in sorted(layers, key=lambda report: report["layer"]):
-        run = report["run"]
-        busy = [{what: s for what, s in spent.items() if what not in (*READING, *WRITING)} for spent in run["seconds"]]
-        most = max(busy, key=lambda spent: sum(spent.values()))
+        ranks = report["run"]
+        spent = [rank["seconds"] for rank in ranks]
+        computing = [{what: s for what, s in each.items() if what not in (*READING, *WRITING)} for each in spent]
+        most = max(computing, key=lambda each: sum(each.values()))
         rows.append(
             CostRow(
                 layer=report["layer"],
-                ranks=run["ranks"],
+                ranks=len(ranks),
                 compute_s=sum(most.values()),
-                read_s=max(sum(spent.get(what, 0.0) for what in READING) for spent in run["seconds"]),
-                write_s=max(sum(spent.get(what, 0.0) for what in WRITING) for spent in run["seconds"]),
+                read_s=max(sum(each.get(what, 0.0) for what in READING) for each in spent),
+                write_s=max(sum(each.get(what, 0.0) for what in WRITING) for each in spent),
                 stages=", ".join(f"{what} {s:.2f}" for what, s in sorted(most.items(), key=lambda item: -item[1])),
-                gpu_gib=max(run["peak_gpu_bytes"]) / 2**30,
-                host_gib=max(run["peak_host_bytes"]) / 2**30,
+                gpu_gib=max(rank["peak_gpu"] for rank in ranks) / 2**30,
+                host_gib=max(rank["peak_host"] for rank in ranks) / 2**30,
             )
         )
     return rows
