@@ -38,7 +38,7 @@ from v4forge.stages import PROFILES
 
 CPU = torch.device("cpu")
 TINY = PROFILES["tiny"]
-HELDOUT_SEQUENCES, HELDOUT_SEQ_LEN = 32, 512
+HELDOUT = 32, 512  # sequences, and tokens in each
 GPTQ = [layers.Settings(experts=seen, dampening=share) for seen, share in product(("routed", "all"), (0.01, 0.1))]
 DEFAULT, NEAREST = layers.Settings(), layers.Settings(method="rtn")
 
@@ -127,8 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(DEFAULT.threads)
     source = Checkpoint(Path(TINY.source))
-    size = source.config.vocab_size
-    heldout = heldout_tokens(source.directory, Path(TINY.heldout), HELDOUT_SEQUENCES, HELDOUT_SEQ_LEN, size)
+    heldout = heldout_tokens(source.directory, Path(TINY.heldout), *HELDOUT, source.config.vocab_size)
     best = evaluate(source, heldout, CPU)
     found: dict[layers.Settings, dict[int | str, Outcome]] = {}
     for settings in (*GPTQ, NEAREST):

@@ -120,6 +120,35 @@ def scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: tuple[floa
     return Scales(differ.numel(), 1 - float(differ.double().mean()), len(factors), float(worse.max()))
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """The kernel's streams beside the same in F64."""
+
+    off: float  # largest difference, in units of the largest value
+    rounded_once: float  # share of the values that are the exact ones rounded to the streams' dtype
+
+
+def mixed(tokens: tuple[int, ...], hidden: int, dtype: torch.dtype, device: str, kind: str) -> Mixed:
+    """kind: "carried", without an output; "output"; or "transposed", with streams that do not lie in order."""
+    generator = torch.Generator(device).manual_seed(3)
+    shape = tokens[::-1] if kind == "transposed" else tokens
+    streams = torch.randn(*shape, 4, hidden, generator=generator, device=device).to(dtype)
+    if kind == "transposed":
+        streams = streams.transpose(0, 1)
+    comb = torch.rand(*tokens, 4, 4, generator=generator, device=device).to(dtype)
+    post = torch.rand(*tokens, 4, generator=generator, device=device).to(dtype)
+    output = torch.randn(*tokens, hidden, generator=generator, device=device).to(dtype)
+    exact = torch.einsum("...fh,...ft->...th", streams.double(), comb.double())
+    if kind != "carried":
+        exact += post.double().unsqueeze(-1) * output.double().unsqueeze(-2)
+    found = kernels.mixed(streams, comb, post, None if kind == "carried" else output)
+    assert (found.dtype, found.shape) == (dtype, streams.shape)
+    return Mixed(
+        float((found.double() - exact).abs().max() / exact.abs().max()),
+        float((found == exact.to(dtype)).double().mean()),
+    )
+
+
 def few_bits(scale: Tensor) -> Tensor:
     """scale cut to 3 significant bits, so that its products with 1, 0.5 and 0.75 are exact in BF16: Triton's
     interpreter cuts F32 to BF16 where a GPU rounds."""
@@ -137,6 +166,7 @@ def main() -> None:
         "shared": blocks(weights.float(), shared, absmax),
         "scales": scales(weights, hessians.diagonal(dim1=-2, dim2=-1), widest, (1.0, 0.5, 0.75)),
     }
+    result |= {kind: mixed((2, 3), 1300, torch.float32, "cpu", kind) for kind in ("carried", "output", "transposed")}
     print(json.dumps({name: asdict(each) for name, each in result.items()}))
 
 

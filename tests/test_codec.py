@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -146,6 +147,21 @@ def test_an_int4_matrix_of_one_code_comes_back(code: int) -> None:
     codes = torch.full((3, 128), code, dtype=torch.int8)
     parts = codec.encode_int4(codes, torch.ones(3, 1))
     assert torch.equal(codec.decode_int4(**parts), codes.bfloat16())
+
+
+def test_stacks_of_matrices_are_coded_like_each_of_them() -> None:
+    rng = np.random.default_rng(3)
+    codes = torch.tensor(rng.integers(-8, 8, (2, 3, 5, 256), dtype=np.int8))
+    packed = codec.pack_int4(codes)
+    for i, j in np.ndindex(2, 3):
+        assert torch.equal(packed[i, j], pack_to_int32(codes[i, j], 4))
+    scale = torch.tensor(rng.uniform(1e-4, 1, (2, 3, 5, 2)), dtype=torch.bfloat16)
+    served = codec.dequantize_int4(codes, scale)
+    assert torch.equal(served[1, 2], codec.decode_int4(**codec.encode_int4(codes[1, 2], scale[1, 2])))
+    byte = torch.tensor(rng.integers(0, 256, (4, 5, 48), dtype=np.uint8)).view(torch.int8)
+    exponents = as_e8m0(rng.integers(*FP4_EXACT[:: len(FP4_EXACT) - 1], (4, 5, 3)))
+    stacked = codec.decode_fp4(byte, exponents)
+    assert all(torch.equal(stacked[e], codec.decode_fp4(byte[e], exponents[e])) for e in range(4))
 
 
 def brute_force_e2m1(x: float) -> int:

@@ -45,3 +45,8 @@ def test_the_searched_scales_are_the_torch_code_s(interpreted: dict[str, dict[st
     assert found["chosen"] == 3
     assert found["equal"] > 0.99
     assert found["worse"] < 1e-5  # another order of adding up may decide between two that are equally good
+
+
+@pytest.mark.parametrize("kind", ["carried", "output", "transposed"])
+def test_the_mixed_streams_are_the_exact_ones(interpreted: dict[str, dict[str, Any]], kind: str) -> None:
+    assert interpreted[kind]["off"] < 1e-6

@@ -5,6 +5,8 @@ Calibration also as two ranks, and from the hidden states that it has kept.
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -92,6 +94,7 @@ DEATHS: dict[str, list[Death]] = {
         Death("half", count=30),
         Death("renamed", "layer-001.safetensors"),
         Death("renamed", "layer-002.json"),
+        Death("temporary", "calibration.html"),
     ],
     "postprocess": [
         Death("temporary", "model-00001-of-00005.safetensors"),
@@ -256,6 +259,7 @@ def test_calibration_killed_at_random_moments_ends_with_the_same_bytes(
         Death("renamed", "layer-001.safetensors"),
         Death("temporary", "layer-002.safetensors"),
         Death("renamed", "layer-002.safetensors"),
+        Death("temporary", "calibration.html"),
     ],
     ids=lambda death: f"{death.moment} {death.name}",
 )
@@ -288,6 +292,44 @@ def test_a_layer_that_was_removed_is_made_again(workshop: Workshop, tmp_path: Pa
     assert calibrate(workshop, tmp_path)
     assert_ended(workshop, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(workshop: Workshop, tmp_path: Path) -> None:
+    log, other = workshop.base / "log.txt", workshop.base / "other.txt"
+    first = workshop.server.start("calibrate", keeping(workshop, tmp_path), log)
+    while not (tmp_path / "layers" / "fingerprint.json").exists():
+        time.sleep(0.001)
+    os.kill(first, signal.SIGSTOP)
+    assert workshop.server.run("calibrate", keeping(workshop, tmp_path), other) == 1
+    os.kill(first, signal.SIGCONT)
+    assert f"error: another run is writing to {tmp_path / 'layers'}\nhint: " in other.read_text()
+    assert workshop.server.reap(first) == 0
+    assert_ended(workshop, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_disk_that_fills_up_is_an_error_and_a_later_run_continues(
+    workshop: Workshop, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    working, calls = getattr(os, call), {"posix_fallocate": 3, "pwrite": 150}  # in the second or third layer
+
+    def full(*arguments: Any) -> Any:
+        calls[call] -= 1
+        if calls[call] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return working(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        assert run_here("calibrate", *keeping(workshop, tmp_path)) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    work = tmp_path / "layers"
+    assert re.fullmatch(rf"error: cannot write {work}/layer-00[12].safetensors: No space left on device", error)
+    assert hint.startswith("hint: free disk space")
+    assert not (work / "layer-002.safetensors").exists()
+    assert_layers_are_the_undisturbed_run_s(workshop, work)
+    assert calibrate(workshop, tmp_path)
+    assert_ended(workshop, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def sweep_block(
         CARRIED=carried is not None,
         ROWS=SWEEP_ROWS,
         WIDTH=end - start,
-        num_warps=4,
+        num_warps=1,
     )
 
 

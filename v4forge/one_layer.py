@@ -29,7 +29,7 @@ from v4forge.streaming import Group, Reader, done, on_host
 from v4forge.watch import Watch, seconds
 
 # Experts at a time. On the CPU one, whose bits then depend on nothing else.
-EXPERT_BATCH = {"cuda": 16, "cpu": 1}
+EXPERT_BATCH = {"cuda": 32, "cpu": 1}
 
 
 @dataclass(frozen=True)
