@@ -204,7 +204,8 @@ def run(args: argparse.Namespace) -> None:
     source = Checkpoint(upstream)
     config = source.config
     tokens = flash_layers.zipf_tokens(args.samples, args.seq_len, config.vocab_size, 0)
-    found: dict[str, Any] = {"command": " ".join(["python -m benchmarks.calibrate", *sys.argv[1:]]), **machine(device)}
+    given = " ".join(sys.argv[1:]).replace(str(args.out), args.out.name).replace(str(args.work), "WORK")
+    found: dict[str, Any] = {"command": f"python -m benchmarks.calibrate {given}", **machine(device)}
     found["ceilings"] = ceilings(device, args.work, args.small)
     found["peer"] = against_peer(source, tokens, device, not args.no_peer)  # warms the kernels up too
     if device.type == "cuda":

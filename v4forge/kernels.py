@@ -199,9 +199,10 @@ def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None) ->
     """As model.mixed, in F32 with one rounding at the end; a 4 x 4 product a token is no work for a GEMM."""
     *tokens, hc, hidden = streams.shape
     count = math.prod(tokens)
+    streams = streams.contiguous()
     result = torch.empty_like(streams)
     _mixed[(count, triton.cdiv(hidden, MIX_COLUMNS))](
-        streams.contiguous(),
+        streams,
         comb.contiguous(),
         post.contiguous(),
         streams if output is None else output.contiguous(),

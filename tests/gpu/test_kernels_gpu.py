@@ -102,7 +102,7 @@ def test_gram_is_the_sum_of_outer_products(tokens: int, width: int, dtype: torch
     exact = sum(part.double().T @ part.double() for part in x.split(10_000))
     found = gptq.gram(x)
     assert found.dtype == torch.float32
-    assert float((found.double() - exact).norm() / exact.norm()) < 1e-5
+    assert float((found.double() - exact).norm() / exact.norm()) < 1e-4
     sizes = exact.diagonal().sqrt()
     assert float(((found.double() - exact) / torch.outer(sizes, sizes)).abs().max()) < 1e-4  # F32 sums of 100,000 terms
 
