@@ -153,6 +153,13 @@ def calibrated(
         kept = samples.tokens.shape if samples and arguments.keep_every else (0, 0)
         plan.require_space(plan.calibration_parts(source.config, arguments.work, *kept), arguments.work)
     place.barrier()
+    page = arguments.work / "calibration.html"
+    lines: list[str] = []  # one a layer that this run has finished
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+
     with steps("calibrate", len(todo)) if place.rank == 0 else nullcontext(lambda *_: None) as progress:
         calibration.calibrate(
             source,
@@ -164,10 +171,9 @@ def calibrated(
             place,
             keep_every=arguments.keep_every,
             progress=progress,
-            log=print,
+            log=say,
         )
-    if place.rank == 0 and settings.method == "gptq":
-        page = arguments.work / "calibration.html"
+    if place.rank == 0 and settings.method == "gptq" and (lines or not page.exists()):
         write_text(page, report.calibration_page([read_json(layers.layer_report(arguments.work, i)) for i in todo]))
         print(f"calibration: {page}")
 

@@ -31,6 +31,14 @@ class Common:
 
 
 @dataclass(frozen=True)
+class AllTokens:
+    """The layer's tokens, where every one of them goes through every expert."""
+
+    hessian: Tensor  # [1, hidden, hidden] f32, the mean of x^T x: of every expert
+    x: Tensor  # [tokens, hidden]
+
+
+@dataclass(frozen=True)
 class Hessians:
     """Means of x^T x per expert: w1 and w3 share `hidden`, w2 has `inner`."""
 
@@ -40,11 +48,13 @@ class Hessians:
 
 
 def hessians(
-    rows: Sequence[Tensor], gate_up: Tensor, limit: float, common: Common | None, numbers: Sequence[int]
+    rows: Sequence[Tensor], gate_up: Tensor, limit: float, shared: Common | AllTokens | None, numbers: Sequence[int]
 ) -> Hessians:
     """Hessians of the inputs of some experts. rows: their tokens, [n, hidden] each; gate_up: [E, 2 * inner, hidden],
-    unquantized; common: needed where an expert has fewer tokens than a width; numbers: the experts', for the notes.
+    unquantized; shared: needed where an expert has fewer tokens than a width; numbers: the experts', for the notes.
     """
+    if isinstance(shared, AllTokens):
+        return Hessians(shared.hessian, torch.stack([_inner(shared.x, each, limit) for each in gate_up]), [])
     width, inner = gate_up.shape[2], gate_up.shape[1] // 2
     h_hidden = gate_up.new_empty(len(rows), width, width, dtype=torch.float32)
     h_inner = gate_up.new_empty(len(rows), inner, inner, dtype=torch.float32)
@@ -54,21 +64,16 @@ def hessians(
         h_inner[e] = _inner(x, gate_up[e], limit)
         few = []
         if len(x) < width:
-            assert common is not None
-            h_hidden[e] = gptq.blended(h_hidden[e], len(x), common.hessian)
+            assert shared is not None
+            h_hidden[e] = gptq.blended(h_hidden[e], len(x), shared.hessian)
             few.append("w1, w3")
         if len(x) < inner:
-            assert common is not None
-            h_inner[e] = gptq.blended(h_inner[e], len(x), _inner(common.sample, gate_up[e], limit))
+            assert shared is not None
+            h_inner[e] = gptq.blended(h_inner[e], len(x), _inner(shared.sample, gate_up[e], limit))
             few.append("w2")
         if few:
             notes.append({"expert": numbers[e], "tokens": len(x), "inputs": ", ".join(few)})
     return Hessians(h_hidden, h_inner, notes)
-
-
-def hessians_of_all(x: Tensor, hidden: Tensor, gate_up: Tensor, limit: float) -> Hessians:
-    """The same where every token goes through every expert. x: [tokens, hidden]; hidden: [1, hidden, hidden]."""
-    return Hessians(hidden, torch.stack([_inner(x, each, limit) for each in gate_up]), [])
 
 
 def _inner(x: Tensor, gate_up: Tensor, limit: float) -> Tensor:

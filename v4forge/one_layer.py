@@ -191,14 +191,14 @@ class Layer:
         """Every expert's work, step by step -> the experts' outputs [tokens * top_k, hidden], None without a corpus."""
         run, watch, config = self.run, self.run.watch, self.run.source.config
         dispatch = None
-        common = everything = hidden = None
+        shared: experts.Common | experts.AllTokens | None = None
         if run.settings.method == "gptq" or attended:
             with watch.compute("sort"):
                 dispatch = self._dispatch(attended)
                 self.counts = dispatch.counts
             if self.quantizes:
                 with watch.compute("Hessian"):
-                    common, everything, hidden = self._common(attended, dispatch)
+                    shared = self._shared(attended, dispatch)
         for step in run.steps():
             own = step[run.ranks.rank]
             run.progress(self.index, f"experts {step[0].start}-{step[0].stop - 1}" if step[0] else "experts")
@@ -206,7 +206,7 @@ class Layer:
                 rows = dispatch.rows(step) if dispatch else []
             if self.quantizes:
                 group = next(reader)
-                served = self._quantized(own, group, rows, limit, common, everything, hidden) if own else None
+                served = self._quantized(own, group, rows, limit, shared) if own else None
             else:
                 served = layers.read_experts(run.work, config, self.index, own, run.device) if own else None
             if dispatch is None:
@@ -234,20 +234,18 @@ class Layer:
             indices = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=run.device)
         return Dispatch(run.ranks, x, indices, config.n_routed_experts)
 
-    def _common(
-        self, attended: list[model.Attended], dispatch: Dispatch
-    ) -> tuple[experts.Common | None, Tensor | None, Tensor | None]:
+    def _shared(self, attended: list[model.Attended], dispatch: Dispatch) -> experts.Common | experts.AllTokens | None:
         """What experts share: for those that few tokens reach, or where every token goes through every expert."""
         run, config = self.run, self.run.source.config
         all_tokens = run.settings.experts == "all"
         if not all_tokens and min(dispatch.counts) >= max(config.hidden_size, config.moe_intermediate_size):
-            return None, None, None
+            return None
         like = torch.empty(config.hidden_size, config.hidden_size, device=run.device)
         hessian = run.ranks.ordered_sum((gptq.gram(batch.x) for batch in attended), like) / dispatch.tokens
         if all_tokens:
-            return None, dispatch.everything(), hessian.unsqueeze(0)
+            return experts.AllTokens(hessian.unsqueeze(0), dispatch.everything())
         sample = dispatch.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
-        return experts.Common(hessian, sample), None, None
+        return experts.Common(hessian, sample)
 
     def _quantized(
         self,
@@ -255,9 +253,7 @@ class Layer:
         group: Group,
         rows: list[Tensor],
         limit: float,
-        common: experts.Common | None,
-        everything: Tensor | None,
-        hidden: Tensor | None,
+        shared: experts.Common | experts.AllTokens | None,
     ) -> tuple[Tensor, Tensor]:
         """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
         run, watch = self.run, self.run.watch
@@ -266,10 +262,7 @@ class Layer:
         h = None
         if run.settings.method == "gptq":
             with watch.compute("Hessian"):
-                if everything is not None and hidden is not None:
-                    h = experts.hessians_of_all(everything, hidden, gate_up, limit)
-                else:
-                    h = experts.hessians(rows, gate_up, limit, common, own)
+                h = experts.hessians(rows, gate_up, limit, shared, own)
             _refuse_nan(self.index, h)
         quantized = experts.quantize(gate_up, down, h, run.settings, own, watch)
         for i, e in enumerate(own):

@@ -57,7 +57,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
     "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
     "card template": ("v4forge/templates/model_card.md.j2", ()),
-    "page template": ("v4forge/templates/report.html.j2", ()),
+    "page template": ("v4forge/templates", ("model_card.md.j2", "calibration.html.j2")),
     "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
     "reports/index.html": ("{work}/reports/index.html", ()),
 }
