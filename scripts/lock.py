@@ -31,7 +31,7 @@ environments = [
 ]
 """
 # nvidia-ml-py is no part of CUDA: pure Python bindings that llmcompressor imports everywhere.
-CUDA_PACKAGE = re.compile(r"triton|cuda-.+|nvidia-(?!ml-py$).+")
+CUDA_PACKAGE = re.compile(r"cuda-.+|nvidia-(?!ml-py$).+")
 
 Lock = dict[str, list[str]]
 

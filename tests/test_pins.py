@@ -15,7 +15,7 @@ from v4forge.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements-calib.txt", "requirements-cuda.txt", "requirements-dev.txt")
 # Generated from versions.env, or a record of how something was made.
-NOT_HAND_EDITED = re.compile(r"versions\.env|docker/requirements-.*\.txt|models/.*")
+NOT_HAND_EDITED = re.compile(r"versions\.env|docker/requirements-.*\.txt|models/.*|benchmarks/results/.+")
 
 
 def hand_edited() -> list[Path]:

@@ -45,7 +45,7 @@ DETERMINING_MODULES = (
     "ranks",
     "recipe",
 )
-DETERMINING_PACKAGES = ("torch", "transformers", "compressed-tensors")
+DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
 
 
 @dataclass(frozen=True)
