@@ -210,9 +210,12 @@ class Checkpoint:
         shard = self.weight_map[name]
         path = self.directory / shard
         if shard not in self._places:
-            with open(path, "rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                self._places[shard] = json.loads(file.read(size)) | {"": 8 + size}
+            try:
+                with open(path, "rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    self._places[shard] = json.loads(file.read(size)) | {"": 8 + size}
+            except (OSError, ValueError) as error:
+                raise UserError(f"shard {path} cannot be read: {error}", self._hint) from None
         header = self._places[shard]
         return str(path), header[""] + header[name]["data_offsets"][0]
 

@@ -137,7 +137,7 @@ class Reader:
         for name, (slot, spec) in slots.items():
             path, start = self._checkpoint.place(name)
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
+                self._files[path] = _open(path)
             size = _bytes(spec)
             for done in range(0, size, READ_BYTES):
                 end = min(done + READ_BYTES, size)
@@ -145,6 +145,13 @@ class Reader:
                 jobs.append(pool.submit(_read, self._files[path], path, target, start + done))
         for job in jobs:
             job.result()
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "restore the file, then run it again") from None
 
 
 def _read(file: int, path: str, target: memoryview, offset: int) -> None:
