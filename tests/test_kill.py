@@ -225,7 +225,7 @@ def calibrate(workshop: Workshop, folder: Path, size: int = 0, delay_s: float | 
     return set(statuses) == {0}
 
 
-@pytest.mark.parametrize(("size", "moments"), [(0, 20), (2, 10)], ids=["one process", "two ranks"])
+@pytest.mark.parametrize(("size", "moments"), [(0, 20), (2, 8)], ids=["one process", "two ranks"])
 def test_calibration_killed_at_random_moments_ends_with_the_same_bytes(
     workshop: Workshop, tmp_path: Path, size: int, moments: int
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from v4forge import hidden_states, layout, model
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
+from v4forge.files import remove_leftovers
 from v4forge.layers import Settings, digest_of, finished
 from v4forge.one_layer import Layer, Run, groups_of, stored_parts
 from v4forge.ranks import Ranks
@@ -60,7 +61,12 @@ def calibrate(
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
     if todo:
         run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
-        _loop(run, todo, corpus, keep_every)
+        try:
+            _loop(run, todo, corpus, keep_every)
+        except BaseException:
+            if ranks.rank == 0:
+                remove_leftovers(work)
+            raise
     ranks.barrier()
     if ranks.rank == 0:
         hidden_states.keep(work, [])
