@@ -326,6 +326,7 @@ def test_a_disk_that_fills_up_is_an_error_and_a_later_run_continues(
     work = tmp_path / "layers"
     assert re.fullmatch(rf"error: cannot write {work}/layer-00[12].safetensors: No space left on device", error)
     assert hint.startswith("hint: free disk space")
+    assert not temporaries(tmp_path)
     assert not (work / "layer-002.safetensors").exists()
     assert_layers_are_the_undisturbed_run_s(workshop, work)
     assert calibrate(workshop, tmp_path)

@@ -23,6 +23,7 @@ from programs import (
     contents,
     fork_server,
     free_port,
+    temporaries,
     write_corpus,
     write_source,
 )
@@ -252,6 +253,7 @@ def test_a_fault_that_one_rank_finds_is_named_and_ends_all(shop: Shop, tmp_path:
     assert "error: layers.1.ffn.experts.3.w2.weight: E8M0 scale byte 255 (NaN)" in second
     assert ANOTHER in first
     assert not (tmp_path / "layers" / "layer-001.safetensors").exists()
+    assert not temporaries(tmp_path)
 
 
 def test_a_refusal_of_rank_0_ends_all(shop: Shop, tmp_path: Path) -> None:

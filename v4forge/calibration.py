@@ -48,7 +48,7 @@ def calibrate(
     log: Callable[[str], None] = lambda _line: None,
     watch: Watch | None = None,
 ) -> None:
-    """Writes every layer file that `work` lacks. `corpus` may be None for round-to-nearest only.
+    """Writes every layer file that `work` lacks. `corpus` may be None for round-to-nearest, which reads none.
 
     Every rank of the run calls this with the same; the bytes do not depend on their number. `keep_every`: hidden states
     are kept on disk before every so manieth layer, 0 for never. `log` gets a line a layer, on rank 0.
@@ -60,6 +60,7 @@ def calibrate(
     source.validate(layout.upstream(config))
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
     if todo:
+        corpus = None if settings.method == "rtn" else corpus
         run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
         try:
             _loop(run, todo, corpus, keep_every)

@@ -139,6 +139,8 @@ def quantize(
         with watch.compute("sweep"):
             result, lost = gptq.sweep(weights, factor, scale)
         with watch.compute("errors"):
+            if bool(factor.failed.any()):  # the sweep's loss knows only the diagonal then
+                lost = gptq.energy(weights.float() - result.dequantized().float(), energies)
             total = gptq.energy(weights, energies)
             stock = gptq.energy(weights.float() - nearest(weights).dequantized().float(), energies)
             errors.append({"gptq": lost, "rtn": stock, "total": total})

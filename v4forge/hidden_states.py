@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,11 +56,10 @@ def _belongs(path: Path, digest: str) -> bool:
 
 
 def keep(work: Path, layers: Sequence[int]) -> None:
-    """Removes what is not before one of these layers."""
-    wanted = {_file(work, layer, 0).parent.name for layer in layers}
-    folder = work / FOLDER
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in wanted:
-            shutil.rmtree(path)
-    if folder.is_dir() and not wanted:
-        folder.rmdir()
+    """Removes the hidden states that are not before one of these layers."""
+    wanted = {_file(work, layer, 0).parent for layer in layers}
+    for folder in (work / FOLDER).glob("layer-[0-9][0-9][0-9]"):
+        if folder not in wanted:
+            shutil.rmtree(folder)
+    with suppress(OSError):  # it is not there, or not empty
+        (work / FOLDER).rmdir()

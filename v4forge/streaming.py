@@ -71,7 +71,7 @@ class Reader:
         watch: Watch,
     ) -> None:
         self._checkpoint, self._groups, self._device, self._watch = checkpoint, groups, device, watch
-        self._ready: queue.Queue[Group | BaseException] = queue.Queue()
+        self._ready: queue.Queue[Group | BaseException | None] = queue.Queue()  # None: there are no more
         self._room = threading.Condition()
         self._held, self._ahead = 0, ahead
         self._closed = False
@@ -92,8 +92,9 @@ class Reader:
 
     def __next__(self) -> Group:
         group = self._ready.get()
-        if isinstance(group, BaseException):
-            raise group
+        if not isinstance(group, Group):
+            self._ready.put(group)  # for whoever asks once more
+            raise group or StopIteration
         with self._room:
             self._held -= group.buffer.numel()
             self._room.notify()
@@ -105,6 +106,7 @@ class Reader:
     def _run(self) -> None:
         try:
             self._read_groups()
+            self._ready.put(None)
         except BaseException as error:  # handed to the consumer, who would wait for ever
             self._ready.put(error)
 
