@@ -1,7 +1,7 @@
 """Quantizes the routed experts of a DeepSeek-V4 checkpoint to INT4, one decoder layer at a time, straight from its
 FP4/FP8 bytes. Each finished layer is one file in --work; run the same command again to continue after a stop.
 
-On several GPUs, or several CPU processes, with the same bytes:
+On several GPUs, or several CPU processes, where any number gives the same bytes:
 torchrun --nproc-per-node 8 -m scripts.calibrate …
 """
 

@@ -20,6 +20,7 @@ from scripts.cli import parser_for
 from v4forge import report
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
+from v4forge.layer_rows import layer_rows
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     understood(certificate_file, "make verify", lambda: check_certificate(args.artifact, certificate))
     stages = understood(args.run, "make demo, or leave --run out", lambda: report.stage_rows(run))
     for path, layer in zip(layer_files, layers, strict=True):
-        understood(path, "make calibrate", lambda layer=layer: report.layer_rows([layer]))  # type: ignore[misc]
+        understood(path, "make calibrate", lambda layer=layer: layer_rows([layer]))  # type: ignore[misc]
 
     write_text(args.out, report.page(evaluation, certificate, layers, run, manifest))
     console = Console(highlight=False)

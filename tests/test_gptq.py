@@ -1,51 +1,16 @@
-"""v4forge.gptq against GPTQ written out in float64 and against llm-compressor's, and what calibration makes of experts
-that few tokens reach."""
+"""v4forge.gptq against GPTQ written out in float64 and against llm-compressor's."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-from safetensors.torch import load_file
-from synthetic import write_checkpoint
+from problems import DAMPENING, EXPERTS, IN, OUT, TOKENS, Problem, indefinite, problem, weighted_error
 from torch import Tensor
 
-from v4forge import calibration, experts, gptq, layers, layout, model, one_layer
-from v4forge.checkpoint import Checkpoint, write_shard
-from v4forge.codec import unpack_int4
-from v4forge.corpus import Corpus
-from v4forge.watch import Watch
-
-CPU = torch.device("cpu")
-DAMPENING = 0.01
-EXPERTS, OUT, IN, TOKENS = 3, 48, 256, 700
-
-
-@dataclass
-class Problem:
-    """weights: [E, out, in] bf16; x: [E, tokens, in] bf16; hessians: [E, in, in] f32, means of x^T x."""
-
-    weights: Tensor
-    x: Tensor
-    hessians: Tensor
-
-
-def problem(seed: int = 0) -> Problem:
-    """Correlated inputs of very different sizes, as activations are; weights with a few outliers."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(EXPERTS, IN, IN, generator=generator) / IN**0.5 + torch.eye(IN)
-    sizes = torch.rand(EXPERTS, 1, IN, generator=generator) ** 2 + 0.05
-    x = ((torch.randn(EXPERTS, TOKENS, IN, generator=generator) * sizes) @ mixing).bfloat16()
-    weights = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
-    weights *= torch.where(torch.rand(weights.shape, generator=generator) < 0.01, 4.0, 1.0)
-    return Problem(weights.bfloat16(), x, torch.stack([gptq.gram(each) / TOKENS for each in x]))
-
+from v4forge import gptq
 
 SCALES: dict[str, Callable[[Problem], Tensor]] = {
     "absmax": lambda p: gptq.absmax_scales(p.weights),
@@ -65,18 +30,6 @@ def lost_by_row(weights: Tensor, q: gptq.Quantized, hessians: Tensor) -> Tensor:
     """(w - q) H (w - q)^T of every row, [E, out] f64, q = code * scale."""
     left = weights.double() - q.codes.double() * q.scale.double().repeat_interleave(128, -1)
     return ((left @ hessians.double()) * left).sum(-1)
-
-
-def weighted_error(weights: Tensor, served: Tensor, hessians: Tensor) -> Tensor:
-    """tr((W - Q) H (W - Q)^T) / tr(W H W^T), [E] f64; 0 where the denominator is 0."""
-    w, left, h = weights.double(), weights.double() - served.double(), hessians.double()
-    lost, whole = (((m @ h) * m).sum((1, 2)) for m in (left, w))
-    return torch.where(whole > 0, lost / whole, 0.0)
-
-
-def indefinite(width: int) -> Tensor:
-    """A symmetric matrix with a positive diagonal and a negative eigenvalue, far beyond what dampening mends."""
-    return torch.eye(width) * -1 + 2
 
 
 @pytest.fixture(scope="module", params=SCALES)
@@ -318,203 +271,3 @@ def test_a_hessian_with_a_negative_diagonal_is_rounded_to_nearest() -> None:
     p.hessians[1] = -torch.eye(IN)
     ours, nearest = quantized(p)
     assert torch.equal(ours.codes[1], nearest.codes[1])
-
-
-RARE = 5  # the only token that layer 0 sends to expert 2
-HASHED, ROUTED = 0, 1
-
-
-@dataclass
-class Calibrated:
-    """A source in which layer 0's table never routes to expert 3 and rarely to 2, and layer 1's router never to 0."""
-
-    source: Checkpoint
-    work: Path
-    tokens: Tensor  # [samples, seq_len]
-
-    def again(self, work: Path) -> Calibrated:
-        """The same into another folder, whatever has been changed meanwhile."""
-        mark = {"a": "fingerprint"}
-        layers.claim(work, mark, "refuse", print)
-        corpus = Corpus(self.tokens, "sha256", 0, "random tokens")
-        calibration.calibrate(self.source, corpus, work, layers.Settings(micro_batch=4), mark, CPU)
-        return Calibrated(self.source, work, self.tokens)
-
-    def report(self, layer: int) -> dict:
-        return json.loads(layers.layer_report(self.work, layer).read_text())
-
-    def matrix(self, layer: int, expert: int, which: str) -> tuple[Tensor, gptq.Quantized]:
-        """The source's weight and what calibration made of it, each with a leading dimension of 1."""
-        base = f"layers.{layer}.ffn.experts.{expert}.{which}"
-        stored = load_file(layers.layer_file(self.work, layer))
-        codes = unpack_int4(stored[f"{base}.weight_packed"], stored[f"{base}.weight_shape"])
-        shape = tuple(codes.shape)
-        wanted = self.source.load(f"{base}.weight", shape).float()
-        return wanted[None], gptq.Quantized(codes[None], stored[f"{base}.weight_scale"][None])
-
-
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
-    folder = tmp_path_factory.mktemp("few")
-    write_checkpoint(folder / "source", shards=1)
-    (shard,) = (folder / "source").glob("*.safetensors")
-    tensors = load_file(shard)
-    table = tensors[f"layers.{HASHED}.ffn.gate.tid2eid"]
-    table[:] = torch.tensor([0, 1])
-    table[RARE] = torch.tensor([0, 2])
-    tensors[f"layers.{ROUTED}.ffn.gate.bias"][0] = -100
-    write_shard(shard, tensors)
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(64, (8, 64), generator=generator)
-    return Calibrated(Checkpoint(folder / "source"), folder, tokens).again(folder / "work")
-
-
-def test_experts_that_few_tokens_reach_are_listed_with_their_tokens(calibrated: Calibrated) -> None:
-    rare = int((calibrated.tokens == RARE).sum())
-    assert 0 < rare < 128
-    hashed, routed = calibrated.report(HASHED), calibrated.report(ROUTED)
-    everything = calibrated.tokens.numel()
-    assert hashed["tokens"] == [everything, everything - rare, rare, 0]
-    assert {note["expert"]: note["tokens"] for note in hashed["blended"]} == {2: rare, 3: 0}
-    assert routed["tokens"][0] == 0
-    assert sum(routed["tokens"]) == 2 * everything
-    assert {"expert": 0, "tokens": 0}.items() <= routed["blended"][0].items()
-    assert hashed["fallback"] == routed["fallback"] == []
-
-
-@pytest.mark.parametrize(("layer", "expert"), [(HASHED, 2), (HASHED, 3), (ROUTED, 0)])
-def test_experts_that_few_tokens_reach_are_their_source_and_not_zero(
-    calibrated: Calibrated, layer: int, expert: int
-) -> None:
-    for which in ("w1", "w2", "w3"):
-        wanted, found = calibrated.matrix(layer, expert, which)
-        assert len(found.codes.unique()) == 16
-        served = found.dequantized().float()
-        assert float((served - wanted).norm() / wanted.norm()) < 0.3
-        # the kernel ran on a Hessian: an expert without one would be rounded to nearest
-        assert not torch.equal(found.codes, gptq.round_to_nearest(wanted, found.scale).codes)
-
-
-@torch.no_grad()
-def experts_input(calibrated: Calibrated) -> Tensor:
-    """What enters the experts of the first layer, [tokens, hidden]."""
-    config = model.hf_config(calibrated.source.config)
-    weights = model.Weights(calibrated.source, CPU)
-    streams = model.embed(model.load_root(weights, config), config, calibrated.tokens)
-    context = model.Rotary(config, CPU, weights.dtype).context(calibrated.tokens)
-    return model.attend(model.load_layer(weights, config, HASHED), streams, context).x
-
-
-def table_of(source: Checkpoint) -> Tensor:
-    return source.raw(f"layers.{HASHED}.ffn.gate.tid2eid")
-
-
-def test_an_expert_without_tokens_is_quantized_for_the_tokens_of_the_others(calibrated: Calibrated) -> None:
-    x = experts_input(calibrated)
-    everything = (gptq.gram(x) / len(x))[None]
-    for which in ("w1", "w3"):
-        wanted, found = calibrated.matrix(HASHED, 3, which)
-        nearest = gptq.round_to_nearest(wanted, found.scale)
-        lost = [weighted_error(wanted, q.dequantized(), everything) for q in (found, nearest)]
-        assert bool(lost[0] < 0.9 * lost[1]), lost
-
-
-def test_an_expert_with_enough_tokens_does_better_than_round_to_nearest(calibrated: Calibrated) -> None:
-    config = calibrated.source.config
-    compared = 0
-    for layer in config.layers:
-        report = calibrated.report(layer)
-        for which, width in (
-            ("w1", config.hidden_size),
-            ("w2", config.moe_intermediate_size),
-            ("w3", config.hidden_size),
-        ):
-            for tokens, ours, nearest in zip(report["tokens"], *report["error"][which].values(), strict=True):
-                if tokens >= width:
-                    assert ours < nearest
-                    compared += 1
-    assert list(report["error"]["w1"]) == ["gptq", "rtn"]
-    assert compared > 20
-
-
-def test_layer_files_hold_exactly_their_layer_of_the_artifact(calibrated: Calibrated) -> None:
-    expected = layout.artifact(calibrated.source.config)
-    for layer in calibrated.source.config.layers:
-        stored = load_file(layers.layer_file(calibrated.work, layer))
-        assert set(stored) == {n for n in expected if n.startswith(f"layers.{layer}.")}
-
-
-def test_a_matrix_that_gptq_gave_up_is_named_in_the_layer_s_report(
-    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = experts.hessians
-
-    def disturbed(rows: list[Tensor], gate_up: Tensor, *rest: Any) -> experts.Hessians:
-        made = undisturbed(rows, gate_up, *rest)
-        for i, e in enumerate(rest[-1]):
-            if e in (1, 2):
-                made.inner[i] = indefinite(made.inner.shape[-1])
-            if e == 2:
-                made.hidden[i] = indefinite(made.hidden.shape[-1])
-        return made
-
-    monkeypatch.setattr(experts, "hessians", disturbed)
-    found = calibrated.again(tmp_path)
-    for layer in calibrated.source.config.layers:
-        assert found.report(layer)["fallback"] == ["w2 of expert 1", "w1, w3 of expert 2", "w2 of expert 2"]
-    for expert, which in ((1, "w2"), (2, "w1"), (2, "w2"), (2, "w3")):
-        wanted, stored = found.matrix(ROUTED, expert, which)
-        assert torch.equal(stored.codes, gptq.round_to_nearest(wanted, stored.scale).codes)
-    kept, changed = (load_file(layers.layer_file(work, HASHED)) for work in (calibrated.work, found.work))
-    differing = {".".join(n.split(".")[4:6]) for n in kept if not torch.equal(kept[n], changed[n])}
-    assert differing == {"1.w2", "2.w1", "2.w2", "2.w3"}
-
-
-def test_the_number_of_experts_quantized_at_a_time_changes_no_code() -> None:
-    p = problem(5)
-    gate_up = p.weights.repeat(1, 6, 1)[:, :256]
-    down = gate_up[..., :128]
-    inner = p.hessians[:, :128, :128].contiguous()
-
-    def of(*numbers: int) -> experts.Experts:
-        some = list(numbers)
-        h = experts.Hessians(p.hessians[some], inner[some], [])
-        return experts.quantize(gate_up[some], down[some], h, layers.Settings(), some, Watch(CPU))
-
-    whole, parts = of(0, 1, 2), (of(0, 1), of(2))
-    for kind in ("gate_up", "down"):
-        for part in ("codes", "scale"):
-            joined = torch.cat([getattr(getattr(each, kind), part) for each in parts])
-            assert torch.equal(getattr(getattr(whole, kind), part), joined)
-    for which, methods in whole.error.items():
-        for method, values in methods.items():
-            assert parts[0].error[which][method] + parts[1].error[which][method] == pytest.approx(values, rel=1e-5)
-
-
-def test_the_number_of_experts_in_a_step_changes_no_code(
-    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(one_layer, "EXPERT_BATCH", {"cpu": 3})
-    found = calibrated.again(tmp_path)
-    for layer in calibrated.source.config.layers:
-        one, three = (load_file(layers.layer_file(work, layer)) for work in (calibrated.work, found.work))
-        assert [n for n in one if not torch.equal(one[n], three[n])] == []
-        for which, methods in calibrated.report(layer)["error"].items():
-            for method, values in methods.items():
-                assert found.report(layer)["error"][which][method] == pytest.approx(values, rel=1e-5)
-
-
-def test_what_the_report_says_is_lost_is_what_the_codes_lose(calibrated: Calibrated) -> None:
-    config = calibrated.source.config
-    source, x = calibrated.source, experts_input(calibrated)
-    for which in ("w1", "w3"):
-        for expert in (0, 1):  # which have tokens enough, so that nothing is blended
-            wanted, found = calibrated.matrix(HASHED, expert, which)
-            rows = x[(table_of(source)[calibrated.tokens.flatten()] == expert).any(-1)]
-            assert len(rows) >= config.hidden_size
-            hessian = (rows.double().T @ rows.double() / len(rows))[None]
-            nearest = experts.nearest(wanted.bfloat16())
-            errors = calibrated.report(HASHED)["error"][which]
-            for method, q in (("gptq", found), ("rtn", nearest)):
-                exact = weighted_error(wanted, q.dequantized(), hessian)
-                assert errors[method][expert] == pytest.approx(float(exact), rel=1e-2)

@@ -54,7 +54,7 @@ def test_the_parts_add_up_to_the_layout() -> None:
 
 def test_a_gpu_of_flash_needs_streams_and_routed_outputs() -> None:
     tokens = 96 * 512
-    by_hand = tokens * 4 * 4096 * 2 + 2 * tokens * 4096 * 2 + tokens * 6 * 4096 * 2 + 14 * 2**30
+    by_hand = tokens * 4 * 4096 * 2 + 2 * tokens * 4096 * 2 + tokens * 6 * 4096 * 2 + 26 * 2**30
     assert plan.gpu_bytes(plan.flash_config(), 96, 512) == by_hand
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from scripts import evaluate
 from scripts import report as program
-from v4forge import report
+from v4forge import charts, report
 from v4forge.errors import UserError
+from v4forge.layer_rows import layer_rows
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 
@@ -296,7 +297,7 @@ def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() ->
 
 @given(st.floats(0, 1e6))
 def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> None:
-    ticks = report.axis(highest)
+    ticks = charts.axis(highest)
     assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
     steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
@@ -304,8 +305,8 @@ def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> N
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
 def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: int) -> None:
-    most = report.LOG_RATIO * fewest + more
-    ticks = report.log_axis(fewest, most)
+    most = charts.LOG_RATIO * fewest + more
+    ticks = charts.log_axis(fewest, most)
     assert ticks == sorted(set(ticks)) and ticks[0] <= fewest and ticks[-1] >= most
     assert 2 <= len(ticks) <= 10
     assert (ticks[0] == 0) == (fewest == 0)
@@ -314,14 +315,14 @@ def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: 
 @pytest.mark.parametrize("layers", [1, 4, 43])
 @pytest.mark.parametrize("tokens", [[17, 900], [0, 900], [0, 0], [600, 900], [800_000, 1_000_000]])
 def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[int]) -> None:
-    rows = report.layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
-    losses, counts = report.loss_charts(rows), report.token_charts(rows)
+    rows = layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
+    losses, counts = charts.loss_charts(rows), charts.token_charts(rows)
     for chart in (*losses, *counts):
-        assert len(chart.x_ticks) <= report.X_LABELS
+        assert len(chart.x_ticks) <= charts.X_LABELS
         for points in chart.lines.values():
             assert len(points) == layers
-            assert all(report.LEFT <= p.x <= chart.width - report.RIGHT for p in points)
-            assert all(report.TOP <= p.y <= report.CHART_HEIGHT - report.BOTTOM for p in points)
+            assert all(charts.LEFT <= p.x <= chart.width - charts.RIGHT for p in points)
+            assert all(charts.TOP <= p.y <= charts.CHART_HEIGHT - charts.BOTTOM for p in points)
     assert all(g.y > r.y for c in losses for g, r in zip(c.lines["gptq"], c.lines["rtn"], strict=True)), (
         "less loss is lower"
     )
@@ -330,7 +331,7 @@ def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[
 
 @pytest.mark.parametrize(("most", "logarithmic"), [(20_000, False), (20_001, True)])
 def test_tokens_of_very_different_counts_have_a_logarithmic_axis(most: int, logarithmic: bool) -> None:
-    chart = report.token_charts(report.layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
+    chart = charts.token_charts(layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
     assert ("logarithmic" in chart.title) == logarithmic
     assert [label for _, label in chart.y_ticks] == (
         ["1k", "2k", "5k", "10k", "20k", "50k"] if logarithmic else ["0", "5k", "10k", "15k", "20k"]

@@ -20,7 +20,7 @@ from v4forge.recipe import ALIASES
 FLASH_CONFIG = Path(__file__).with_name("flash_config.json")
 BF16_BYTES = 2
 KEEP_EVERY = 8  # layers from one set of hidden states on disk to the next, as calibrate does by default
-WORKING_SET_BYTES = 14 << 30  # of a GPU, besides a layer's activations
+WORKING_SET_BYTES = 26 << 30  # of a GPU, besides a layer's activations
 PROCESS_BYTES = 4 << 30  # of the host for a process: Python, torch, the CUDA context
 
 
@@ -138,7 +138,7 @@ def gpu_bytes(config: Config, samples: int, seq_len: int) -> int:
     carried streams  tokens * hc_mult * hidden * 2
     x and shared     2 * tokens * hidden * 2
     routed outputs   tokens * top_k * hidden * 2
-    working set      14 * 2^30
+    working set      26 * 2^30
     """
     one = samples * seq_len * config.hidden_size * BF16_BYTES
     return streams_bytes(config, samples, seq_len) + (2 + config.num_experts_per_tok) * one + WORKING_SET_BYTES

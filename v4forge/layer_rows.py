@@ -1,0 +1,122 @@
+"""Layer reports as rows: what each layer lost, how many tokens its experts saw, what it took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = {"w1": "w1 (gate)", "w2": "w2 (down)", "w3": "w3 (up)"}
+EXPERTS_LISTED = 10  # of a layer, in the table of experts that saw too few tokens
+READING, WRITING = ("read",), ("write", "hidden states")  # spans of a layer that computing does not wait for
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """tr(E H E^T) / tr(W H W^T) of a layer's matrices of one kind, in percent, E = W - Q: means over its experts."""
+
+    rtn: float
+    gptq: float
+    worst: float  # expert, with GPTQ
+    better: int  # experts on which GPTQ lost less than round-to-nearest
+    experts: int
+
+    @property
+    def change(self) -> float:
+        """Percent by which GPTQ's mean differs from round-to-nearest's."""
+        return 100 * (self.gptq / self.rtn - 1) if self.rtn else 0.0
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One decoder layer: its losses by matrix kind, and how many tokens its experts saw."""
+
+    layer: int
+    attention: str
+    losses: dict[str, Loss]
+    fewest: int
+    median: float
+    most: int
+    experts: int
+    blended: list[Json]  # experts whose Hessian was blended with the layer's: {"expert", "tokens", "inputs"}
+    fallback: list[str]  # matrices on which GPTQ gave way to round-to-nearest
+
+    @property
+    def blended_shown(self) -> str:
+        """Experts with their tokens, the fewest first, cut after EXPERTS_LISTED."""
+        order = sorted(self.blended, key=lambda note: (note["tokens"], note["expert"]))
+        shown = [f"{note['expert']}\N{NO-BREAK SPACE}({note['tokens']:,})" for note in order[:EXPERTS_LISTED]]
+        more = len(order) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def layer_rows(layers: Sequence[Json]) -> list[LayerRow]:
+    """One row a layer report, by layer number."""
+    rows = []
+    for report in sorted(layers, key=lambda report: report["layer"]):
+        tokens = report["tokens"]
+        rows.append(
+            LayerRow(
+                layer=report["layer"],
+                attention=report["attention"],
+                losses={kind: _loss(report["error"][kind]) for kind in KINDS},
+                fewest=min(tokens),
+                median=statistics.median(tokens),
+                most=max(tokens),
+                experts=len(tokens),
+                blended=list(report["blended"]),
+                fallback=[str(matrix) for matrix in report["fallback"]],
+            )
+        )
+    return rows
+
+
+def _loss(error: Mapping[str, Sequence[float]]) -> Loss:
+    pairs = list(zip(error["rtn"], error["gptq"], strict=True))
+    return Loss(
+        rtn=100 * statistics.fmean(rtn for rtn, _ in pairs),
+        gptq=100 * statistics.fmean(gptq for _, gptq in pairs),
+        worst=100 * max(gptq for _, gptq in pairs),
+        better=sum(gptq < rtn for rtn, gptq in pairs),
+        experts=len(pairs),
+    )
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one layer took, of the rank with the most."""
+
+    layer: int
+    ranks: int
+    compute_s: float
+    read_s: float  # beside computing, like the writing
+    write_s: float
+    stages: str  # the computing by stage
+    gpu_gib: float  # peak; 0 on a CPU
+    host_gib: float  # peak of a process until then
+
+
+def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
+    """One row a layer report, by layer number."""
+    rows = []
+    for report in sorted(layers, key=lambda report: report["layer"]):
+        ranks = report["run"]
+        spent = [rank["seconds"] for rank in ranks]
+        computing = [{what: s for what, s in each.items() if what not in (*READING, *WRITING)} for each in spent]
+        most = max(computing, key=lambda each: sum(each.values()))
+        rows.append(
+            CostRow(
+                layer=report["layer"],
+                ranks=len(ranks),
+                compute_s=sum(most.values()),
+                read_s=max(sum(each.get(what, 0.0) for what in READING) for each in spent),
+                write_s=max(sum(each.get(what, 0.0) for what in WRITING) for each in spent),
+                stages=", ".join(f"{what} {s:.2f}" for what, s in sorted(most.items(), key=lambda item: -item[1])),
+                gpu_gib=max(rank["peak_gpu"] for rank in ranks) / 2**30,
+                host_gib=max(rank["peak_host"] for rank in ranks) / 2**30,
+            )
+        )
+    return rows
