@@ -44,3 +44,9 @@ def weighted_error(weights: Tensor, served: Tensor, hessians: Tensor) -> Tensor:
 def indefinite(width: int) -> Tensor:
     """A symmetric matrix with a positive diagonal and a negative eigenvalue, far beyond what dampening mends."""
     return torch.eye(width) * -1 + 2
+
+
+class OnGpu(Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True

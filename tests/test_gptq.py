@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-from problems import DAMPENING, EXPERTS, IN, OUT, TOKENS, Problem, indefinite, problem, weighted_error
+from problems import DAMPENING, EXPERTS, IN, OUT, TOKENS, OnGpu, Problem, indefinite, problem, weighted_error
 from torch import Tensor
 
 from v4forge import gptq
@@ -207,12 +207,6 @@ def test_a_factor_multiplies_out_to_the_dampened_hessian() -> None:
         assert float(factor.damp[e]) == pytest.approx(float(damp), rel=1e-5)
         product = lower * factor.pivots[e].double() @ lower.T
         assert float((product - wanted).norm() / wanted.norm()) < 1e-6
-
-
-class OnGpu(Tensor):
-    """A tensor on the CPU that says it is on a GPU."""
-
-    is_cuda = True
 
 
 @pytest.mark.parametrize("width", [64, 128, 300, 512])

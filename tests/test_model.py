@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import OnGpu
 from safetensors.torch import save_file
 from synthetic import OTHER, write_checkpoint
 from torch import Tensor
@@ -297,3 +298,13 @@ def test_the_mtp_block_equals_its_definition_in_float64(opened: Opened) -> None:
         assert distance(streams[row], expected_streams) < 2e-6
         assert distance(logits[row], expected_logits) < 2e-6
         assert (logits[row].argmax(-1) == expected_logits.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("learning", ["streams", "comb"])
+def test_training_on_a_gpu_mixes_streams_with_a_gradient(learning: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"streams": (2, 3, 4, 8), "comb": (2, 3, 4, 4), "post": (2, 3, 4), "output": (2, 3, 8)}
+    tensors = {name: torch.randn(shape, generator=generator).as_subclass(OnGpu) for name, shape in shapes.items()}
+    tensors[learning].requires_grad_()
+    model.mixed(**tensors).square().sum().backward()
+    assert bool((tensors[learning].grad != 0).any())

@@ -297,7 +297,7 @@ def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None = N
     streams: [..., hc_mult, hidden]; comb: [..., hc_mult, hc_mult], from row to column; post: [..., hc_mult]; output:
     [..., hidden] -> like streams.
     """
-    if streams.is_cuda:
+    if streams.is_cuda and not (streams.requires_grad or comb.requires_grad):  # the kernel has no gradient
         from v4forge import kernels
 
         return kernels.mixed(streams, comb, post, output)
