@@ -27,6 +27,7 @@ class Dispatch:
             self._starts.append(self._starts[-1] + count)
         self._tokens = ranks.gather(len(x))
         self._sent: list[Tensor] = []
+        self._received: list[list[int]] = []
         self.routed = x.new_empty(len(flat), x.shape[1])
 
     @property
