@@ -30,14 +30,22 @@ def main() -> int:
         metavar="DIR",
         help="the upstream checkpoint it was made from; without it only structure and statistics are checked",
     )
+    parser.add_argument(
+        "--expect",
+        choices=tuple(certificate.METHODS),
+        default="",
+        help="how the routed experts must have been quantized; needs --source (default: all layers alike)",
+    )
     arguments = parser.parse_args()
+    if arguments.expect and not arguments.source:
+        parser.error("argument --expect: only with --source can the two be told apart")
     with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
         (arguments.artifact / certificate.CERTIFICATE).unlink()
     artifact = Checkpoint(arguments.artifact, form="artifact")
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
     with steps("verify", len(certificate.CHECKS)) as advance:
-        checks = certificate.verify(artifact, source, digests, advance)
+        checks = certificate.verify(artifact, source, digests, advance, arguments.expect)
     result = certificate.write(arguments.artifact, checks, digests)
     digests.save()
     table = Table(box=None, pad_edge=False)

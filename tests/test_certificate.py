@@ -200,6 +200,13 @@ def unlisted(artifact: Artifact) -> None:
 
 
 # what was done -> (how, the check, what it must name)
+def rounded_layer(artifact: Artifact) -> None:
+    """Layer 1's experts from the round-to-nearest artifact of the same source."""
+    other = Checkpoint(artifact.source.parent / "artifact-rtn", form="artifact")
+    theirs = {n: other.raw(n) for n in other.weight_map if n.startswith("layers.1.ffn.experts.")}
+    artifact.edit(lambda tensors: tensors.update({n: t for n, t in theirs.items() if n in tensors}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Artifact], None], str, str]] = {
     "an FP8 weight's byte": (
         changed("layers.1.attn.wq_a.weight", flipped),
@@ -260,6 +267,21 @@ DAMAGES: dict[str, tuple[Callable[[Artifact], None], str, str]] = {
     "exchanged rows": (changed(f"{EXPERT}.weight_packed", lambda t: t.roll(1, 0)), "expert errors", f"{EXPERT}.weight"),
     "a NaN scale": (changed(f"{EXPERT}.weight_scale", poisoned), "expert codes", f"{EXPERT}.weight: weight_scale"),
     "a NaN scale, by value": (changed(f"{EXPERT}.weight_scale", poisoned), "expert errors", f"{EXPERT}.weight"),
+    "a group's scale doubled": (
+        changed(f"{EXPERT}.weight_scale", lambda t: t.index_put((torch.tensor(5), torch.tensor(0)), t[5, 0] * 2)),
+        "expert slopes",
+        f"{EXPERT}.weight: a group is ",
+    ),
+    "a row of another size": (
+        changed(f"{EXPERT}.weight_scale", lambda t: t.index_put((torch.tensor(9),), t[9] / 2)),
+        "expert slopes",
+        f"{EXPERT}.weight: a group is 0.5",
+    ),
+    "one layer rounded to nearest": (
+        rounded_layer,
+        "rounding",
+        "layer 1 was quantized by round-to-nearest (0.00% of its codes are not the nearest ones), GPTQ expected",
+    ),
     "a negative scale": (
         changed(f"{EXPERT}.weight_scale", lambda t: -t),
         "expert codes",
@@ -340,7 +362,7 @@ def test_the_program_exits_1_and_writes_what_failed(artifact: Artifact, capsys: 
     assert run_here("verify", "--artifact", artifact.folder, "--source", artifact.source) == 0
     artifact.replace(f"{EXPERT}.weight_packed", torch.zeros_like)
     assert run_here("verify", "--artifact", artifact.folder, "--source", artifact.source) == 1
-    assert f"certificate: FAILED (2 of {len(certificate.CHECKS)} checks)" in capsys.readouterr().out
+    assert f"certificate: FAILED (3 of {len(certificate.CHECKS)} checks)" in capsys.readouterr().out
     written = json.loads((artifact.folder / "certificate.json").read_text())
     assert written["ok"] is False
     failed = {check["name"]: check["detail"] for check in written["checks"] if not check["ok"]}
@@ -359,4 +381,21 @@ def test_only_the_first_failures_of_a_check_are_spelled_out(artifact: Artifact) 
 
 def test_an_artifact_of_another_source_fails(artifact: Artifact, tmp_path: Path) -> None:
     other = Artifact(artifact.folder, write_source(tmp_path / "other", seed=1))
-    assert other.failed().keys() == {"passed through", "expert errors"}
+    assert other.failed().keys() == {"passed through", "expert errors", "expert slopes"}
+
+
+@pytest.mark.parametrize(("which", "method"), [("artifact", "gptq"), ("artifact-rtn", "rtn")])
+def test_the_method_is_told_from_the_codes(
+    pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str, method: str
+) -> None:
+    folder = Path(shutil.copytree(pristine / which, tmp_path / which))
+    for expected in ("gptq", "rtn"):
+        options = ("--artifact", folder, "--source", pristine / "source", "--expect", expected)
+        assert run_here("verify", *options) == (0 if expected == method else 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"was quantized by {certificate.METHODS[method]}" in said
+
+
+def test_an_expected_method_needs_the_source(pristine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("verify", "--artifact", pristine / "artifact", "--expect", "gptq") == 2
+    assert "only with --source" in capsys.readouterr().err

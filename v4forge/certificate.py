@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from v4forge import layout, recipe
 from v4forge.checkpoint import DTYPE_NAMES, Checkpoint, matches
-from v4forge.codec import CodecError, decode_int4, unpack_int4
+from v4forge.codec import INT4_GROUP, CodecError, dequantize_int4, unpack_int4
 from v4forge.conversion import converted
 from v4forge.errors import UserError
 from v4forge.files import read_json, remove_leftovers, write_json
@@ -33,6 +34,13 @@ SHOWN = 5  # failures of one check that the certificate spells out
 # for GPTQ, 0.15 for GPTQ on absmax scales (it trades weight error for output error). A zeroed or permuted matrix has 1
 # or more.
 INT4_RELATIVE_ERROR = 0.30
+# <q, w> / <w, w> of each group of 128 weights: 0.91 to 1.06 on models/tiny, 0.78 to 1.14 seen on good GPTQ output. A
+# doubled row or a group's scale that is off by 2 has 0.5 or 2.
+GROUP_SLOPES = (0.7, 1.3)
+# Share of a layer's codes that differ from the nearest ones at the same scales: 0 for round-to-nearest, 4% to 8% for
+# GPTQ on models/tiny.
+MOVED_CODES = 0.01
+METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 DISTINCT_CODES = 8  # at least, in a matrix; good output uses all 16
 
 
@@ -52,10 +60,32 @@ class Subject:
     artifact: Checkpoint
     source: Checkpoint | None
     digests: Digests
+    expect: str = ""  # a key of METHODS, or "" where either will do
 
     @property
     def config(self) -> Config:
         return self.artifact.config
+
+    @cached_property
+    def experts(self) -> list[Comparison]:
+        """Every INT4 matrix beside its source; each is read once, whichever checks ask."""
+        return [_compared(self, name, shape) for name, shape in _logical(self, experts=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An INT4 matrix Q beside its source W. `fact` says why there is none."""
+
+    name: str
+    fact: str = ""
+    error: float = 0.0  # ||W - Q|| / ||W||
+    slopes: tuple[float, float] = (1.0, 1.0)  # least and greatest <q, w> / <w, w> of a group of 128
+    moved: int = 0  # codes that are not the nearest ones
+    codes: int = 0
+
+    @property
+    def layer(self) -> str:
+        return self.name.split(".")[1]
 
 
 Failures = Iterator[str]
@@ -174,20 +204,69 @@ def expert_codes(s: Subject) -> Failures:
             yield f"{name} uses {distinct} of 16 codes: a zeroed expert, one that no calibration token reached?"
 
 
+def _compared(s: Subject, name: str, shape: Shape) -> Comparison:
+    assert s.source is not None
+    try:
+        wanted = s.source.load(name, shape).float()
+        packed, scale, _ = s.artifact.parts(name, shape).values()
+        codes = unpack_int4(packed, torch.tensor(shape))
+    except (UserError, CodecError) as error:
+        return Comparison(name, str(error))
+    found = dequantize_int4(codes, scale).float()
+    grouped = wanted.unflatten(-1, (-1, INT4_GROUP))
+    energy = grouped.square().sum(-1)
+    products = (found.unflatten(-1, (-1, INT4_GROUP)) * grouped).sum(-1)
+    slopes = torch.where(energy > 0, products / energy, 1.0)
+    nearest = (grouped / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(-2)
+    return Comparison(
+        name,
+        error=float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)),
+        slopes=(float(slopes.min()), float(slopes.max())),
+        moved=int((nearest != codes).sum()),
+        codes=codes.numel(),
+    )
+
+
 def expert_errors(s: Subject) -> Failures:
     """Every INT4 matrix is its source within the stated relative error."""
-    assert s.source is not None
-    for name, shape in _logical(s, experts=True):
-        try:
-            wanted = s.source.load(name, shape).float()
-            packed, scale, _ = s.artifact.parts(name, shape).values()
-            found = decode_int4(packed, scale, torch.tensor(shape)).float()
-        except (UserError, CodecError) as error:
-            yield f"{name}: {error}"
-            continue
-        lost = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-        if not lost <= INT4_RELATIVE_ERROR:
-            yield f"{name}: relative error {lost:.3f} against the source, at most {INT4_RELATIVE_ERROR} expected"
+    for each in s.experts:
+        if each.fact:
+            yield f"{each.name}: {each.fact}"
+        elif not each.error <= INT4_RELATIVE_ERROR:
+            yield (
+                f"{each.name}: relative error {each.error:.3f} against the source,"
+                f" at most {INT4_RELATIVE_ERROR} expected"
+            )
+
+
+def expert_slopes(s: Subject) -> Failures:
+    """No group of 128 weights is larger or smaller than its source's, as one with a wrong scale would be."""
+    low, high = GROUP_SLOPES
+    for each in s.experts:
+        if not (low <= each.slopes[0] and each.slopes[1] <= high):
+            worst = each.slopes[0] if not low <= each.slopes[0] else each.slopes[1]
+            yield (
+                f"{each.name}: a group is {worst:.2f} times its source, {low} to {high} expected:"
+                " a scale or a row of another matrix?"
+            )
+
+
+def rounding(s: Subject) -> Failures:
+    """All layers were quantized alike, by the expected method: GPTQ moves codes away from the nearest ones."""
+    moved: dict[str, list[int]] = {}
+    for each in s.experts:
+        counts = moved.setdefault(each.layer, [0, 0])
+        counts[0] += each.moved
+        counts[1] += each.codes
+    shares = {layer: some / max(whole, 1) for layer, (some, whole) in moved.items()}
+    found = {layer: "gptq" if share >= MOVED_CODES else "rtn" for layer, share in shares.items()}
+    methods = list(found.values())
+    wanted = s.expect or max(METHODS, key=methods.count)
+    for layer, method in found.items():
+        if method != wanted:
+            why = f"{shares[layer]:.2%} of its codes are not the nearest ones"
+            others = "" if s.expect else ", as in the other layers"
+            yield f"layer {layer} was quantized by {METHODS[method]} ({why}), {METHODS[wanted]} expected{others}"
 
 
 def mtp_untouched(s: Subject) -> Failures:
@@ -277,6 +356,8 @@ CHECKS: tuple[tuple[str, Callable[[Subject], Failures], bool], ...] = (
     ("config kept", config_kept, False),
     ("passed through", passed_through, True),
     ("expert errors", expert_errors, True),
+    ("expert slopes", expert_slopes, True),
+    ("rounding", rounding, True),
 )
 
 
@@ -286,12 +367,14 @@ def verify(
     source: Checkpoint | None,
     digests: Digests,
     progress: Callable[[int, str], None] = lambda _done, _what: None,
+    expect: str = "",
 ) -> list[Check]:
-    """Runs every check that can run; those that need a source are left out without one.
+    """Runs every check that can run; those that need a source are left out without one. expect: a key of METHODS, how
+    the routed experts must have been quantized; without it all layers alike.
 
     Raises UserError when a config.json does not say what to expect.
     """
-    subject = Subject(artifact, source, digests)
+    subject = Subject(artifact, source, digests, expect)
     for checkpoint in (artifact, *([source] if source else [])):
         checkpoint.config  # noqa: B018, reads and checks it
     results = []

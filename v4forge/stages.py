@@ -110,7 +110,7 @@ STAGES: dict[str, Stage] = {
     "verify": Stage(
         program="scripts.verify",
         does="checking every tensor of the artifact",
-        arguments=("--artifact", "{work}/artifact", "--source", "{source}"),
+        arguments=("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq"),
         inputs=("source", "artifact"),
         outputs=("artifact/certificate.json",),
         pins=STORAGE,
