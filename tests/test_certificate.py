@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from v4forge import certificate
+from v4forge import certificate, codec
 from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
 from v4forge.stamps import Digests
 
@@ -366,7 +366,7 @@ def test_the_program_exits_1_and_writes_what_failed(artifact: Artifact, capsys: 
     written = json.loads((artifact.folder / "certificate.json").read_text())
     assert written["ok"] is False
     failed = {check["name"]: check["detail"] for check in written["checks"] if not check["ok"]}
-    assert failed.keys() == {"expert codes", "expert errors"}
+    assert failed.keys() == {"expert codes", "expert errors", "expert slopes"}
     assert all(EXPERT in detail for detail in failed.values())
 
 
@@ -399,3 +399,36 @@ def test_the_method_is_told_from_the_codes(
 def test_an_expected_method_needs_the_source(pristine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("verify", "--artifact", pristine / "artifact", "--expect", "gptq") == 2
     assert "only with --source" in capsys.readouterr().err
+
+
+def swapped_nibbles(weight: Tensor, scale: Tensor) -> Tensor:
+    byte = weight.view(torch.uint8)
+    return codec.decode_fp4((byte >> 4 | byte << 4).view(torch.int8), scale)
+
+
+FAULTS: dict[str, tuple[str, Callable[..., Tensor], str]] = {
+    "nibbles swapped": ("fp4", swapped_nibbles, "mtp.0.ffn.experts.0.w1.weight differs from the source"),
+    "an FP8 scale off by 2": (
+        "fp8",
+        lambda weight, scale: 2 * codec.decode_fp8(weight, scale),
+        "layers.1.attn.indexer.wq_b.weight differs from the source",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_postprocess_s_own_decoding_is_seen(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    fmt, decode, named = FAULTS[fault]
+    out = tmp_path / "artifact"
+    work = Path(shutil.copytree(pristine / "layers", tmp_path / "layers"))
+    with monkeypatch.context() as patched:
+        patched.setitem(codec.FORMATS, fmt, replace(codec.FORMATS[fmt], decode=decode))
+        if fmt == "fp8":  # lies in the layer files, which calibrate writes
+            shutil.rmtree(work)
+            arguments = calibrate_arguments(pristine / "source", work, pristine / "corpus.txt")
+            assert run_here("calibrate", *arguments, "--method", "rtn") == 0
+        assert run_here("postprocess", "--source", pristine / "source", "--work", work, "--out", out) == 0
+    failed = Artifact(out, pristine / "source").failed()
+    assert named in failed["passed through"]

@@ -20,9 +20,9 @@ from torch import Tensor
 from v4forge import layout, recipe
 from v4forge.checkpoint import DTYPE_NAMES, Checkpoint, matches
 from v4forge.codec import INT4_GROUP, CodecError, dequantize_int4, unpack_int4
-from v4forge.conversion import converted
 from v4forge.errors import UserError
 from v4forge.files import read_json, remove_leftovers, write_json
+from v4forge.independent import expected
 from v4forge.layout import Config, Shape, TensorSpec
 from v4forge.manifest import MANIFEST, SUMS, members
 from v4forge.recipe import ALIASES, rule_for
@@ -153,7 +153,7 @@ def passed_through(s: Subject) -> Failures:
     assert s.source is not None
     for name, shape in _logical(s, experts=False):
         try:
-            wanted = converted(s.source, name, shape)
+            wanted = expected(s.source, name, shape)
         except UserError as error:
             yield f"the source's {error.fact}"
             continue
