@@ -157,7 +157,7 @@ class Checkpoint:
         }[form]
         try:
             self.weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
-            if not all(shard and shard == Path(shard).name for shard in self.weight_map.values()):
+            if not all(s == Path(s).name and s.endswith(".safetensors") for s in self.weight_map.values()):
                 raise ValueError("a shard outside the folder")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.directory / INDEX} does not exist", self._hint) from None
