@@ -129,9 +129,9 @@ def test_an_index_that_leaves_the_folder_is_refused_before_anything_is_opened(
     index["weight_map"][next(iter(index["weight_map"]))] = outside
     opened: list[str] = []
     monkeypatch.setattr("v4forge.checkpoint.safe_open", lambda path, **_: opened.append(str(path)))
-    with replaced(copy / INDEX, json.dumps(index).encode()):
-        with pytest.raises(UserError, match="is not a safetensors index"):
-            Checkpoint(copy, form="artifact")
+    refused = pytest.raises(UserError, match="is not a safetensors index")
+    with replaced(copy / INDEX, json.dumps(index).encode()), refused:
+        Checkpoint(copy, form="artifact")
     assert not opened
 
 
