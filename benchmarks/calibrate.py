@@ -35,6 +35,7 @@ from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
 from v4forge.errors import run_main
 from v4forge.files import write_json, write_text
+from v4forge.layer_rows import READING, WRITING, mean_losses
 from v4forge.watch import Span, Watch, seconds
 
 ORIGINAL_H = 15.09  # GPTQ of the published artifact, on eight H200
@@ -80,7 +81,6 @@ def work_of(config: layout.Config, layer: int, tokens: int, seq_len: int) -> dic
 
 
 QUANTIZATION = ("Hessian", "scales", "factorize", "sweep", "errors", "pack")
-DISK = ("read", "write", "hidden states")
 
 
 def measured_layers(
@@ -105,13 +105,8 @@ def measured_layers(
         "spans": [asdict(span) for span in watch.spans()],
         "peak_gpu_gib": max(r["run"][0]["peak_gpu"] for r in reports) / 2**30,
         "peak_host_gib": max(r["run"][0]["peak_host"] for r in reports) / 2**30,
-        "reports": [{k: r[k] for k in ("layer", "attention", "tokens")} | {"lost": lost(r)} for r in reports],
+        "reports": [{k: r[k] for k in ("layer", "attention", "tokens")} | {"lost": mean_losses(r)} for r in reports],
     }
-
-
-def lost(report: Mapping[str, Any]) -> dict[str, float]:
-    """Mean relative Hessian-weighted loss over all matrices, by method."""
-    return {m: mean(v for by in report["error"].values() for v in by[m]) for m in ("gptq", "rtn")}
 
 
 def projection(
@@ -159,7 +154,7 @@ def stages_table(found: Mapping[str, Any], config: layout.Config, tokens: int, s
     works = {layer: work_of(config, layer, tokens, seq_len) for layer in steady}
     by_layer = {layer: seconds([s for s in spans if s.layer == layer]) for layer in steady}
     for stage in works[steady[0]]:
-        if stage in DISK:  # a union of spans, because threads overlap
+        if stage in (*READING, *WRITING):  # a union of spans, because threads overlap
             taken = mean(busy([s for s in spans if s.layer == i and s.what == stage]) for i in steady)
         else:
             taken = mean(by_layer[i].get(stage, 0.0) for i in steady)

@@ -24,7 +24,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.calibrate import lost
 from benchmarks.machine import machine
 from scripts.cli import parser_for
 from scripts.evaluate import heldout_tokens
@@ -34,6 +33,7 @@ from v4forge.checkpoint import Checkpoint
 from v4forge.errors import run_main
 from v4forge.evaluation import Quality, evaluate
 from v4forge.files import write_json
+from v4forge.layer_rows import mean_losses
 from v4forge.stages import PROFILES
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def outcome(settings: layers.Settings, seed: int, source: Checkpoint, heldout: t
         reports = [json.loads(layers.layer_report(work, i).read_text()) for i in source.config.layers]
         assemble(source, work, artifact)
         quality = evaluate(Checkpoint(artifact, form="artifact"), heldout, CPU)
-    return Outcome(quality, means([lost(report) for report in reports if report["error"]]), calibrate_s)
+    return Outcome(quality, means([mean_losses(report) for report in reports if report["error"]]), calibrate_s)
 
 
 def means(losses: Sequence[dict[str, float]]) -> dict[str, float]:

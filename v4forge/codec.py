@@ -21,7 +21,6 @@ from torch import Tensor
 FP4_GROUP = 32  # inputs that share one E8M0 scale
 FP8_BLOCK = 128  # rows and columns of a block that share one scale
 INT4_GROUP = 128  # inputs that share one BF16 scale
-INT4_PER_WORD = 8  # codes in a stored I32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by the low three bits of a code; bit 3 is the sign
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 # E8M0 bytes b (scale 2^(b - 127)) for which every finite value of the format is exact in BF16: its largest finite

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from v4forge import gptq, model
-from v4forge.codec import INT4_PER_WORD, pack_int4
+from v4forge.codec import encode_int4
 from v4forge.layers import Settings
 from v4forge.watch import Watch
 
@@ -91,12 +91,8 @@ class Experts:
 
     def packed(self) -> dict[str, Tensor]:
         """The bytes to be stored, still stacked by expert, on the device; `named` takes them apart."""
-        return {
-            "gate_up.weight_packed": pack_int4(self.gate_up.codes),
-            "gate_up.weight_scale": self.gate_up.scale,
-            "down.weight_packed": pack_int4(self.down.codes),
-            "down.weight_scale": self.down.scale,
-        }
+        both = {"gate_up": self.gate_up, "down": self.down}
+        return {f"{kind}.{part}": t for kind, q in both.items() for part, t in encode_int4(q.codes, q.scale).items()}
 
 
 def named(packed: Mapping[str, Tensor], layer: int, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -110,7 +106,7 @@ def named(packed: Mapping[str, Tensor], layer: int, numbers: Sequence[int]) -> d
             weight = packed[f"{kind}.weight_packed"][i, rows]
             stored[f"{base}.weight_packed"] = weight
             stored[f"{base}.weight_scale"] = packed[f"{kind}.weight_scale"][i, rows]
-            stored[f"{base}.weight_shape"] = torch.tensor((weight.shape[0], weight.shape[1] * INT4_PER_WORD))
+            stored[f"{base}.weight_shape"] = torch.tensor((len(weight), int(packed[f"{kind}.weight_shape"][1])))
     return stored
 
 

@@ -120,3 +120,25 @@ def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
             )
         )
     return rows
+
+
+def mean_losses(report: Json) -> dict[str, float]:
+    """Mean relative Hessian-weighted loss over all matrices of a layer, by method."""
+    return {m: statistics.fmean(v for by in report["error"].values() for v in by[m]) for m in ("gptq", "rtn")}
+
+
+def summary(report: Json) -> str:
+    """One line about a finished layer."""
+    line = f"layer {report['layer']}"
+    tokens = sorted(report["tokens"])
+    if tokens:
+        middle = tokens[len(tokens) // 2]
+        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
+    if report["error"]:
+        lost = mean_losses(report)
+        line += f"; lost {lost['gptq']:.3%}, round-to-nearest {lost['rtn']:.3%}"
+    used = report["run"]
+    busy = sum(s for what, s in used[0]["seconds"].items() if what not in (*READING, *WRITING))
+    gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))
+    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
+    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"

@@ -190,23 +190,3 @@ def report(
         "fallback": [matrix for e in experts for matrix in notes[e].get("fallback", [])],
         "run": used,
     }
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """One line about a finished layer."""
-    line = f"layer {report['layer']}"
-    tokens = sorted(report["tokens"])
-    if tokens:
-        middle = tokens[len(tokens) // 2]
-        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
-    if report["error"]:
-        means = []
-        for method in ("gptq", "rtn"):
-            lost = [each for by in report["error"].values() for each in by[method]]
-            means.append(sum(lost) / len(lost))
-        line += f"; lost {means[0]:.3%}, round-to-nearest {means[1]:.3%}"
-    used = report["run"]
-    busy = sum(s for what, s in used[0]["seconds"].items() if what not in ("read", "write", "hidden states"))
-    gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))
-    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
-    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4forge import experts, gptq, hidden_states, layers, layout, model
+from v4forge import experts, gptq, hidden_states, layer_rows, layers, layout, model
 from v4forge.checkpoint import Checkpoint, SharedShard
 from v4forge.codec import FORMATS, CodecError
 from v4forge.conversion import converted
@@ -317,7 +317,7 @@ class Layer:
                 run.source.config, self.index, run.settings, run.digest, self.counts, notes, [used for _, used in told]
             )
             write_json(layers.layer_report(run.work, self.index), report)
-            run.log(layers.summary(report))
+            run.log(layer_rows.summary(report))
 
 
 def _refuse_nan(layer: int, h: experts.Hessians) -> None:
