@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -76,8 +76,10 @@ def means(losses: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def pooled(found: Sequence[Outcome]) -> Outcome:
     """The mean over several choices of samples; of log-likelihoods token by token."""
-    nll = torch.stack([each.quality.nll for each in found]).mean(0)
-    quality = Quality(nll, fmean(each.quality.mtp_acceptance for each in found))
+    qualities = [each.quality for each in found]
+    nll = torch.stack([each.nll for each in qualities]).mean(0)
+    judged, accepted = (torch.stack([getattr(q, n) for q in qualities]).sum(0) for n in ("judged", "accepted"))
+    quality = replace(qualities[0], nll=nll, judged=judged, accepted=accepted)
     return Outcome(quality, means([each.loss for each in found]), fmean(each.calibrate_s for each in found))
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +17,10 @@ import torch
 
 from scripts.cli import parser_for, steps
 from v4forge.checkpoint import Checkpoint
-from v4forge.corpus import check_vocabulary, encode_documents, load_tokenizer, read_documents
 from v4forge.errors import UserError, run_main
-from v4forge.evaluation import Quality, evaluate, unigram_perplexity
+from v4forge.evaluation import compare, step_count, unigram_perplexity
 from v4forge.files import write_json
-
-
-def heldout_tokens(tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: int, vocab_size: int) -> torch.Tensor:
-    """The first tokens of the held-out documents, one after another: [sequences, seq_len] int64.
-
-    Raises UserError when there are fewer, or one that the model does not know.
-    """
-    if not heldout.is_file():
-        raise UserError(f"the held-out text {heldout} does not exist", "pass --heldout a .txt or .jsonl file")
-    encoded = encode_documents(load_tokenizer(tokenizer_dir), read_documents(heldout))
-    stream = torch.tensor([token for document in encoded for token in document], dtype=torch.int64)
-    wanted = sequences * seq_len
-    if len(stream) < wanted:
-        rows = len(stream) // seq_len
-        fits = f"--sequences {rows}" if rows else f"--sequences 1 --seq-len {len(stream)}"
-        raise UserError(
-            f"{heldout} holds {len(stream):,} tokens, and {sequences} sequences of {seq_len} need {wanted:,}",
-            f"pass {fits}, or a longer --heldout",
-        )
-    check_vocabulary(int(stream[:wanted].max()), vocab_size, tokenizer_dir)
-    return stream[:wanted].view(sequences, seq_len)
+from v4forge.heldout import tokens as heldout_tokens
 
 
 def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpoint:
@@ -55,43 +32,25 @@ def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpo
 def measure(
     models: dict[str, Checkpoint], tokens: torch.Tensor, device: torch.device, progress: Callable[[int, str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Quality, bytes of the shards and seconds of each model; one line each on stderr. Steps are `steps_of`."""
-    done = 0
+    """Quality and bytes of the shards of each model, the first of which is the source; one line each on stderr."""
+    qualities = compare(list(models.values()), tokens, device, progress, count=1)
     figures: dict[str, dict[str, Any]] = {}
-    qualities: dict[str, Quality] = {}
-    for name, checkpoint in models.items():
-        show = partial(shifted, progress, done, name)
-        started = time.monotonic()
-        quality = evaluate(checkpoint, tokens, device, show)
-        elapsed_s = round(time.monotonic() - started, 3)
-        done += steps_of(checkpoint)
+    for (name, checkpoint), quality in zip(models.items(), qualities, strict=True):
         print(
             f"evaluate: {name:<6}  perplexity {quality.perplexity:.3f}, "
-            f"greedy MTP acceptance {quality.mtp_acceptance:.1%}, {elapsed_s:.1f} s",
+            f"greedy MTP acceptance {quality.mtp_acceptance:.1%}",
             file=sys.stderr,
             flush=True,
         )
-        qualities[name] = quality
-        percent, error = quality.change_from(qualities["source"])
+        percent, error = quality.change_from(qualities[0])
         figures[name] = {
             "perplexity": quality.perplexity,
             "perplexity_change": {"percent": percent, "standard_error": error},
             "mtp_acceptance": quality.mtp_acceptance,
             "tokens": quality.tokens,
             "bytes": sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shard_names),
-            "elapsed_s": elapsed_s,
         }
     return figures
-
-
-def shifted(progress: Callable[[int, str], None], before: int, name: str, step: int, doing: str) -> None:
-    """Reports a model's own step as one of all models'."""
-    progress(before + step, f"{name}, {doing}")
-
-
-def steps_of(checkpoint: Checkpoint) -> int:
-    """How often `evaluate` reports progress: once a layer, once for the head."""
-    return len(checkpoint.config.layers) + 1
 
 
 def main() -> None:
@@ -124,7 +83,7 @@ def main() -> None:
     }
     vocab_size = models["source"].config.vocab_size
     tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
-    total = sum(steps_of(checkpoint) for checkpoint in models.values())
+    total = step_count(list(models.values()))
     quiet = nullcontext(lambda _step, _doing: None)
     with steps("evaluate", total) if sys.stderr.isatty() else quiet as progress:
         figures = measure(models, tokens, torch.device(args.device), progress)

@@ -96,6 +96,27 @@ def decode_int4(weight_packed: Tensor, weight_scale: Tensor, weight_shape: Tenso
     return dequantize_int4(codes, weight_scale)
 
 
+@lru_cache
+def _int4_pairs(device: torch.device) -> Tensor:
+    """The two codes of every byte of packed ones, as a pair of bf16: [256] i32."""
+    byte = torch.arange(256, device=device)
+    return (torch.stack((byte & 15, byte >> 4), dim=-1) - 8).to(torch.bfloat16).view(torch.int32).flatten()
+
+
+def decode_int4_stack(weight_packed: Tensor, weight_scale: Tensor, weight_shape: Tensor) -> Tensor:
+    """`decode_int4` of many matrices of one shape at once. [n, out, in/8] i32, [n, out, in/128] bf16, [n, 2] i64.
+
+    Raises CodecError for a scale that is not finite and a weight_shape that is not the matrix's.
+    """
+    packed, shape = weight_packed.view(torch.uint8), (weight_packed.shape[1], 8 * weight_packed.shape[2])
+    if not bool((weight_shape == weight_shape.new_tensor(shape)).all()):
+        raise CodecError(f"weight_shape is not {list(shape)}")
+    if not bool(weight_scale.isfinite().all()):
+        raise CodecError("the scale holds NaN or Inf")
+    codes = _int4_pairs(packed.device)[packed.int()].view(torch.bfloat16)
+    return codes.unflatten(-1, (-1, INT4_GROUP)).mul_(weight_scale.unsqueeze(-1)).flatten(-2)
+
+
 def unpack_int4(weight_packed: Tensor, weight_shape: Tensor) -> Tensor:
     """The signed codes -8..7, [out, in] i8."""
     shape = torch.Size(weight_shape.tolist())

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4forge.checkpoint import INDEX
+from v4forge.checkpoint import INDEX, tensor_bytes
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
 from v4forge.errors import UserError
@@ -145,6 +145,13 @@ def finished(work: Path, layer: int, mark: str) -> bool:
         return False
 
 
+def matrix_digest(packed: Tensor, scale: Tensor) -> str:
+    """The first 64 bits of the SHA-256 of an INT4 matrix's codes and scales, in hex: what the report keeps of it."""
+    digest = hashlib.sha256(tensor_bytes(packed))
+    digest.update(tensor_bytes(scale))
+    return digest.hexdigest()[:16]
+
+
 def read_experts(
     work: Path, config: Config, layer: int, experts: Iterable[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -186,6 +193,7 @@ def report(
         "fingerprint": mark,
         "tokens": tokens,
         "error": error,
+        "codes": {w: [notes[e]["codes"][w] for e in experts] for w in ("w1", "w2", "w3")},
         "blended": [notes[e]["blended"] for e in experts if "blended" in notes[e]],
         "fallback": [matrix for e in experts for matrix in notes[e].get("fallback", [])],
         "run": used,

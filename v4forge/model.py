@@ -85,7 +85,8 @@ class Context:
     input_ids: Tensor  # [batch, seq]
     position_ids: Tensor  # [1, seq]
     position_embeddings: dict[str, tuple[Tensor, Tensor]]
-    attention_mask: Tensor  # [batch, 1, seq, seq]
+    attention_mask: Tensor  # [batch, 1, seq, seq], or [1, 1, seq, keys]
+    keys: Any = None  # where attention adds its keys to those of passes before and reads them all, if it does
 
 
 class Rotary:
@@ -99,7 +100,6 @@ class Rotary:
         """input_ids: [batch, seq] -> its Context."""
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         like = torch.empty(*input_ids.shape, 1, dtype=self.dtype, device=input_ids.device)
-        embeddings = {t: self.tables(like, position_ids=position_ids, layer_type=t) for t in ("main", "compress")}
         mask = create_sliding_window_causal_mask(
             config=self.config,
             inputs_embeds=like,
@@ -107,7 +107,12 @@ class Rotary:
             past_key_values=None,
             position_ids=position_ids,
         )
-        return Context(input_ids, position_ids, embeddings, mask)
+        return Context(input_ids, position_ids, self.embeddings(position_ids), mask)
+
+    def embeddings(self, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """position_ids: [1, seq] -> cosines and sines, [1, seq, rope_dim / 2] each, by kind of table."""
+        like = torch.empty(0, dtype=self.dtype, device=position_ids.device)
+        return {kind: self.tables(like, position_ids=position_ids, layer_type=kind) for kind in ("main", "compress")}
 
 
 def _materialize(module: nn.Module, state: dict[str, Tensor], config: DeepseekV4Config, device: torch.device) -> None:
@@ -231,13 +236,15 @@ class MTPBlock(nn.Module):
         return run_layer(self.block, mixed, context)
 
 
-def load_mtp(weights: Weights, config: DeepseekV4Config) -> MTPBlock:
-    """The MTP block, on weights.device."""
+def load_mtp(weights: Weights, config: DeepseekV4Config, experts: tuple[Tensor, Tensor] | None = None) -> MTPBlock:
+    """The MTP block, on weights.device; its routed experts' gate_up and down are read where they are not given."""
     with torch.device("meta"):
         module = MTPBlock(config)
     own = re.compile(r"mtp\.0\.(enorm|hnorm|e_proj|h_proj|norm|hc_head_(fn|base|scale))(\.weight)?$")
     everything = list(mtp_parameters(weights.checkpoint.config))
-    block = weights.block("mtp.0.", ((n, s) for n, s in everything if not own.match(n)))
+    block = weights.block("mtp.0.", ((n, s) for n, s in everything if not own.match(n)), experts is None)
+    if experts is not None:
+        block |= dict(zip(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), experts, strict=True))
     state = {f"block.{name}": tensor for name, tensor in block.items()}
     for name, shape in everything:
         if own.match(name):
@@ -275,6 +282,7 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
         position_embeddings=context.position_embeddings,
         position_ids=context.position_ids,
         attention_mask=context.attention_mask,
+        past_key_values=context.keys,
     )
     streams = mixed(streams, comb.to(dtype), post.to(dtype), attention)
     post, comb, collapsed = layer.ffn_hc(streams)

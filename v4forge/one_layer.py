@@ -18,7 +18,6 @@ from torch import Tensor
 
 from v4forge import experts, gptq, hidden_states, layer_rows, layers, layout, model
 from v4forge.checkpoint import Checkpoint, SharedShard
-from v4forge.codec import FORMATS, CodecError
 from v4forge.conversion import converted
 from v4forge.dispatch import Dispatch
 from v4forge.errors import UserError
@@ -73,17 +72,7 @@ def groups_of(run: Run, layer: int, quantizes: bool) -> list[list[str]]:
     ]
     if not quantizes:
         return [frame]
-    groups = []
-    for step in run.own_steps():
-        group = []
-        for kinds in (("w1", "w3"), ("w2",)):
-            names = [_expert(layer, e, which) for e in step for which in kinds]
-            # tensors of one form one after the other, so that they can be decoded as one
-            group += [
-                part for alike in zip(*(stored_parts(n, shapes[n]) for n in names), strict=True) for part in alike
-            ]
-        groups.append(group)
-    return [frame, *groups]
+    return [frame, *(experts.stored_order(run.source, f"layers.{layer}.", step) for step in run.own_steps())]
 
 
 def _expert(layer: int, expert: int, which: str) -> str:
@@ -258,7 +247,7 @@ class Layer:
         """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
         run, watch = self.run, self.run.watch
         with watch.compute("decode"):
-            gate_up, down = self._decoded(own, group.on(run.device))
+            gate_up, down = experts.decoded(run.source, f"layers.{self.index}.", own, group.on(run.device))
         h = None
         if run.settings.method == "gptq":
             with watch.compute("Hessian"):
@@ -274,26 +263,18 @@ class Layer:
         with watch.compute("pack"):
             packed = on_host(quantized.packed())
             served = quantized.gate_up.dequantized(), quantized.down.dequantized()
-        self._write(lambda: experts.named(packed(), self.index, own))
+        self._write(lambda: self._recorded(experts.named(packed(), self.index, own), own))
         return served
 
-    def _decoded(self, own: range, group: Group) -> tuple[Tensor, Tensor]:
-        """gate_up [E, 2 * inner, hidden] and down [E, hidden, inner] bf16 of some experts."""
-        config = self.run.source.config
-        decoded = []
-        for kinds in (("w1", "w3"), ("w2",)):
-            names = [_expert(self.index, e, which) for e in own for which in kinds]
-            fmt = FORMATS[rule_for(names[0]).source]
-            shape = dict(layout.layer_parameters(config, self.index))[names[0]]
-            parts = [group.stacked([layout.stored_name(n, part) for n in names]) for part in fmt.parts(shape)]
-            try:
-                decoded.append(fmt.decode(*parts).unflatten(0, (len(own), -1)).flatten(1, 2))
-            except CodecError:
-                source = self.run.source.holding(group.tensors())
-                for name in names:
-                    source.load(name, shape)  # says which
-                raise
-        return decoded[0], decoded[1]
+    def _recorded(self, tensors: dict[str, Tensor], own: range) -> dict[str, Tensor]:
+        """Notes the digest of each matrix, by which verify finds a bit that changed later."""
+        for e in own:
+            names = {which: _expert(self.index, e, which).removesuffix("weight") for which in ("w1", "w2", "w3")}
+            self.notes[e]["codes"] = {
+                which: layers.matrix_digest(tensors[f"{name}weight_packed"], tensors[f"{name}weight_scale"])
+                for which, name in names.items()
+            }
+        return tensors
 
     def publish(self) -> None:
         """Waits until all ranks' writes are on disk, writes the report and gives the finished layer's file its name."""

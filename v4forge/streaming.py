@@ -40,12 +40,12 @@ class Group:
     def stacked(self, names: Sequence[str]) -> Tensor:
         """Tensors of one form that were asked for one after the other, [len(names), *shape], a view of the buffer."""
         start, spec = self.slots[names[0]]
-        size = _bytes(spec)
+        pitch = _aligned(spec)
         for i, name in enumerate(names):
-            if self.slots[name] != (start + i * size, spec):
+            if self.slots[name] != (start + i * pitch, spec):
                 raise ValueError(f"{name} does not lie behind {names[0]} in its group")
-        part = self.buffer[start : start + len(names) * size]
-        return part.view(spec.dtype).view(len(names), *spec.shape)
+        part = self.buffer[start : start + len(names) * pitch].view(len(names), pitch)
+        return part[:, : _bytes(spec)].view(spec.dtype).view(len(names), *spec.shape)
 
 
 def _bytes(spec: TensorSpec) -> int:
@@ -53,6 +53,11 @@ def _bytes(spec: TensorSpec) -> int:
     for length in spec.shape:
         size *= length
     return size
+
+
+def _aligned(spec: TensorSpec) -> int:
+    """Bytes from one tensor of a buffer to the next."""
+    return -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
 
 
 class Reader:
@@ -120,7 +125,7 @@ class Reader:
                 for name in names:
                     spec = self._checkpoint.spec(name)
                     slots[name] = (size, spec)
-                    size += -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
+                    size += _aligned(spec)
                 with self._room:
                     while not (self._closed or not self._held or self._held + size <= self._ahead):
                         self._room.wait()
@@ -139,24 +144,26 @@ class Reader:
         for name, (slot, spec) in slots.items():
             path, start = self._checkpoint.place(name)
             if path not in self._files:
-                self._files[path] = _open(path)
+                self._files[path] = open_file(path)
             size = _bytes(spec)
             for done in range(0, size, READ_BYTES):
                 end = min(done + READ_BYTES, size)
                 target = view[slot + done : slot + end]
-                jobs.append(pool.submit(_read, self._files[path], path, target, start + done))
+                jobs.append(pool.submit(read_into, self._files[path], path, target, start + done))
         for job in jobs:
             job.result()
 
 
-def _open(path: str) -> int:
+def open_file(path: str) -> int:
+    """A file descriptor for reading; UserError where there is none."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "restore the file, then run it again") from None
 
 
-def _read(file: int, path: str, target: memoryview, offset: int) -> None:
+def read_into(file: int, path: str, target: memoryview, offset: int) -> None:
+    """Fills `target` from `offset` of an open file on; UserError where it ends before or the disk fails."""
     while len(target):
         try:
             count = os.preadv(file, [target], offset)

@@ -1,0 +1,105 @@
+"""95% confidence intervals of figures over sequences. Tokens of one sequence resemble each other, so a sequence is one
+observation: errors are those of a ratio of sums over sequences, by linearization (Cochran, Sampling Techniques, 6.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the ends of its interval; NaN where one sequence or none says nothing of the others."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def least(self) -> float:
+        """The lower end, or the value where there is none."""
+        return self.value if math.isnan(self.low) else self.low
+
+    @property
+    def most(self) -> float:
+        """The upper end, or the value where there is none."""
+        return self.value if math.isnan(self.high) else self.high
+
+    def mapped(self, rising: Callable[[float], float]) -> Estimate:
+        """A rising function of the figure."""
+        return Estimate(rising(self.value), rising(self.low), rising(self.high))
+
+    def json(self) -> dict[str, float | None]:
+        return {k: None if math.isnan(v) else v for k, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A function of sums over sequences; to first order it differs from its expectation by the sum of `influence`."""
+
+    value: float
+    influence: Tensor  # [sequences] f64, sums to zero
+
+    @property
+    def standard_error(self) -> float:
+        n = len(self.influence)
+        return math.sqrt(n / (n - 1) * float(self.influence.square().sum())) if n > 1 else math.nan
+
+    def __add__(self, other: Figure) -> Figure:
+        return Figure(self.value + other.value, self.influence + other.influence)
+
+    def __mul__(self, other: Figure) -> Figure:
+        return Figure(self.value * other.value, other.value * self.influence + self.value * other.influence)
+
+    def over(self, divisor: float) -> Figure:
+        return Figure(self.value / divisor, self.influence / divisor)
+
+    def interval(self) -> Estimate:
+        """By Student's t."""
+        margin = quantile(len(self.influence) - 1) * self.standard_error
+        return Estimate(self.value, self.value - margin, self.value + margin)
+
+
+def ratio(sums: Tensor, counts: Tensor) -> Figure:
+    """The mean over all tokens; sums: of each sequence's tokens, [sequences], counts: how many. NaN without tokens."""
+    total = float(counts.sum())
+    if not total:
+        return Figure(math.nan, torch.zeros(len(counts), dtype=torch.float64))
+    value = float(sums.double().sum()) / total
+    return Figure(value, (sums.double() - value * counts.double()) / total)
+
+
+def share(hits: Tensor, counts: Tensor) -> Estimate:
+    """hits of counts by sequence, [sequences] each, as a share: Wilson's interval for as many independent tokens as
+    would have this error (Korn and Graubard 1998), at most as many as there are; so it stays within 0 to 1."""
+    figure = ratio(hits, counts)
+    p, n, t = figure.value, float(counts.sum()), quantile(len(counts) - 1)
+    if math.isnan(p) or math.isnan(t):
+        return Estimate(p, math.nan, math.nan)
+    variance = p * (1 - p)
+    if variance:
+        n = min(n, variance / max(figure.standard_error**2, variance / n))
+    middle = (p + t * t / (2 * n)) / (1 + t * t / n)
+    margin = t / (1 + t * t / n) * math.sqrt(variance / n + t * t / (4 * n * n))
+    return Estimate(p, max(0.0, middle - margin), min(1.0, middle + margin))
+
+
+def quantile(freedom: int) -> float:
+    """Student's t beyond which 2.5% lie, within 1% from 3 degrees of freedom on (Abramowitz and Stegun 26.7.5)."""
+    if freedom < 1:
+        return math.nan
+    x = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+    )
+    return x + sum(term / freedom**power for power, term in enumerate(terms, start=1))
