@@ -7,7 +7,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +97,25 @@ def claim_output(out: Path, inputs: Sequence[Path], own: Set[str]) -> None:
         path.unlink()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where an artifact's decoder layers come from."""
+
+    folder: Path  # an input: nothing is written there
+    mark: Mapping[str, Any]  # all that determined their bytes; each layer's shard carries its digest
+    place: Callable[[int, Path], Mapping[str, Any]]  # puts a layer's shard at a path -> the layer's report
+
+
 def assemble(
     source: Checkpoint, work: Path, out: Path, progress: Callable[[int, str], None] = lambda _done, _what: None
 ) -> None:
-    """Writes the artifact into `out`: layer files linked, the rest converted from the source, then index, configs,
-    tokenizer, manifest and SHA256SUMS. Killed anywhere and run again it gives the same bytes. Raises UserError before
-    anything is written when the source or a layer file is not what it must be.
+    """Writes the artifact of a finished calibration into `out`: layer files linked, the rest by `build`.
+
+    Raises UserError before anything is written when the source or a layer file is not what it must be.
     """
-    config = source.config
-    source.validate(layout.upstream(config))
+    source.validate(layout.upstream(source.config))
     finished = finished_layers(source, work)
-    side_files = tokenizer_files(source.directory)
+    tokenizer_files(source.directory)  # before every byte is read for the digests
     mark = read_json(work / layers.FINGERPRINT)
     cache = work.parent / ".stamps" / "digests.json"
     if layers.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
@@ -114,17 +123,33 @@ def assemble(
             f"{source.directory} is not the source that {work} was calibrated on",
             "pass that --source, or calibrate again",
         )
+
+    def place(layer: int, path: Path) -> Mapping[str, Any]:
+        link_or_copy(finished[layer], path)
+        return read_json(layers.layer_report(work, layer))
+
+    build(source, Origin(work, mark, place), out, cache, progress)
+
+
+def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: Callable[[int, str], None]) -> None:
+    """Writes the artifact into `out`: layers from their origin, the rest converted from the source, then index,
+    configs, tokenizer, manifest and SHA256SUMS. Killed anywhere and run again it gives the same bytes. `cache` keeps
+    the digests of files. The source is one that `validate` accepts.
+    """
+    config = source.config
+    side_files = tokenizer_files(source.directory)
     groups = {"root": list(layout.root_parameters(config)), "mtp": list(layout.mtp_parameters(config))}
-    total = len(finished) + len(groups)
+    total = len(config.layers) + len(groups)
     names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
     written = {*names, *(path.name for path in side_files), INDEX, "config.json", manifest.MANIFEST}
-    claim_output(out, (source.directory, work), {*written, *TOKENIZER_FILES, *manifest.UNSUMMED})
+    claim_output(out, (source.directory, origin.folder), {*written, *TOKENIZER_FILES, *manifest.UNSUMMED})
     for stale in sorted({*TOKENIZER_FILES, *manifest.UNSUMMED} - written):
         (out / stale).unlink(missing_ok=True)
-    for done, (path, name) in enumerate(zip(finished, names, strict=False)):
-        progress(done, "linking layers")
-        link_or_copy(path, out / name)
-    for done, (name, what) in enumerate(zip(names[len(finished) :], groups, strict=True), len(finished)):
+    reports = []
+    for layer, name in zip(config.layers, names, strict=False):
+        progress(layer, "layers")
+        reports.append(origin.place(layer, out / name))
+    for done, (name, what) in enumerate(zip(names[len(reports) :], groups, strict=True), len(reports)):
         progress(done, what)
         write_shard(out / name, {k: v for n, shape in groups[what] for k, v in converted(source, n, shape).items()})
     expected = layout.artifact(config)
@@ -133,11 +158,11 @@ def assemble(
     if set(weight_map) != set(expected):
         odd = sorted(set(weight_map) ^ set(expected))[0]
         fact = f"{odd} is in the layer files or in the layout, but not in both"
-        raise UserError(fact, f"remove {work} and calibrate again")
+        raise UserError(fact, f"remove {origin.folder} and calibrate again")
     write_index(out, weight_map, sum(math.prod(s.shape) * s.dtype.itemsize for s in expected.values()))
     write_json(out / "config.json", config_json(config))
     for path in side_files:
         copy(path, out / path.name)
     progress(total, "SHA256SUMS")
-    manifest.write(out, work, source.directory, mark, cache)
+    manifest.write(out, reports, source.directory, origin.mark, cache)
     manifest.write_card(out, len(expected))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,21 @@ def mean_losses(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def write(artifact: Path, work: Path, source: Path, mark: Mapping[str, Any], cache_file: Path) -> None:
+def write(
+    artifact: Path, reports: Sequence[Mapping[str, Any]], source: Path, mark: Mapping[str, Any], cache_file: Path
+) -> None:
     """Writes manifest.json, which lists every file but itself, and then SHA256SUMS, which covers it too.
 
-    `mark` is the calibration's fingerprint; `work` holds its layer reports.
+    `mark` is the fingerprint of what made the layers; `reports` has what layers.report returns, or as much as is known.
     """
     digests = Digests(cache_file)
-    reports = [read_json(path) for path in sorted(work.glob("layer-*.json"))]
     content = {
         "format": 1,
         "recipe": "routed experts INT4 g128; attention FP8 128x128; MTP block BF16; F32 parameters F32",
         "source": {"files": _listed([source / name for name in mark["source"]], digests)},
         "calibration": {key: value for key, value in mark.items() if key != "source"},
         "layers": [
-            {"layer": r["layer"], "error": mean_losses(r), "blended": r["blended"], "fallback": r["fallback"]}
+            {"layer": r["layer"], "error": mean_losses(r)} | {key: r[key] for key in ("blended", "fallback", "codes")}
             for r in reports
         ],
         "files": _listed([path for path in members(artifact) if path.name != MANIFEST], digests),
@@ -57,6 +58,13 @@ def write(artifact: Path, work: Path, source: Path, mark: Mapping[str, Any], cac
     sums = digests.of(members(artifact))
     write_text(artifact / SUMS, "".join(f"{sums[path]}  {path.name}\n" for path in members(artifact)))
     digests.save()
+
+
+def _calibrated(mark: Mapping[str, Any]) -> str:
+    """What the experts' codes come from, in a sentence."""
+    if "from" in mark:
+        return f"Not known here: {mark['from']}; `manifest.json` lists the files."
+    return mark["corpus"]["description"] if mark.get("corpus") else "None: round-to-nearest."
 
 
 def write_card(artifact: Path, tensors: int) -> None:
@@ -71,7 +79,7 @@ def write_card(artifact: Path, tensors: int) -> None:
         bytes=sum(shards),
         shards=len(shards),
         rules=RULES,
-        calibration=content["calibration"],
+        calibration=_calibrated(content["calibration"]),
         losses=[layer for layer in content["layers"] if layer["error"]],
     )
     write_text(artifact / CARD, card)
