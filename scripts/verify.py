@@ -1,22 +1,45 @@
 """Checks every tensor of an artifact: against what its config asks for and, with --source, against the upstream bytes.
 
-Writes certificate.json into the artifact. Exit code 0 when every check passes, 1 when one fails.
+    python -m scripts.verify --artifact DIR --source DIR --expect gptq
+    python -m scripts.verify --artifact DIR --source DIR --deep 8192
+
+Writes certificate.json into the artifact; docs/verify.md lists the checks. Exit code 0 when every check passes, 1 when
+one fails.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import certificate
+from v4forge import certificate, evaluation, heldout, verification
 from v4forge.checkpoint import Checkpoint
-from v4forge.errors import run_main
+from v4forge.errors import UserError, run_main
+from v4forge.heldout import FORMS, SHORTEST
 from v4forge.report import verdict
 from v4forge.stamps import Digests
+
+
+def compared(
+    arguments: argparse.Namespace, source: Checkpoint, artifact: Checkpoint, progress: Callable[[int, str], None]
+) -> list[evaluation.Quality]:
+    """Source and artifact over the chosen tokens."""
+    vocabulary = source.config.vocab_size
+    if arguments.tokens:
+        tokens: Sequence[torch.Tensor] = heldout.read_tokens(arguments.tokens, vocabulary)
+    else:
+        text = arguments.heldout or source.directory / "heldout.txt"
+        count = arguments.deep // arguments.seq_len
+        tokens = list(heldout.tokens(source.directory, text, count, arguments.seq_len, vocabulary))
+    return evaluation.compare([source, artifact], tokens, torch.device(arguments.device), progress)
 
 
 def main() -> int:
@@ -36,24 +59,71 @@ def main() -> int:
         default="",
         help="how the routed experts must have been quantized; needs --source (default: all layers alike)",
     )
+    parser.add_argument(
+        "--no-hash",
+        action="store_true",
+        help="leave SHA-256 out: as fast as the disk, but a flipped bit of a code stays unseen",
+    )
+    deep = parser.add_argument_group(
+        "prediction",
+        "runs both models over the same tokens, a layer at a time: perplexity, divergence, draft acceptance",
+    )
+    chosen = deep.add_mutually_exclusive_group()
+    chosen.add_argument("--deep", type=int, metavar="N", help="over about N tokens of --heldout; needs --source")
+    chosen.add_argument(
+        "--tokens", type=Path, metavar="FILE", help=f"over given sequences, a server's own output, say: {FORMS}"
+    )
+    deep.add_argument(
+        "--heldout",
+        type=Path,
+        metavar="FILE",
+        help="text that nothing was fitted to, .txt or .jsonl (default: heldout.txt of the source, if it has one)",
+    )
+    deep.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence of --deep (default: %(default)s)")
+    deep.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     arguments = parser.parse_args()
-    if arguments.expect and not arguments.source:
-        parser.error("argument --expect: only with --source can the two be told apart")
+    for option in ("expect", "deep", "tokens"):
+        if getattr(arguments, option) and not arguments.source:
+            parser.error(f"argument --{option}: only with --source is there something to compare with")
+    if arguments.seq_len < SHORTEST or (arguments.deep is not None and arguments.deep < arguments.seq_len):
+        parser.error(f"--seq-len is at least {SHORTEST}, --deep at least one sequence")
     with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
-        (arguments.artifact / certificate.CERTIFICATE).unlink()
-    artifact = Checkpoint(arguments.artifact, form="artifact")
+        (arguments.artifact / verification.CERTIFICATE).unlink()
+    if not arguments.artifact.is_dir():
+        raise UserError(f"{arguments.artifact} does not exist", "pass the folder of an artifact: make postprocess")
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
-    with steps("verify", len(certificate.CHECKS)) as advance:
-        checks = certificate.verify(artifact, source, digests, advance, arguments.expect)
-    result = certificate.write(arguments.artifact, checks, digests)
+    size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
+    runs = bool(source and (arguments.deep or arguments.tokens))
+    # progress is in MiB; running the models is shown as as much again
+    with steps("verify", 2 * size if runs else size) as advance:
+
+        def compare(source: Checkpoint, artifact: Checkpoint) -> list[evaluation.Quality]:
+            count = evaluation.step_count([source, artifact])
+            return compared(arguments, source, artifact, lambda n, what: advance(size + size * n // count, what))
+
+        checks, not_run, qualities = verification.verify(
+            arguments.artifact,
+            source,
+            digests,
+            lambda done, of: advance(size * done // max(of, 1), "MiB"),
+            arguments.expect,
+            not arguments.no_hash,
+            compare if runs else None,
+        )
+    figures = evaluation.figures(qualities) if qualities else None
+    result = verification.write(arguments.artifact, checks, not_run, digests, figures)
     digests.save()
     table = Table(box=None, pad_edge=False)
     for column in ("check", "", "detail"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        table.add_row(check.name, "[green]ok[/]" if check.ok else "[red]FAILED[/]", check.detail)
+        table.add_row(check.name, "[green]ok[/]" if check.ok else "[red]FAILED[/]", escape(check.detail))
+    for name, why in not_run.items():
+        table.add_row(name, "[dim]not run[/]", f"[dim]{why}[/]")
     Console().print(table)
+    if qualities:
+        Console().print(evaluation.table(qualities))
     conclusion = verdict(result)
     print(conclusion.line)
     return 0 if conclusion.ok else 1

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import calibrate_arguments, run_here, write_corpus, write_source
 
-from v4forge import certificate
+from v4forge import verification
 from v4forge.checkpoint import INDEX, Checkpoint
 from v4forge.errors import UserError
 from v4forge.stamps import Digests
@@ -40,8 +40,7 @@ def copy(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verdict(folder: Path) -> bool | None:
     """What verify says; None for a refusal. Anything but these two is a defect."""
     try:
-        opened = Checkpoint(folder, form="artifact")
-        checks = certificate.verify(opened, None, Digests(folder.parent / "digests.json"))
+        checks, *_ = verification.verify(folder, None, Digests(folder.parent / "digests.json"))
     except UserError:
         return None
     return all(check.ok for check in checks)
@@ -139,5 +138,5 @@ def test_a_shard_that_is_a_pickle_is_refused_and_not_loaded(copy: Path, tmp_path
     told = tmp_path / "loaded"
     pickle = f"cposix\nsystem\n(S'touch {told}'\ntR.".encode()
     with replaced(copy / SHARD, pickle):
-        assert verdict(copy) is None
+        assert verdict(copy) is False
     assert not told.exists()

@@ -240,11 +240,12 @@ class Checkpoint:
         for part, (dtype, part_shape) in wanted.items():
             name = stored_name(logical, part)
             tensor = self.raw(name)
-            self._check(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), TensorSpec(dtype, part_shape))
+            self.check(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), TensorSpec(dtype, part_shape))
             parts[part] = tensor
         return parts
 
-    def _check(self, name: str, found: TensorSpec, expected: TensorSpec) -> None:
+    def check(self, name: str, found: TensorSpec, expected: TensorSpec) -> None:
+        """Raises UserError when a stored tensor is not what the layout asks for."""
         if not matches(found, expected):
             raise UserError(
                 f"{name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, config.json asks for"
@@ -287,7 +288,7 @@ class Checkpoint:
                 "use the config.json that belongs to these shards, and the first release of DeepSeek-V4-Flash",
             )
         for name, spec in expected.items():
-            self._check(name, self.spec(name), spec)
+            self.check(name, self.spec(name), spec)
 
 
 def matches(found: TensorSpec, expected: TensorSpec) -> bool:
