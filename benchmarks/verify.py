@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     upstream, artifact = made(args.work, args.layers, args.small, args.device)
     found: dict[str, Any] = {"command": f"python -m benchmarks.verify --layers {args.layers} --rounds {args.rounds}"}
     found |= machine(torch.device(args.device))
-    found["reading"] = reading(upstream, artifact, args.rounds)
+    found["reading"] = reading(upstream, artifact, args.rounds)  # first: a process' peak memory does not fall again
     found["deep"] = predicting(upstream, artifact, args.sequences, torch.device(args.device))
     write_json(args.out.with_name(args.out.name + ".json"), found)
     print(json.dumps(found, indent=1))

@@ -51,7 +51,7 @@ def test_the_program_says_what_both_models_predict(
 ) -> None:
     folders = ("--artifact", tiny_artifact.folder, "--source", TINY)
     assert run_here("verify", *folders, "--deep", 1024, "--seq-len", 128) == 0
-    assert "draft 3 accepted" in capsys.readouterr().out
+    assert "then draft 3" in capsys.readouterr().out
     deep = json.loads((tiny_artifact.folder / "certificate.json").read_text())["deep"]
     assert deep["tokens"] == 8 * 127
     sequences = [list(range(40, 60)), list(range(100, 140))]

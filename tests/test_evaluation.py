@@ -16,7 +16,7 @@ from rich.console import Console
 from synthetic import edit, write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, evaluation, experts, forward, layers, model
+from v4forge import calibration, drafts, evaluation, experts, forward, layers, model
 from v4forge.artifact import assemble
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError
@@ -38,6 +38,7 @@ class Case:
     watch: Watch
     steps: list[tuple[int, str]]
     qualities: list[Quality]
+    judged: list[tuple[Tensor, Tensor, Tensor]]  # drafts, choices and text of each model's micro-batches
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,19 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     models = [source, Checkpoint(folder / "artifact", form="artifact"), Checkpoint(folder / "source-1")]
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(config.vocab_size, (SEQUENCES, SEQ_LEN), generator=generator)
-    watch, steps = Watch(CPU), []
+    watch, steps, judged = Watch(CPU), [], []
+
+    def recorded(*arguments: Tensor) -> drafts.Counts:
+        judged.append(arguments)
+        return judge(*arguments)
+
+    judge = drafts.judge
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(evaluation.FORWARD_TOKENS, "cpu", 2 * SEQ_LEN)  # micro-batches of 2, 2 and 1
         patch.setattr(forward, "GROUP_BYTES", 600_000)  # a few experts at a time
+        patch.setattr(drafts, "judge", recorded)
         qualities = compare(models, tokens, CPU, lambda done, what: steps.append((done, what)), watch)
-    return Case(models, tokens, watch, steps, qualities)
+    return Case(models, tokens, watch, steps, qualities, judged)
 
 
 @torch.no_grad()
@@ -84,7 +92,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 def test_one_pass_gives_what_each_model_gives_alone(case: Case) -> None:
     """Up to BF16 rounding, where a product has another number of rows."""
     reference, _ = alone(case.models[0], case.tokens)
-    for checkpoint, quality in zip(case.models, case.qualities, strict=True):
+    for number, (checkpoint, quality) in enumerate(zip(case.models, case.qualities, strict=True)):
         logits, drafted = alone(checkpoint, case.tokens)
         ours, first = log_softmax(logits)[:, :-1], log_softmax(reference)[:, :-1]
         nll = -ours.gather(2, case.tokens[:, 1:, None])[..., 0]
@@ -95,8 +103,10 @@ def test_one_pass_gives_what_each_model_gives_alone(case: Case) -> None:
         assert float(quality.kl.mean()) == pytest.approx(float(kl.mean()), rel=0.02, abs=1e-12)
         agrees = logits.argmax(-1) == reference.argmax(-1)
         assert float((quality.agrees != agrees[:, :-1]).double().mean()) < 0.02
-        accepted = (drafted == logits[:, 1:].argmax(-1)).sum(1)
-        assert (quality.accepted[0] - accepted).abs().max() <= 2
+        drafts_made, choices, texts = zip(*case.judged[3 * number : 3 * number + 3], strict=True)
+        assert torch.equal(torch.cat(texts), case.tokens)
+        assert float((torch.cat(choices) != logits.argmax(-1)).double().mean()) < 0.02
+        assert float((torch.cat(drafts_made, 1)[0] != drafted).double().mean()) < 0.02
         assert quality.judged[0].tolist() == [SEQ_LEN - 1] * SEQUENCES
 
 
@@ -211,6 +221,16 @@ def test_drafts_accepted_a_step_are_the_sum_of_the_chances_to_get_that_far() -> 
     assert rates == pytest.approx([0.75, (0.75 + 0.375) / 2, (0.75 + 0.375 + 0.075) / 3])
 
 
+def test_what_follows_a_draft_that_is_never_accepted_adds_nothing() -> None:
+    never = counted([[9, 9], [0, 0], [0, 0]], [[0, 0], [0, 0], [0, 0]])
+    assert never.accepted_per_step(3).value == 0
+    lost = counted([[9, 9], [0, 0]], [[4, 0], [0, 0]])  # the text never went on with what was accepted
+    assert math.isnan(lost.accepted_per_step(2).value)
+    figures = json.dumps(evaluation.figures([lost], ["x"]), allow_nan=False)
+    assert json.loads(figures)["models"]["x"]["drafts"][1]["acceptance_rate"]["value"] is None
+    evaluation.table([lost], ["x"])
+
+
 def test_the_change_of_perplexity_is_paired(case: Case) -> None:
     source, artifact, _ = case.qualities
     change = evaluation.perplexity_change(artifact, source)
@@ -234,7 +254,7 @@ def test_figures_are_json_and_the_table_shows_them(case: Case) -> None:
     assert list(figures["models"]) == names
     artifact = figures["models"]["artifact"]
     assert artifact["kl_nats"]["mean"]["low"] < artifact["kl_nats"]["mean"]["value"] < artifact["kl_nats"]["p99"]
-    console = Console(width=110, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO())
     console.print(evaluation.table(case.qualities, names))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for value in (f"{artifact['perplexity']['value']:.3f} (", f"{artifact['top1_agreement']['value']:.1%} ("):

@@ -120,6 +120,12 @@ def test_any_json_for_an_index_is_refused_or_fails(copy: Path, value: Any) -> No
         assert verdict(copy) is not True
 
 
+@pytest.mark.parametrize("name", [INDEX, "config.json", "manifest.json", "tokenizer.json"])
+def test_json_nested_a_hundred_thousand_times_is_refused_or_fails(copy: Path, name: str) -> None:
+    with replaced(copy / name, b"[" * 100_000):
+        assert verdict(copy) is False
+
+
 @pytest.mark.parametrize("outside", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", ""])
 def test_an_index_that_leaves_the_folder_is_refused_before_anything_is_opened(
     copy: Path, monkeypatch: pytest.MonkeyPatch, outside: str

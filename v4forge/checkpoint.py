@@ -163,7 +163,7 @@ class Checkpoint:
             raise UserError(f"{self.directory / INDEX} does not exist", self._hint) from None
         except OSError as error:
             raise UserError(f"{self.directory / INDEX} cannot be read: {error.strerror}", self._hint) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
         self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
         self._held: Mapping[str, Tensor] = {}

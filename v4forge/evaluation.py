@@ -76,10 +76,12 @@ class Quality:
         return [ratio(a, j) for a, j in zip(self.accepted, self.judged, strict=True)]
 
     def accepted_per_step(self, count: int) -> Figure:
-        """Drafts accepted of `count` a step of the server: p_1 + p_1 p_2 + …"""
+        """Drafts accepted of `count` a step of the server: p_1 + p_1 p_2 + …; NaN where the text left one unjudged."""
         chain, *rest = self.acceptance()[:count]
         total = chain
         for each in rest:
+            if not chain.value:
+                break
             chain = chain * each
             total = total + chain
         return total
@@ -258,6 +260,8 @@ def percentile(values: Tensor, level: float) -> float:
 
 
 def _shown(estimate: Estimate, digits: str, unit: str = "") -> str:
+    if math.isnan(estimate.value):
+        return "not judged"
     ends = "" if math.isnan(estimate.low) else f" ({estimate.low:{digits}}..{estimate.high:{digits}})"
     return f"{estimate.value:{digits}}{unit}{ends}"
 

@@ -82,6 +82,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} when there is none; a torn or foreign file counts as none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

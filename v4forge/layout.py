@@ -65,7 +65,7 @@ def load_config(directory: Path) -> Config:
         raise UserError(f"{path} does not exist", "point --source at a DeepSeek-V4 checkpoint folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it a readable file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}", "download the file again") from None
     return parse_config(raw, str(path))
 

@@ -118,7 +118,7 @@ class Reader:
     def _read_groups(self) -> None:
         pin = self._device.type == "cuda"
         if pin:
-            torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device's context
+            torch.cuda.set_device(self._device.index or 0)  # of this thread: pinned memory is a context's
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for layer, names in self._groups:
                 slots, size = {}, 0
