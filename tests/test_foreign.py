@@ -336,7 +336,6 @@ GARBAGE: dict[str, Callable[[Path], object]] = {
     "an index of nonsense": lambda folder: (folder / INDEX).write_text('{"weight_map": [3]}'),
     "an index of numbers": lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 3}}'),
     "a deep index": lambda folder: (folder / INDEX).write_text(NESTED),
-    "a deep config": lambda folder: (folder / "config.json").write_text(NESTED),
     "an index that is a folder": lambda folder: ((folder / SINGLE).unlink(), (folder / INDEX).mkdir()),
     "a shard that is a folder": lambda folder: ((folder / SINGLE).unlink(), (folder / SINGLE).mkdir()),
     "another model": lambda folder: configure(folder, lambda raw: raw.update(model_type="llama")),

@@ -110,10 +110,7 @@ class Foreign:
     @cached_property
     def raw(self) -> dict[str, Any]:
         """config.json, {} for one that is none."""
-        try:
-            return read_json(self.directory / "config.json")
-        except RecursionError:
-            return {}
+        return read_json(self.directory / "config.json")
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -166,7 +163,7 @@ def recognized(directory: Path) -> Foreign | None:
     try:
         ours = read_json(directory / "config.json").get("model_type", "deepseek_v4") == "deepseek_v4"
         return opened(directory) if ours and _naming(_weight_map(directory)) else None
-    except (UserError, OSError, RecursionError):
+    except (UserError, OSError):
         return None
 
 

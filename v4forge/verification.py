@@ -26,7 +26,7 @@ LACKING = {
     "hashes": "--no-hash left it out",
     "deep": "it needs --deep N or --tokens FILE",
 }
-LOST = {"layout": {"layout", "tensors"}, "opens": {"tensors"}}  # what a failed check takes from those behind it
+LOST = {"layout": {"layout"}, "opens": {"tensors"}}  # what a failed check takes from those behind it
 RUNNABLE = ("tensors", "finite", "expert codes")  # what must hold before the artifact can predict anything
 
 
@@ -63,7 +63,7 @@ def verify(
     results: list[Check] = []
     not_run: dict[str, str] = {}
     for row in CHECKS:
-        missing = [LACKING[need] for need in row.needs if need in lacking]
+        missing = [LACKING[need] for need in ("layout", *row.needs) if need in lacking]
         if "deep" in row.needs and not missing:
             missing = [f"{each.name} failed" for each in results if each.name in RUNNABLE and not each.ok]
         if missing:
@@ -85,7 +85,7 @@ def _outcome(row: Row, subject: Subject) -> Check:
     if not failures:
         return Check(row.name, True, (row.check.__doc__ or "").splitlines()[0])
     more = f" … and {len(failures) - row.shown} more" if len(failures) > row.shown else ""
-    return Check(row.name, False, "; ".join(failures[: row.shown]) + more)
+    return Check(row.name, False, ";\n".join(failures[: row.shown]) + more)
 
 
 def write(
