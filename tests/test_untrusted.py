@@ -120,6 +120,26 @@ def test_any_json_for_an_index_is_refused_or_fails(copy: Path, value: Any) -> No
         assert verdict(copy) is not True
 
 
+@common
+@given(
+    value=JSON
+    | st.fixed_dictionaries(
+        {}, optional={key: JSON | st.lists(JSON, max_size=3) for key in ("source", "calibration", "layers", "files")}
+    )
+)
+def test_any_json_for_a_manifest_fails(copy: Path, value: Any) -> None:
+    with replaced(copy / "manifest.json", json.dumps(value).encode()):
+        assert verdict(copy) is False
+
+
+def test_a_manifest_names_no_file_outside_the_source(copy: Path) -> None:
+    content = json.loads((copy / "manifest.json").read_text())
+    content["source"]["files"]["../../etc/passwd"] = {"sha256": "0"}
+    with replaced(copy / "manifest.json", json.dumps(content).encode()):
+        checks, *_ = verification.verify(copy, None, Digests(copy.parent / "digests.json"))
+    assert "does not say what" in next(check.detail for check in checks if check.name == "provenance")
+
+
 @pytest.mark.parametrize("name", [INDEX, "config.json", "manifest.json", "tokenizer.json"])
 def test_json_nested_a_hundred_thousand_times_is_refused_or_fails(copy: Path, name: str) -> None:
     with replaced(copy / name, b"[" * 100_000):

@@ -91,6 +91,11 @@ class Subject:
 Failures = Iterator[str]
 
 
+def _dict(value: Any) -> dict[str, Any]:
+    """A part of the manifest, which is as untrusted as the rest; {} for one of another kind."""
+    return value if isinstance(value, dict) else {}
+
+
 def own_layout(s: Subject) -> Failures:
     """The folder is not one that llm-compressor or transformers saved under other names."""
     if found := foreign.recognized(s.folder):
@@ -118,21 +123,19 @@ def checksums(s: Subject) -> Failures:
         elif stated.get(name) != found[name]:
             says = stated.get(name, "nothing")[:12]
             yield f"{name} has sha256 {found[name][:12]}…, {SUMS} says {says}: changed after postprocess"
-    listed = s.manifest.get("files")
-    listed = listed if isinstance(listed, dict) else {}
+    listed = _dict(s.manifest.get("files"))
     for name in sorted((found.keys() | listed.keys()) - {MANIFEST}):
-        entry = listed.get(name)
-        if not isinstance(entry, dict) or entry.get("sha256") != found.get(name):
+        if _dict(listed.get(name)).get("sha256", "") != found.get(name):
             yield f"{MANIFEST} does not describe {name} as it is"
 
 
 def provenance(s: Subject) -> Failures:
     """manifest.json names the source and the calibration that the layers were made from."""
-    calibration, files = s.manifest.get("calibration"), s.manifest.get("source", {}).get("files")
-    if not isinstance(calibration, dict) or not isinstance(files, dict):
+    calibration, files = s.manifest.get("calibration"), _dict(_dict(s.manifest.get("source")).get("files"))
+    if not isinstance(calibration, dict) or not files or any(name != Path(name).name for name in files):
         yield f"{MANIFEST} does not say what the artifact was made from: run postprocess again"
         return
-    stated = {name: entry.get("sha256") for name, entry in files.items()}
+    stated = {name: _dict(entry).get("sha256") for name, entry in files.items()}
     mark = digest_of({**calibration, "source": stated})
     for shard in sorted({shard for name, shard in s.artifact.weight_map.items() if name.startswith("layers.")}):
         if s.artifact.metadata(shard).get("fingerprint") != mark:
@@ -148,11 +151,12 @@ def provenance(s: Subject) -> Failures:
 def recorded(s: Subject) -> Failures:
     """Every expert matrix has the codes and scales that calibration recorded when it made them."""
     layers = s.manifest.get("layers")
-    by_layer = {each.get("layer"): each.get("codes") for each in layers} if isinstance(layers, list) else {}
+    entries = [_dict(each) for each in layers] if isinstance(layers, list) else []
+    by_layer = {str(each.get("layer")): each.get("codes") for each in entries}
     for each, _ in s.experts:
         _, layer, _, _, expert, which, _ = each.name.split(".")
         try:
-            stated = by_layer[int(layer)][which][int(expert)]
+            stated = by_layer[layer][which][int(expert)]  # type: ignore[index]
         except (KeyError, IndexError, TypeError):
             yield f"{each.name}: {MANIFEST} has no record of it"
             continue
