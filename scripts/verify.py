@@ -10,7 +10,7 @@ one fails.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,18 +28,16 @@ from v4forge.report import verdict
 from v4forge.stamps import Digests
 
 
-def compared(
-    arguments: argparse.Namespace, source: Checkpoint, artifact: Checkpoint, progress: Callable[[int, str], None]
-) -> list[evaluation.Quality]:
-    """Source and artifact over the chosen tokens."""
+def chosen_tokens(arguments: argparse.Namespace, source: Checkpoint) -> Sequence[torch.Tensor]:
+    """The sequences that both models are to run over, [n] int64 each; none without --deep and --tokens."""
     vocabulary = source.config.vocab_size
     if arguments.tokens:
-        tokens: Sequence[torch.Tensor] = heldout.read_tokens(arguments.tokens, vocabulary)
-    else:
-        text = arguments.heldout or source.directory / "heldout.txt"
-        count = arguments.deep // arguments.seq_len
-        tokens = list(heldout.tokens(source.directory, text, count, arguments.seq_len, vocabulary))
-    return evaluation.compare([source, artifact], tokens, torch.device(arguments.device), progress)
+        return heldout.read_tokens(arguments.tokens, vocabulary)
+    if not arguments.deep:
+        return []
+    text = arguments.heldout or source.directory / "heldout.txt"
+    count = arguments.deep // arguments.seq_len
+    return list(heldout.tokens(source.directory, text, count, arguments.seq_len, vocabulary))
 
 
 def main() -> int:
@@ -94,13 +92,16 @@ def main() -> int:
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
-    runs = bool(source and (arguments.deep or arguments.tokens))
+    tokens = chosen_tokens(arguments, source) if source else []  # before anything that takes long
     # progress is in MiB; running the models is shown as as much again
-    with steps("verify", 2 * size if runs else size) as advance:
+    with steps("verify", 2 * size if tokens else size) as advance:
 
         def compare(source: Checkpoint, artifact: Checkpoint) -> list[evaluation.Quality]:
             count = evaluation.step_count([source, artifact])
-            return compared(arguments, source, artifact, lambda n, what: advance(size + size * n // count, what))
+            device = torch.device(arguments.device)
+            return evaluation.compare(
+                [source, artifact], tokens, device, lambda n, what: advance(size + size * n // count, what)
+            )
 
         checks, not_run, qualities = verification.verify(
             arguments.artifact,
@@ -109,7 +110,7 @@ def main() -> int:
             lambda done, of: advance(size * done // max(of, 1), "MiB"),
             arguments.expect,
             not arguments.no_hash,
-            compare if runs else None,
+            compare if tokens else None,
         )
     figures = evaluation.figures(qualities) if qualities else None
     result = verification.write(arguments.artifact, checks, not_run, digests, figures)

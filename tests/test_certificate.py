@@ -72,6 +72,15 @@ def test_a_comparison_needs_the_source(
     assert "only with --source" in capsys.readouterr().err
 
 
+def test_a_text_that_is_missing_is_missed_before_anything_is_read(
+    pristine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("v4forge.verification.verify", None)
+    folders = ("--artifact", pristine / "artifact", "--source", pristine / "source")
+    assert run_here("verify", *folders, "--deep", 512) == 1
+    assert "heldout.txt does not exist" in capsys.readouterr().err
+
+
 PREDICTIONS = [each for each in CORRUPTIONS if each.check == "quality"]
 
 
