@@ -141,6 +141,15 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int)
     write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
 
 
+def carries(path: Path, fingerprint: str) -> bool:
+    """Whether a safetensors file is there, whole, and of the run with this fingerprint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint") == fingerprint
+    except (OSError, SafetensorError):
+        return False
+
+
 class Checkpoint:
     """A folder of safetensors shards under one index. Opening it reads headers only.
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4forge.checkpoint import write_shard
+from v4forge.checkpoint import carries, write_shard
 from v4forge.errors import UserError
 
 FOLDER = "streams"
@@ -42,17 +42,9 @@ def load(work: Path, layer: int, number: int, device: torch.device) -> Tensor:
 def latest(work: Path, upto: int, batches: int, digest: str) -> int:
     """The last layer, at most `upto`, before which all micro-batches are there and this run's; 0 if none."""
     for layer in range(upto, 0, -1):
-        if all(_belongs(_file(work, layer, number), digest) for number in range(batches)):
+        if all(carries(_file(work, layer, number), digest) for number in range(batches)):
             return layer
     return 0
-
-
-def _belongs(path: Path, digest: str) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint") == digest
-    except (OSError, SafetensorError):
-        return False
 
 
 def keep(work: Path, layers: Sequence[int]) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4forge import layers, layout
 from v4forge.artifact import Origin, build, tokenizer_files
-from v4forge.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, write_shard
+from v4forge.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, carries, write_shard
 from v4forge.conversion import converted
 from v4forge.errors import UserError
 from v4forge.foreign import EXPERT_NAMES, QUANTIZE_AGAIN, Foreign, Matrices, matrices, opened
@@ -60,14 +59,6 @@ def _mark(source: Checkpoint, foreign: Foreign, cache: Path) -> dict[str, Any]:
     }
 
 
-def _is_of(shard: Path, digest: str) -> bool:
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint") == digest
-    except (OSError, SafetensorError):
-        return False
-
-
 def repair(
     source: Checkpoint, folder: Path, out: Path, progress: Callable[[int, str], None] = lambda _done, _what: None
 ) -> None:
@@ -87,7 +78,7 @@ def repair(
     digest = layers.digest_of(mark)
 
     def place(layer: int, path: Path) -> dict[str, Any]:
-        done = _is_of(path, digest)
+        done = carries(path, digest)
         codes: dict[str, list[str]] = {which: [] for which in EXPERT_NAMES}
         tensors: dict[str, Tensor] = {}
         for logical, shape in layout.layer_parameters(config, layer):

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +101,6 @@ class _Bytes:
 
 
 @contextmanager
-def _bytes(checkpoint: Checkpoint) -> Iterator[_Bytes]:
-    opened = _Bytes(checkpoint)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
-@contextmanager
 def _one_thread_each() -> Iterator[None]:
     """The pool's threads are the parallelism: torch must not start more in each of them."""
     before = torch.get_num_threads()
@@ -136,8 +127,8 @@ def scan(
     done, total = 0, sum(sizes)
     seen: dict[int, Seen] = {}
     with (
-        _bytes(artifact) as ours,
-        _bytes(source or artifact) as theirs,
+        closing(_Bytes(artifact)) as ours,
+        closing(_Bytes(source or artifact)) as theirs,
         _one_thread_each(),
         ThreadPoolExecutor(THREADS, "scan") as pool,
     ):
