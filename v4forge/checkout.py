@@ -1,0 +1,27 @@
+"""The project's own files, as git sees them: what lint and lock-check read."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from v4forge.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def names(root: Path = ROOT) -> list[str]:
+    """The files below `root` that git tracks or would track, sorted; no build output, nothing ignored, no link."""
+    try:
+        done = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        raise UserError("git is not installed", "apt-get install git") from None
+    if done.returncode:
+        raise UserError(f"{root} is not a git checkout: {done.stderr.strip()}", "git clone the repository")
+    found = {name for name in done.stdout.split("\0") if name}
+    return sorted(name for name in found if (root / name).is_file() and not (root / name).is_symlink())
