@@ -1,7 +1,8 @@
-"""Builds the local environment .venv/ from the locks in docker/ (`make env`), unless it matches them already.
+"""Builds a Python environment from the locks in docker/: .venv/ (`make env`), or an image's, in its Dockerfile.
 
-torch comes as the CPU build on a machine without an NVIDIA driver, where pip's settings or torch's own index offer it,
-else as the CUDA build; the lock accepts both. Standard library only: it runs before the environment exists.
+Nothing is done where the environment matches its locks already. torch comes as the CPU build on a machine without an
+NVIDIA driver, where pip's settings or torch's own index offer it, else as the CUDA build; the lock accepts both.
+Standard library only: it runs before the environment exists.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 from v4forge.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv"
-STAMP = VENV / "lock.sha256"
-LOCKS = [ROOT / "docker" / f"requirements-{name}.txt" for name in ("calib", "dev")]
-CUDA_LOCK = ROOT / "docker" / "requirements-cuda.txt"
+# environment -> its locks in the order of installation, and the lock of what a CUDA build of torch needs besides.
+ENVIRONMENTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "host": (("calib", "host", "dev"), "cuda"),
+    "calib": (("calib",), "cuda"),
+    "serve": (("serve",), ""),
+}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--only-binary=:all:", "--no-deps")
@@ -34,88 +37,114 @@ print(any(r.startswith(("nvidia", "triton", "cuda")) and "extra ==" not in r for
 """
 
 
-def content_hash() -> str:
-    """sha256 over the locks and the interpreter: the environment is rebuilt when it changes."""
-    digest = hashlib.sha256(f"{sys.implementation.name} {platform.python_version()} {platform.machine()}".encode())
-    for lock in [*LOCKS, CUDA_LOCK]:
-        if not lock.is_file():
-            raise UserError(f"{lock.relative_to(ROOT)} is missing", "make lock")
-        digest.update(lock.read_bytes())
-    return digest.hexdigest()
+class Environment:
+    """One of ENVIRONMENTS in the folder `path`."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        names, cuda = ENVIRONMENTS[name]
+        self.path = path
+        self.stamp = path / "lock.sha256"
+        self.locks = [lock_file(name) for name in names]
+        self.cuda_lock = lock_file(cuda) if cuda else None
+
+    def content_hash(self) -> str:
+        """sha256 over the locks and the interpreter: the environment is rebuilt when it changes."""
+        digest = hashlib.sha256(f"{sys.implementation.name} {platform.python_version()} {platform.machine()}".encode())
+        for lock in [*self.locks, *filter(None, [self.cuda_lock])]:
+            if not lock.is_file():
+                raise UserError(f"{lock.relative_to(ROOT)} is missing", "make lock")
+            digest.update(lock.read_bytes())
+        return digest.hexdigest()
+
+    def run(self, *command: str | Path, failed: str, hint: str) -> str:
+        """Runs a command of the environment; its stdout. Raises UserError after showing what the command said."""
+        done = subprocess.run([self.path / "bin/python", *command], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.stderr.write(done.stdout)
+            raise UserError(failed, hint)
+        return done.stdout
+
+    def install(self, lock: Path) -> None:
+        print(f"env: installing {lock.relative_to(ROOT)}", flush=True)
+        self.run(
+            *(*PIP_INSTALL, "-qq", "--require-hashes", "-r", lock),
+            failed=f"pip could not install {lock.relative_to(ROOT)} (above)",
+            hint="check the network, or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS), then run: make env",
+        )
+
+    def install_cpu_torch(self) -> bool:
+        """Tries for the CPU build of the locked torch; whether it is there now.
+
+        pip has to be asked for it by its local version: among the builds that the lock accepts it prefers one whose
+        hash an index states, and a find-links folder states none.
+        """
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(cpu_torch(self.locks[0].read_text(encoding="utf-8")))
+            file.flush()
+            for index in ([], ["--extra-index-url", TORCH_CPU_INDEX, "--retries", "0", "--timeout", "20"]):
+                options = ["-qqq", "--require-hashes", *index, "-r", file.name]
+                if subprocess.run([str(self.path / "bin/python"), *PIP_INSTALL, *options]).returncode == 0:
+                    return True
+        return False
+
+    def build(self, torch: str) -> None:
+        """Makes the environment anew. `torch`: cpu, cuda, or auto: cpu where it can be had and no driver is."""
+        try:
+            import ensurepip  # noqa: F401  (Debian ships it apart from python3, in python3-venv)
+            import venv
+        except ImportError:
+            package = f"python3.{sys.version_info.minor}-venv"
+            raise UserError(f"{sys.executable} cannot make environments", f"apt-get install {package}") from None
+        print(f"env: building {self.path.name} with Python {platform.python_version()}", flush=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        venv.create(self.path, with_pip=True, symlinks=True)
+        wants_cpu = torch == "cpu" or (torch == "auto" and not NVIDIA_DRIVER.exists())
+        if wants_cpu and not self.install_cpu_torch() and torch == "cpu":
+            raise UserError(
+                "no CPU build of the locked torch was found in pip's settings or in torch's own index",
+                "put its wheel into wheels/, or ask for --torch cuda",
+            )
+        for lock in self.locks:
+            self.install(lock)
+        if self.cuda_lock and self.run("-c", NEEDS_CUDA, failed="torch is not installed", hint="make env") == "True\n":
+            self.install(self.cuda_lock)
+        self.run("-m", "pip", "check", failed="the locks do not fit together (above)", hint="make lock && make env")
 
 
-def run(*command: str | Path, failed: str, hint: str) -> str:
-    """Runs a command of the new environment; its stdout. Raises UserError after showing what the command said."""
-    done = subprocess.run([VENV / "bin/python", *command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stdout)
-        raise UserError(failed, hint)
-    return done.stdout
+def lock_file(name: str) -> Path:
+    return ROOT / "docker" / f"requirements-{name}.txt"
 
 
-def install(lock: Path) -> None:
-    print(f"env: installing {lock.relative_to(ROOT)}", flush=True)
-    run(
-        *(*PIP_INSTALL, "-qq", "--require-hashes", "-r", lock),
-        failed=f"pip could not install {lock.relative_to(ROOT)} (above)",
-        hint="check the network, or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS), then run: make env",
-    )
-
-
-def install_cpu_torch() -> None:
-    """Tries for the CPU build of the locked torch, and leaves it at that: the lock's own torch comes next.
-
-    pip has to be asked for it by its local version: among the builds that the lock accepts it prefers one whose hash an
-    index states, and a find-links folder states none.
-    """
-    lock = LOCKS[0].read_text(encoding="utf-8")
+def cpu_torch(lock: str) -> str:
+    """The requirement of the CPU build of the torch in a lock's text, with the lock's hashes."""
     version, hashes = re.findall(r"^torch==(\S+)((?: \\\n    --hash=\S+)+)", lock, flags=re.M)[0]
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write(f"torch=={version}+cpu{hashes}\n")
-        file.flush()
-        for index in ([], ["--extra-index-url", TORCH_CPU_INDEX, "--retries", "0", "--timeout", "20"]):
-            options = ["-qqq", "--require-hashes", *index, "-r", file.name]
-            if subprocess.run([str(VENV / "bin/python"), *PIP_INSTALL, *options]).returncode == 0:
-                return
-
-
-def build() -> None:
-    try:
-        import ensurepip  # noqa: F401  (Debian ships it apart from python3, in python3-venv)
-        import venv
-    except ImportError:
-        package = f"python3.{sys.version_info.minor}-venv"
-        raise UserError(f"{sys.executable} cannot make environments", f"apt-get install {package}") from None
-    print(f"env: building .venv with Python {platform.python_version()}", flush=True)
-    if VENV.exists():
-        shutil.rmtree(VENV)
-    venv.create(VENV, with_pip=True)
-    if not NVIDIA_DRIVER.exists():
-        install_cpu_torch()
-    for lock in LOCKS:
-        install(lock)
-    if run("-c", NEEDS_CUDA, failed="torch is not installed", hint="make env").strip() == "True":
-        install(CUDA_LOCK)
-    run("-m", "pip", "check", failed="the locks do not fit together (above)", hint="make lock && make env")
+    return f"torch=={version}+cpu{hashes}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.env", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing when .venv already matches the locks")
-    quiet = parser.parse_args().quiet
+    parser.add_argument("--environment", choices=ENVIRONMENTS, default="host", help="which locks; default: host")
+    parser.add_argument("--into", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: .venv")
+    parser.add_argument("--torch", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--quiet", action="store_true", help="say nothing when the environment matches already")
+    arguments = parser.parse_args()
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         raise UserError(f"Python {platform.python_version()} is not 3.11 or 3.12", "make env PYTHON=python3.11")
-    wanted = content_hash()
-    if STAMP.is_file() and STAMP.read_text() == wanted:
-        if not quiet:
+    environment = Environment(arguments.environment, arguments.into)
+    wanted = environment.content_hash()
+    if environment.stamp.is_file() and environment.stamp.read_text() == wanted:
+        if not arguments.quiet:
             print("env: up to date")
         return
-    build()
-    version = run("-c", "import torch; print(torch.__version__)", failed="torch does not import", hint="make env")
-    STAMP.write_text(wanted)
-    print(f"env: .venv is ready, torch {version.strip()}")
+    environment.build(arguments.torch)
+    version = environment.run(
+        *("-c", "import torch; print(torch.__version__)"), failed="torch does not import", hint="make env"
+    )
+    environment.stamp.write_text(wanted)
+    print(f"env: {environment.path.name} is ready, torch {version.strip()}")
 
 
 if __name__ == "__main__":
