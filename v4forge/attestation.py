@@ -1,0 +1,223 @@
+"""How an image was made, as an in-toto statement with SLSA provenance, and signatures of such statements.
+
+A statement has the same bytes for the same inputs: no time, host or user stands in it.
+https://slsa.dev/spec/v1.0/provenance, https://github.com/in-toto/attestation, https://github.com/secure-systems-lab/dsse
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from securesystemslib import exceptions
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import CryptoSigner, SSlibKey
+
+from v4forge.errors import UserError
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PROVENANCE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:v4forge:image-build:v1"
+BUILDER = "urn:v4forge:make-images"
+PAYLOAD = "application/vnd.in-toto+json"
+
+Dependency = dict[str, Any]
+
+
+# --- provenance
+
+
+def provenance(
+    name: str,
+    image_id: str,
+    parameters: Mapping[str, str],
+    dependencies: Iterable[Dependency],
+    commands: Sequence[Sequence[str]],
+    builder: Mapping[str, str],
+    sbom: bytes,
+) -> dict[str, Any]:
+    """The statement on the image `image_id` (sha256:…, the digest of its config).
+
+    `parameters` are the build arguments, `dependencies` come from `file`, `image` and `revision`, `commands` are what
+    was run, `builder` the versions of what ran it, `sbom` the image's bill of materials. Credentials in addresses, the
+    sources of build secrets and the folders of absolute paths are left out.
+    """
+    return {
+        "_type": STATEMENT,
+        "subject": [subject(name, image_id)],
+        "predicateType": PROVENANCE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {key: public(value) for key, value in sorted(parameters.items())},
+                "internalParameters": {"commands": [[public(part) for part in command] for command in commands]},
+                "resolvedDependencies": sorted(dependencies, key=lambda item: item["name"]),
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": dict(builder)},
+                "byproducts": [{"name": "sbom", "digest": {"sha256": hashlib.sha256(sbom).hexdigest()}}],
+            },
+        },
+    }
+
+
+def file(path: Path, name: str) -> Dependency:
+    """A file that went into the image."""
+    with open(path, "rb") as content:
+        return {"name": name, "digest": {"sha256": hashlib.file_digest(content, "sha256").hexdigest()}}
+
+
+def image(reference: str, digest: str) -> Dependency:
+    """The base image, by the digest of its manifest or, for one that only the daemon has, its ID."""
+    return {"name": reference, "digest": {"sha256": digest.removeprefix("sha256:")}}
+
+
+def revision(name: str, commit: str) -> Dependency:
+    """The commit of a source tree."""
+    return {"name": name, "digest": {"gitCommit": commit}}
+
+
+def subject(name: str, digest: str) -> dict[str, Any]:
+    return {"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}
+
+
+def public(argument: str) -> str:
+    """An argument of a build without what belongs to this machine or to its user."""
+    argument = re.sub(r"(://)[^/@\s]+@", r"\1", argument)
+    if re.match(r"(--secret=)?id=", argument):
+        return re.sub(r",(src|source|env)=[^,]*", "", argument)
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{posixpath.basename(value)}" if value.startswith("/") else argument
+
+
+def encoded(statement: Mapping[str, Any]) -> bytes:
+    """The bytes of a statement that are stored, signed and named by digest."""
+    return (json.dumps(statement, indent=1, sort_keys=True) + "\n").encode("utf-8")
+
+
+def with_subject(statement: bytes, name: str, digest: str) -> bytes:
+    """The statement, made on one more digest: that of the manifest under which a registry has the image."""
+    if digest in subjects(statement):
+        return statement
+    value = parsed(statement)
+    return encoded({**value, "subject": [*value["subject"], subject(name, digest)]})
+
+
+def subjects(statement: bytes) -> set[str]:
+    """The digests, sha256:…, on which the statement is made."""
+    return {f"sha256:{item['digest']['sha256']}" for item in parsed(statement)["subject"]}
+
+
+def byproducts(statement: bytes) -> dict[str, str]:
+    """sha256 by name of the documents that came with the image, "sbom" among them."""
+    listed = parsed(statement)["predicate"]["runDetails"].get("byproducts", [])
+    return {item["name"]: item["digest"]["sha256"] for item in listed}
+
+
+def parsed(statement: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(statement)
+        if value["_type"] == STATEMENT and all(item["digest"]["sha256"] for item in value["subject"]):
+            return value
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise UserError("this is not an in-toto statement with sha256 subjects", "make images writes it anew")
+
+
+# --- signatures by a key
+
+
+def sign(statement: bytes, key: Path) -> bytes:
+    """A DSSE envelope over the statement, by the private key (PEM, PKCS8, not encrypted) of a file."""
+    try:
+        signer = CryptoSigner(load_pem_private_key(key_bytes(key, "SIGN_KEY"), password=None))
+    except TypeError:
+        raise UserError(f"SIGN_KEY={key} is encrypted", f"openssl pkey -in {key} -out <a file of yours>") from None
+    except (ValueError, UnsupportedAlgorithm, exceptions.Error):
+        raise unfit_key("SIGN_KEY", key, "openssl genpkey -algorithm ed25519 -out sign.pem") from None
+    envelope = Envelope(statement, PAYLOAD, {})
+    envelope.sign(signer)
+    return (json.dumps(envelope.to_dict(), sort_keys=True) + "\n").encode("utf-8")
+
+
+def verified(envelope: bytes, key: Path) -> bytes | None:
+    """The statement in a DSSE envelope that the public key (PEM) of a file signed; None for any other envelope."""
+    try:
+        public_key = SSlibKey.from_crypto(load_pem_public_key(key_bytes(key, "VERIFY_KEY")))
+    except (ValueError, UnsupportedAlgorithm, exceptions.Error):
+        raise unfit_key("VERIFY_KEY", key, "openssl pkey -in sign.pem -pubout -out verify.pem") from None
+    try:
+        signed = Envelope.from_dict(json.loads(envelope))
+        signed.verify([public_key], threshold=1)
+    except (exceptions.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+    return signed.payload if signed.payload_type == PAYLOAD else None
+
+
+def key_bytes(key: Path, setting: str) -> bytes:
+    try:
+        return key.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {setting}={key}: {error.strerror}", f"make … {setting}=<a PEM file>") from None
+
+
+def unfit_key(setting: str, key: Path, hint: str) -> UserError:
+    return UserError(f"{setting}={key} is not an Ed25519, ECDSA or RSA key in PEM form", hint)
+
+
+# --- signatures by an identity
+
+
+def sign_as(statement: bytes, identity: str) -> bytes:
+    """A sigstore bundle over the statement, by the identity that the CI's or the browser's token proves."""
+    try:
+        from sigstore.dsse import Statement
+        from sigstore.errors import Error
+        from sigstore.models import ClientTrustConfig
+        from sigstore.oidc import IdentityToken, Issuer, IssuerError, detect_credential
+        from sigstore.sign import SigningContext
+    except ImportError:
+        raise no_sigstore() from None
+    try:
+        config = ClientTrustConfig.production()
+        ambient = detect_credential()
+        token = IdentityToken(ambient) if ambient else Issuer(config.signing_config.get_oidc_url()).identity_token()
+        if token.identity != identity:
+            raise UserError(f"the token is for {token.identity}, not {identity}", "make push SIGN_IDENTITY=<that one>")
+        with SigningContext.from_trust_config(config).signer(token) as signer:
+            return signer.sign_dsse(Statement(statement)).to_json().encode("utf-8")
+    except (Error, IssuerError) as error:
+        hint = "make push SIGN_KEY=<a private key>, which needs no network"
+        raise UserError(f"sigstore cannot sign as {identity}: {error}", hint) from None
+
+
+def verified_as(bundle: bytes, identity: str, issuer: str) -> bytes | None:
+    """The statement in a sigstore bundle that the identity, as this OIDC issuer vouches, signed; None for another."""
+    try:
+        from sigstore.errors import Error
+        from sigstore.models import Bundle
+        from sigstore.verify import Verifier, policy
+    except ImportError:
+        raise no_sigstore() from None
+    try:
+        verifier = Verifier.production()
+    except Error as error:
+        hint = "make pull VERIFY_KEY=<a public key>, which needs no network"
+        raise UserError(f"sigstore's trust root cannot be fetched: {error}", hint) from None
+    try:
+        wanted = policy.Identity(identity=identity, issuer=issuer)
+        kind, payload = verifier.verify_dsse(Bundle.from_json(bundle), wanted)
+    except (Error, ValueError):
+        return None
+    return payload if kind == PAYLOAD else None
+
+
+def no_sigstore() -> UserError:
+    return UserError("an identity needs the sigstore package", ".venv/bin/pip install sigstore")
