@@ -19,6 +19,17 @@ SAMPLES :=
 SEQ_LEN :=
 SEED := 42
 STAGE := calibrate
+# The images: IMAGE empty is both. BASE_IMAGE empty: the pinned one, or a Debian made here where no registry answers.
+SET :=
+IMAGE :=
+LANE :=
+BASE_IMAGE :=
+REGISTRY :=
+SIGN_KEY :=
+SIGN_IDENTITY :=
+VERIFY_KEY :=
+VERIFY_IDENTITY :=
+VERIFY_ISSUER :=
 # What pytest runs besides its options in pyproject.toml.
 TESTS := -m "not images and not gpu"
 
@@ -36,6 +47,7 @@ settings = --scratch '$(SCRATCH)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' --seed
 	$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)')
 stage = .venv/bin/python -m scripts.stage
 run = $(stage) run
+image = .venv/bin/python -m scripts.image
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \
@@ -81,18 +93,51 @@ verify: env ## Check every tensor of the artifact, write its certificate
 why: env ## Say why STAGE=<stage> would run, or that it is up to date
 	@$(stage) why '$(STAGE)' --profile '$(PROFILE)' $(settings)
 
+.PHONY: images
+images: env ## Build the images, or IMAGE=calib; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
+	@$(image) build $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' $(if $(SET),--set $(SET)) \
+		$(if $(LANE),--lane '$(LANE)') $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
+
+.PHONY: image-reproduce
+image-reproduce: env ## Build IMAGE twice without cache and compare everything
+	@.venv/bin/python -m scripts.reproduce '$(or $(IMAGE),calib)' \
+		$(if $(LANE),--lane '$(LANE)') $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
+
+.PHONY: push
+push: env ## Push the images to REGISTRY with SBOM and provenance, write images.lock
+	@$(image) push $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
+		--to '$(REGISTRY)' \
+		$(if $(SIGN_KEY),--sign-key '$(SIGN_KEY)') $(if $(SIGN_IDENTITY),--sign-identity '$(SIGN_IDENTITY)')
+
+.PHONY: pull
+pull: env ## Pull the images by the digests of images.lock, refuse any other
+	@$(image) pull $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
+		$(if $(VERIFY_KEY),--verify-key '$(VERIFY_KEY)') \
+		$(if $(VERIFY_IDENTITY),--verify-identity '$(VERIFY_IDENTITY)' --verify-issuer '$(VERIFY_ISSUER)')
+
+.PHONY: shell
+shell: env ## A shell in IMAGE with what a stage sees
+	@$(image) shell $(or $(IMAGE),calib) --scratch '$(SCRATCH)' --gpus '$(GPUS)'
+
 .PHONY: test
 test: env ## Tests that need neither GPU nor docker; TESTS=tests/test_pins.py picks
 	@.venv/bin/python -m pytest $(TESTS)
 
+.PHONY: test-images
+test-images: env ## Tests that need docker: builds, registry, stages in containers
+	@.venv/bin/python -m pytest -m images tests/images
+
 .PHONY: lint
-lint: env ## ruff and mypy
-	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+lint: env ## ruff, mypy, hadolint, shellcheck, schemas
+	@.venv/bin/python -m scripts.lint
+
+.PHONY: lock-check
+lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions.env; offline
+	@$(need_python)
+	@$(PYTHON) -m scripts.lock_check
 
 .PHONY: ci
-ci: lint test ## What CI runs
+ci: lint lock-check test test-images ## What CI runs; needs docker
 
 .PHONY: env
 env: ## Build .venv from the locks when they changed; other targets do it by themselves
@@ -104,9 +149,15 @@ lock: ## Write the hash locks in docker/ from versions.env
 	@$(need_python)
 	@$(PYTHON) -m scripts.lock
 
+.PHONY: image-lock
+image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what changed; all or nothing
+	@$(need_python)
+	@$(PYTHON) -m scripts.lock $(SET)
+
 .PHONY: clean
 clean: ## Remove what stages wrote for PROFILE; keeps the download and .venv
 	@folder='$(or $(SCRATCH),$(error SCRATCH is empty))/$(or $(PROFILE),$(error PROFILE is empty))'; \
-	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,reports,logs} "$$folder"/layers*.old-*; \
+	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,reports,logs} "$$folder"/layers*.old-* \
+		"$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json -delete; fi

@@ -9,23 +9,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from v4forge import pins, stamps
+from v4forge import containers, images, pins, stamps
 from v4forge.errors import UserError, run_main
-from v4forge.files import read_json, write_json
+from v4forge.files import check_writable, read_json, write_json
+from v4forge.image_files import layer_sizes, step_of
+from v4forge.jobs import Job
 from v4forge.stages import FILES, PROFILES, STAGES, TARGETS, Stage
 from v4forge.stamps import Digests, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONS_SHOWN = 4
+READ_ONLY = ("source", "corpus", "heldout")
 LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
@@ -110,6 +115,51 @@ class Runner:
         """Whether the stage runs as several processes."""
         return stage.parallel and self.values["gpus"] > 1
 
+    @cached_property
+    def engine(self) -> containers.Engine:
+        return containers.connect()
+
+    @cached_property
+    def image(self) -> containers.Image:
+        return containers.find(self.engine, images.resolve("calib"), images.code_sha256())
+
+    @cached_property
+    def image_layers(self) -> dict[str, Any]:
+        """The image for run.json: what it is, and how large its layers are."""
+        sizes = layer_sizes(self.engine.client, self.image.id)
+        layers = [{"bytes": size, "step": step_of(created_by)} for size, created_by in sizes]
+        return {"id": self.image.id, "lane": self.image.lane, "layers": layers}
+
+    def job(self, name: str) -> Job:
+        """The stage in a container, where it can write to the work folder, but not to a source in it."""
+        stage = self.table[name]
+        reads = [group.path for group in self.files([key for key in stage.inputs if key in READ_ONLY])]
+        uses_gpu = stage.gpu and self.image.lane == "cuda"
+        cache = self.work / ".cache"
+        return Job(
+            image=self.image.id,
+            command=["python", *self.command(name)[1:]],
+            work=self.work,
+            reads=reads,
+            gpus=(self.values["gpus"] if self.launched(stage) else 1) if uses_gpu else 0,
+            online=stage.downloads == "always" or (stage.downloads != "" and not self.values[stage.downloads]),
+            name=f"v4forge-{self.values['profile']}-{name}-{secrets.token_hex(3)}",
+            environment={
+                "XDG_CACHE_HOME": str(cache),
+                "TRITON_CACHE_DIR": str(cache / "triton"),
+                # Imports take twice as long without bytecode, which an image has none of. By image, since Python knows
+                # it by the sources' times, and those are the same in all of them.
+                "PYTHONPYCACHEPREFIX": str(cache / "bytecode" / self.image.id.removeprefix("sha256:")[:12]),
+                "PYTHONDONTWRITEBYTECODE": "",
+                **self.environment(stage),
+            },
+        )
+
+    def environment(self, stage: Stage) -> dict[str, str]:
+        """The stage's variables; torchrun sets this one, and says so, where it is not set, and the program fixes its
+        threads itself."""
+        return {"OMP_NUM_THREADS": "1"} if self.launched(stage) else {}
+
     def say_unsaid(self) -> None:
         while self.unsaid:
             say(self.unsaid.pop(0))
@@ -131,14 +181,16 @@ class Runner:
         if not reasons:
             self.unsaid.append(f"{name}: up to date")
             return False
+        job = self.job(name) if self.values["runtime"] == "docker" else None
         again = f" ({listed(reasons)})" if self.stamp_file(name).exists() else ""
         self.say_unsaid()
         say(f"{name}: {stage.does.format(**self.values)}{again}")
         command = self.command(name)
         started, clock = datetime.now(timezone.utc), time.monotonic()
-        # torchrun sets it, and says so, where it is not set; the program fixes its threads itself
-        environment = {"OMP_NUM_THREADS": "1"} if self.launched(stage) else {}
-        code = execute(command, self.root, lock, environment)
+        if job:
+            code = containers.run(self.engine, job)
+        else:
+            code = execute(command, self.root, lock, self.environment(stage))
         elapsed_s = round(time.monotonic() - clock, 3)
         if code:
             sys.exit(code)
@@ -150,6 +202,8 @@ class Runner:
         run_file = self.work / "reports" / "run.json"
         shown = " ".join(["python", *command[1:]])
         entry = {"elapsed_s": elapsed_s, "started": started.isoformat(timespec="seconds"), "command": shown}
+        if job:
+            entry["image"] = self.image_layers
         write_json(run_file, {**read_json(run_file), name: entry})
         if not stage.concludes:
             say(f"{name}: done in {elapsed_s:.1f} s")
@@ -201,12 +255,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     values["profile"], values["seed"], values["gpus"] = args.profile, args.seed, args.gpus
     values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
     values["source"] = values["source"] or f"{values['work']}/upstream"
+    if values["runtime"] == "docker":  # a program there has another working folder
+        for key in ("work", *READ_ONLY):
+            values[key] = values[key] and os.path.abspath(values[key])
     return values
-
-
-def check_runtime(runtime: str) -> None:
-    if runtime == "docker":
-        raise UserError("RUNTIME=docker: the images are not there yet", "run it in .venv: make … RUNTIME=host")
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
@@ -244,7 +296,7 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, Stage] = STAGES,
         runner.digests.save()
         return 0
 
-    check_runtime(runner.values["runtime"])
+    check_writable(runner.work)
     hint = "wait for it, or give this run a folder of its own: make … SCRATCH=<folder>"
     busy = UserError(f"another run is writing to {runner.work}", hint)
     with stamps.exclusive(runner.work / ".stamps" / "lock", lambda: busy) as lock:

@@ -184,6 +184,18 @@ def test_seconds_are_listed_in_the_order_in_which_stages_began(
     assert "seconds: calibrate 40.5, verify 6.0, together 46.5\n" in capsys.readouterr().out
 
 
+def test_the_page_shows_the_layers_of_the_images_that_stages_ran_in() -> None:
+    image = {"id": "sha256:abc", "lane": "cpu", "layers": [{"bytes": 3 << 20, "step": "imported"}]}
+    image["layers"].append({"bytes": 1 << 19, "step": "RUN <it>"})
+    run = {name: {**entry, "image": image} for name, entry in RUN.items()}
+    text = report.page(EVALUATION, {"ok": True, "checks": CHECKS}, [layer(0)], run, MANIFEST)
+    assert "sha256:abc</code>, lane cpu, ran calibrate, verify." in text
+    assert re.findall(r'<t[dh] class="n">(\d+\.\d)</t[dh]><t[dh]>(.+)</t[dh]>', text) == [
+        *(("3.0", "imported"), ("0.5", "RUN &lt;it&gt;"), ("3.5", "together")),
+    ]
+    assert "lane" not in report.page(EVALUATION, {"ok": True, "checks": CHECKS}, [layer(0)], RUN, MANIFEST)
+
+
 def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("evaluation", "layers", "artifact", "out")
     paths = ("reports/evaluation.json", "layers", "artifact", "reports/index.html")

@@ -210,12 +210,6 @@ def test_a_second_run_in_the_same_folder_is_refused_while_a_stage_lives(project:
         runner.kill()
 
 
-def test_runtime_docker_says_what_works_instead(project: Path) -> None:
-    with pytest.raises(UserError) as raised:
-        call(project, "run", "--profile", "flash")
-    assert "RUNTIME=host" in raised.value.hint
-
-
 def test_digests_are_read_from_the_cache_while_size_time_and_inode_agree(tmp_path: Path) -> None:
     big, link, cache = tmp_path / "big", tmp_path / "link", tmp_path / "digests.json"
     big.write_bytes(b"1" * 1000)

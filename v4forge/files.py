@@ -60,6 +60,18 @@ def make_folder(directory: Path) -> None:
         ) from None
 
 
+def check_writable(folder: Path) -> None:
+    """Raises UserError unless the caller can write in `folder`, or in what exists of its path."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        try:
+            owner = existing.owner()
+        except KeyError:
+            owner = f"user {existing.stat().st_uid}"
+        hint = f"sudo chown -R $(id -u):$(id -g) {existing}, or choose a folder of yours: make … SCRATCH=<folder>"
+        raise UserError(f"you cannot write to {existing}, which belongs to {owner}", hint)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Deletes the temporary files that a killed process left in `directory`."""
     for leftover in directory.glob(".*.tmp"):

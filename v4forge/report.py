@@ -77,6 +77,26 @@ def stage_rows(run: Json) -> list[StageRow]:
 
 
 @dataclass(frozen=True)
+class ImageRow:
+    """An image that stages ran in, and its layers as (MiB, the step that made it)."""
+
+    id: str
+    lane: str
+    stages: list[str]
+    layers: list[tuple[float, str]]
+
+
+def image_rows(run: Json) -> list[ImageRow]:
+    """The images of run.json; none for stages that ran on the host."""
+    rows: dict[str, ImageRow] = {}
+    for stage in stage_rows(run):
+        if image := run[stage.name].get("image"):
+            layers = [(layer["bytes"] / 2**20, layer["step"]) for layer in image["layers"]]
+            rows.setdefault(image["id"], ImageRow(image["id"], image["lane"], [], layers)).stages.append(stage.name)
+    return list(rows.values())
+
+
+@dataclass(frozen=True)
 class Check:
     name: str
     ok: bool
@@ -193,6 +213,7 @@ def page(evaluation: Json, certificate: Json, layers: Sequence[Json], run: Json,
         heldout=heldout_line(evaluation),
         heldout_sha256=evaluation["heldout"]["sha256"],
         stages=stage_rows(run),
+        images=image_rows(run),
         verdict=verdict(certificate),
         provenance=provenance(manifest),
     )

@@ -41,6 +41,8 @@ class Stage:
     after: tuple[str, ...] = ()
     concludes: bool = False  # its own last line ends the run
     parallel: bool = False  # runs as one process a GPU, which changes none of its outputs
+    gpu: bool = False  # uses a GPU where there is one
+    downloads: str = ""  # "always", or the setting that spares it the network
 
 
 # name -> path template and the files below it that do not belong to it.
@@ -77,6 +79,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--out", "{work}/upstream"),
         outputs=("upstream",),
         pins=("FLASH_REPO", "FLASH_REVISION"),
+        downloads="always",
     ),
     "dequant": Stage(
         program="scripts.dequant",
@@ -97,6 +100,8 @@ STAGES: dict[str, Stage] = {
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,
+        gpu=True,
+        downloads="corpus",
     ),
     "postprocess": Stage(
         program="scripts.postprocess",
@@ -126,6 +131,8 @@ STAGES: dict[str, Stage] = {
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,
+        gpu=True,
+        downloads="corpus",
     ),
     "postprocess-rtn": Stage(
         program="scripts.postprocess",
@@ -147,6 +154,7 @@ STAGES: dict[str, Stage] = {
         outputs=("reports/evaluation.json",),
         pins=NUMERICS,
         after=("postprocess", "postprocess-rtn"),
+        gpu=True,
     ),
     "report": Stage(
         program="scripts.report",
