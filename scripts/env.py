@@ -20,12 +20,8 @@ from pathlib import Path
 from v4forge.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-# environment -> its locks in the order of installation, and the lock of what a CUDA build of torch needs besides.
-ENVIRONMENTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "host": (("calib", "host", "dev"), "cuda"),
-    "calib": (("calib",), "cuda"),
-    "serve": (("serve",), ""),
-}
+# environment -> its locks in the order of installation
+ENVIRONMENTS = {"host": ("calib", "host", "dev"), "calib": ("calib",)}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--only-binary=:all:", "--no-deps")
@@ -41,16 +37,15 @@ class Environment:
     """One of ENVIRONMENTS in the folder `path`."""
 
     def __init__(self, name: str, path: Path) -> None:
-        names, cuda = ENVIRONMENTS[name]
         self.path = path
         self.stamp = path / "lock.sha256"
-        self.locks = [lock_file(name) for name in names]
-        self.cuda_lock = lock_file(cuda) if cuda else None
+        self.locks = [lock_file(name) for name in ENVIRONMENTS[name]]
+        self.cuda_lock = lock_file("cuda")  # of what a CUDA build of torch needs besides
 
     def content_hash(self) -> str:
         """sha256 over the locks and the interpreter: the environment is rebuilt when it changes."""
         digest = hashlib.sha256(f"{sys.implementation.name} {platform.python_version()} {platform.machine()}".encode())
-        for lock in [*self.locks, *filter(None, [self.cuda_lock])]:
+        for lock in [*self.locks, self.cuda_lock]:
             if not lock.is_file():
                 raise UserError(f"{lock.relative_to(ROOT)} is missing", "make lock")
             digest.update(lock.read_bytes())
@@ -107,7 +102,7 @@ class Environment:
             )
         for lock in self.locks:
             self.install(lock)
-        if self.cuda_lock and self.run("-c", NEEDS_CUDA, failed="torch is not installed", hint="make env") == "True\n":
+        if self.run("-c", NEEDS_CUDA, failed="torch is not installed", hint="make env").strip() == "True":
             self.install(self.cuda_lock)
         self.run("-m", "pip", "check", failed="the locks do not fit together (above)", hint="make lock && make env")
 

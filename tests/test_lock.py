@@ -109,7 +109,8 @@ def test_no_file_is_written_unless_all_can_be(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_source_takes_its_own_key_before_the_general_one() -> None:
-    calib, serve = locks.SOURCES[0], locks.SOURCES[-1]
+    by_name = {source.name: source for source in locks.SOURCES}
+    calib, serve = by_name["calib"], by_name["serve"]
     values = {"TORCH_VERSION": "7.1", "SERVE_TORCH_VERSION": "8.1", "NUMPY_VERSION": "2"}
     assert locks.constraints(calib, "torch\nnumpy # why\n", values) == ["torch==7.1", "numpy==2"]
     assert locks.constraints(serve, "torch[x]\nnumpy\n", values) == ["torch==8.1", "numpy==2"]

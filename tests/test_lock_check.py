@@ -41,6 +41,8 @@ GOOD = {
     "docker/requirements-host.in": "docker # to run images\n",
     "docker/requirements-dev.in": "",
     "docker/requirements-serve.in": "torch\nlm-eval[api]\n",
+    "docker/requirements-serve-build.in": "",
+    "docker/requirements-serve-build.txt": "",
     "docker/requirements-calib.txt": locked("torch==7.1.3", extra=CPU_HASH),
     "docker/requirements-cuda.txt": locked("nvidia-cublas==13.1"),
     "docker/requirements-host.txt": locked("docker==9.8.7"),
@@ -118,6 +120,7 @@ BAD: tuple[tuple[str, str | None, str], ...] = (
     # dockerfile_images
     ("Dockerfile.serve", "FROM nvidia/cuda:1 AS x\n", "Dockerfile.serve:1: image nvidia/cuda:1 is written out"),
     ("Dockerfile.serve", "FROM scratch\nCOPY --from=uv:1 /uv /\n", "Dockerfile.serve:2: image uv:1 is written out"),
+    ("Dockerfile.serve", "FROM cuda-${LANE} AS x\n", "Dockerfile.serve:1: image cuda-${LANE} is written out"),
     ("Dockerfile.serve", "# syntax=docker/dockerfile:1\n", "Dockerfile.serve:1: a syntax line"),
     ("Dockerfile.serve", "FROM ${BASE:-debian}\n", "Dockerfile.serve:1: image ${BASE:-debian} is written out"),
     # compose_images

@@ -47,7 +47,7 @@ IMAGES = {
             title="v4forge serving: vLLM with our patches and plugin, and the benchmark clients",
             dockerfile="Dockerfile.serve",
             base="BASE_IMAGE",
-            lanes={"wheel": 16.0, "source": 20.0},
+            lanes={"wheel": 11.0, "source": 11.0},
         ),
     )
 }

@@ -184,7 +184,7 @@ def dockerfile_arguments(project: Project) -> Iterator[str]:
 
 
 def dockerfile_images(project: Project) -> Iterator[str]:
-    """Every image in a Dockerfile is an argument or an earlier stage."""
+    """Every image in a Dockerfile is an argument or an earlier stage, whose name may end in one."""
     for name, text in project.named(DOCKERFILES).items():
         if match := re.search(r"^#\s*syntax\s*=", text, flags=re.M | re.I):
             yield f"{name}:{line_of(text, match.start())}: a syntax line takes an image from the network"
@@ -194,7 +194,9 @@ def dockerfile_images(project: Project) -> Iterator[str]:
             if match := re.match(r"FROM\s+(?:--\S+\s+)*(\S+)(?:\s+AS\s+(\S+))?", instruction, flags=re.I):
                 used = [match[1]]
             for image in used:
-                if image not in stages and not image.isdigit() and not re.fullmatch(r"\$\{?\w+\}?", image):
+                start, variable, _ = image.partition("$")
+                known = image.isdigit() or image in stages or re.fullmatch(r"\$\{?\w+\}?", image)
+                if not known and not (start and variable and any(stage.startswith(start) for stage in stages)):
                     yield f"{name}:{number}: image {image} is written out; make it an ARG of {PINS}"
             if match and match[2]:
                 stages.add(match[2])

@@ -62,12 +62,14 @@ class Source:
 
 
 # In the order of resolution. The calibration environment, the host's programs on top of it, tests and lint on top of
-# both; serving is an environment of its own, with the CUDA build of torch and for the machines that have an H200.
+# both; serving is an environment of its own, with the CUDA build of torch and for the machines that have an H200;
+# serve-build is what builds vLLM from source in it.
 SOURCES = (
     Source("calib", cuda="cuda"),
     Source("host", on=("calib",)),
     Source("dev", on=("calib", "host")),
     Source("serve", prefix="SERVE_", machines=("x86_64",)),
+    Source("serve-build", on=("serve",), machines=("x86_64",)),
 )
 
 
