@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ PROJECT = ("LICENSE", "models", "scripts", "v4forge", "versions.env")
 HOME = "/opt/v4forge"
 # What a build reads besides, and no image holds.
 BUILD_ONLY = ("docker", "patches", "wheels")
+VERSION = re.compile(r"_(VERSION|COMMIT)$")
 
 
 @dataclass(frozen=True)
@@ -118,5 +120,6 @@ def labels(image: Image, lane: str, revision: str) -> dict[str, str]:
         "org.opencontainers.image.licenses": "MIT",
         "io.v4forge.code": code_sha256(),
         "io.v4forge.lane": lane,
+        "io.v4forge.versions": " ".join(f"{key}={value}" for key, value in values.items() if VERSION.search(key)),
         "io.v4forge.versions-sha256": hashlib.sha256(pins.FILE.read_bytes()).hexdigest(),
     }
