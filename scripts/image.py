@@ -16,8 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import docker
-
 from scripts import env
 from scripts.cli import parser_for
 from v4forge import containers, image_base, image_build, image_files, images, registry
@@ -35,7 +33,8 @@ PYTHONS = ("3.11", "3.12")
 
 def build(arguments: argparse.Namespace) -> None:
     """Builds images, with the cache of earlier builds."""
-    base = image_base.find(arguments.base)
+    client = containers.connect().client
+    base = image_base.find(client, arguments.base)
     for image in arguments.images:
         started = time.monotonic()
         wanted = Build(
@@ -51,12 +50,12 @@ def build(arguments: argparse.Namespace) -> None:
         if wanted.lane == "cpu":
             fetch_cpu_torch(images.ROOT / "wheels")
         print(f"image: building {wanted.tag} on {base.reference.split('@')[0]}", flush=True)
-        made = image_build.run(wanted)
+        made = image_build.run(client, wanted)
         print(f"image: {wanted.tag} is {made}, {time.monotonic() - started:.0f} s", flush=True)
         folder = arguments.documents / image.name
-        for name, content in image_build.documents(wanted, made).items():
+        for name, content in image_build.documents(client, wanted, made).items():
             write_text(folder / DOCUMENTS[name], content.decode())
-        sizes = image_files.layer_sizes(docker.from_env(), made)
+        sizes = image_files.layer_sizes(client, made)
         report = image_files.size_report(sizes, image.lanes[wanted.lane])
         write_text(folder / "sizes.txt", "\n".join(report) + "\n")
         print("\n".join([*report, f"image: its documents are in {folder}"]), flush=True)
@@ -82,11 +81,12 @@ def push(arguments: argparse.Namespace) -> None:
     if not arguments.to:
         raise UserError("push needs a registry", "make push REGISTRY=<host>/<path>")
     signing = Signing(arguments.sign_key, arguments.sign_identity)
+    client = containers.connect().client
     for image in arguments.images:
         documents = {name: read_document(arguments.documents / image.name / file) for name, file in DOCUMENTS.items()}
         repository = f"{arguments.to.rstrip('/')}/v4forge-{image.name}"
         entry = registry.push(
-            docker.from_env(), image.name, images.tag(image.name), repository, documents, say, signing, arguments.lock
+            client, image.name, images.tag(image.name), repository, documents, say, signing, arguments.lock
         )
         say(f"image: {images.tag(image.name)} is {entry.reference}; commit {arguments.lock.name}")
 
@@ -101,8 +101,9 @@ def read_document(path: Path) -> bytes:
 def pull(arguments: argparse.Namespace) -> None:
     """Pulls images by the digests of images.lock, and refuses what differs from it."""
     signing = Signing(arguments.verify_key, arguments.verify_identity, arguments.verify_issuer)
+    client = containers.connect().client
     for image in arguments.images:
-        documents = registry.pull(docker.from_env(), image.name, images.tag(image.name), say, signing, arguments.lock)
+        documents = registry.pull(client, image.name, images.tag(image.name), say, signing, arguments.lock)
         for name, content in documents.items():
             write_text(arguments.documents / image.name / DOCUMENTS[name], content.decode())
         say(f"image: {images.tag(image.name)} is what {arguments.lock.name} says")

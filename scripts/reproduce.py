@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import docker
+from docker import DockerClient
 
 from scripts.cli import parser_for
-from v4forge import image_base, image_build, image_files, images
+from v4forge import containers, image_base, image_build, image_files, images
 from v4forge.errors import UserError, run_main
 
 # umask, time zone, whether files are written in the other order
@@ -45,7 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     image = images.get(arguments.image)
     lane = arguments.lane or image_build.default_lane(image)
-    base = image_base.find(arguments.base)
+    client = containers.connect().client
+    base = image_base.find(client, arguments.base)
     command = [sys.executable, "-m", "scripts.image", "build", image.name, "--no-cache", "--documents", "documents"]
     command += ["--lane", lane, "--base", base.reference, "--revision", image_build.revision()]
     tags, provenances = [], []
@@ -61,7 +62,7 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.returncode)
             provenances.append((checkout / "documents" / image.name / "provenance.json").read_text(encoding="utf-8"))
-    compare(image.name, tags)
+    compare(client, image.name, tags)
     if provenances[0] != provenances[1]:
         one, other = (text.splitlines() for text in provenances)
         lines = difflib.unified_diff(one, other, lineterm="", n=0)
@@ -69,9 +70,8 @@ def main() -> None:
         raise UserError(f"the provenance of two builds of {image.name} differs", "see the lines above")
 
 
-def compare(name: str, tags: Sequence[str]) -> None:
+def compare(client: DockerClient, name: str, tags: Sequence[str]) -> None:
     """Says that two images are one, or which files differ; removes both tags."""
-    client = docker.from_env()
     first, second = (client.images.get(tag) for tag in tags)
     if first.id != second.id:
         one, other = (image_files.of_daemon(client, tag) for tag in tags)

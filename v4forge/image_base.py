@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import docker
+from docker import DockerClient
 from docker.errors import APIError, ImageNotFound
 from requests.exceptions import RequestException
 
@@ -35,30 +35,28 @@ class Base:
     apt_snapshot: str
 
 
-def find(given: str = "") -> Base:
+def find(client: DockerClient, given: str = "") -> Base:
     """`given` if there is one, else the pinned base if this host has it or its registry answers, else our Debian."""
     if given:
         return Base(given, os.environ.get("APT_SNAPSHOT", ""))
     pinned = Base(pins.read()["BASE_IMAGE"], os.environ.get("APT_SNAPSHOT", pins.read()["APT_SNAPSHOT"]))
-    client = docker.from_env(timeout=REGISTRY_TIMEOUT_S)
     try:
         client.images.get(pinned.reference)
         return pinned
     except ImageNotFound:
         pass
     try:
-        client.images.get_registry_data(pinned.reference)
+        DockerClient.from_env(timeout=REGISTRY_TIMEOUT_S).images.get_registry_data(pinned.reference)
         return pinned
     except (APIError, RequestException):
         print(f"image: no registry answers for {pinned.reference.split('@')[0]}: building on Debian", flush=True)
-        return Base(debian(), "")
+        return Base(debian(client), "")
 
 
-def debian() -> str:
+def debian(client: DockerClient) -> str:
     """The tag of a minimal Debian of DEBIAN_RELEASE, made from a mirror by mmdebstrap unless this host has it."""
     release, mirror = pins.read()["DEBIAN_RELEASE"], os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
     tag = f"v4forge-base:{release}-{pins.read()['LOCK_DATE']}"
-    client = docker.from_env()
     try:
         client.images.get(tag)
         return tag
@@ -77,5 +75,5 @@ def debian() -> str:
         if subprocess.run(command, env=environment).returncode:
             raise UserError(f"mmdebstrap could not make Debian {release} (above)", "DEBIAN_MIRROR=<mirror> make images")
         client.api.import_image_from_file(str(root), repository="v4forge-base", tag="unsealed")
-    image_seal.seal("v4forge-base:unsealed", tag)
+    image_seal.seal(client, "v4forge-base:unsealed", tag)
     return tag

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import docker
+from docker import DockerClient
 
 from v4forge import attestation, image_seal, images, pins, sbom
 from v4forge.errors import UserError
@@ -166,9 +166,8 @@ def secrets() -> Iterator[list[str]]:
         yield [f"--secret=id={name},src={path}" for name, path in given.items() if path]
 
 
-def documents(build: Build, image_id: str) -> dict[str, bytes]:
+def documents(client: DockerClient, build: Build, image_id: str) -> dict[str, bytes]:
     """The documents that go with a built image: "sbom" (CycloneDX) and "provenance" (in-toto, SLSA), as bytes."""
-    client = docker.from_env()
     bill = sbom.sbom(client, image_id, build.image.name, build.base, images.epoch())
     inputs = [Path(build.image.dockerfile), Path("versions.env"), *images.files(build.root, images.BUILD_ONLY)]
     dependencies = [attestation.file(build.root / path, path.as_posix()) for path in inputs]
@@ -196,7 +195,7 @@ def command(build: Build, output: Path) -> list[str]:
     ]
 
 
-def run(build: Build) -> str:
+def run(client: DockerClient, build: Build) -> str:
     """Builds and seals an image; its ID. The engine's own output goes to stderr as it comes."""
     with tempfile.TemporaryDirectory() as folder, secrets() as options:
         output = Path(folder, "image-id")
@@ -214,4 +213,4 @@ def run(build: Build) -> str:
             raise UserError(
                 f"docker could not build {build.image.dockerfile} (above)", f"make images IMAGE={build.image.name}"
             )
-        return image_seal.seal(output.read_text().strip(), build.tag or images.tag(build.image.name))
+        return image_seal.seal(client, output.read_text().strip(), build.tag or images.tag(build.image.name))

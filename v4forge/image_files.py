@@ -359,7 +359,7 @@ def size_report(layers: Sequence[tuple[int, str]], budget_gib: float) -> list[st
         raise UserError(
             f"the image has {total / 2**30:.2f} GiB, its budget is {budget_gib:g} GiB; the largest layer has"
             f" {size / 2**30:.2f} GiB: {step_of(step, 80)}",
-            "make that layer smaller, or raise budget_gib in v4forge/images.py",
+            "make that layer smaller, or raise its budget in v4forge/images.py",
         )
     rows = [f"{size / 2**20:>10,.1f}   {step_of(step, 80)}" for size, step in layers]
     last = f"{total / 2**20:>10,.1f}   together, {total / 2**30 / budget_gib:.0%} of {budget_gib:g} GiB"

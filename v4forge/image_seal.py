@@ -16,7 +16,7 @@ import tempfile
 from contextlib import suppress
 from typing import IO, Any
 
-import docker
+from docker import DockerClient
 from docker.errors import APIError
 
 from v4forge import images
@@ -30,9 +30,8 @@ MTIME = slice(136, 148)
 CHECKSUM = slice(148, 156)
 
 
-def seal(image: str, tag: str) -> str:
+def seal(client: DockerClient, image: str, tag: str) -> str:
     """Gives the sealed form of `image` the name `tag` and removes what it was made from; the new ID."""
-    client = docker.from_env()
     patient(client)
     with tempfile.TemporaryFile() as saved, tempfile.TemporaryFile() as archive:
         for chunk in client.images.get(image).save():

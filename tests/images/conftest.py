@@ -21,7 +21,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def base_image(engine: Engine) -> str:
     """A Debian with certificates and without Python: V4FORGE_TEST_BASE, or the one that `make images` makes."""
-    return os.environ.get("V4FORGE_TEST_BASE") or image_base.debian()
+    return os.environ.get("V4FORGE_TEST_BASE") or image_base.debian(engine.client)
 
 
 @pytest.fixture(scope="session")
