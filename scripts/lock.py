@@ -146,7 +146,7 @@ def compile_lock(uv: Path, source: Source, text: str, bounds: list[str], date: s
     forced = [line for line in bounds if locks.package_of(line) in locks.overrides(text)]
     settings = {
         "environments": [f"{python} and platform_machine == '{machine}'" for machine in source.machines],
-        "override-dependencies": forced,
+        "override-dependencies": [*forced, *(f"{name}; sys_platform == 'never'" for name in source.without)],
     }
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     (work / "pyproject.toml").write_text(f"[tool.uv]\n{lines}", encoding="utf-8")

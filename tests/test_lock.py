@@ -118,6 +118,24 @@ def test_a_source_takes_its_own_key_before_the_general_one() -> None:
         locks.constraints(calib, "rich", values)
 
 
+def test_the_hashes_of_a_cpu_torch_go_with_the_version_that_the_source_takes() -> None:
+    serve, cpu = (locks.source_of(name) for name in ("serve", "serve-cpu"))
+    values = {"TORCH_VERSION": "7.1", "SERVE_TORCH_VERSION": "8.1", "TORCH_CPU_SHA256_CP311_X86_64": SHA}
+    assert serve.cpu_torch_hashes(values) == []
+    assert cpu.cpu_torch_hashes(values) == [f"--hash=sha256:{SHA}"]
+    assert cpu.cpu_torch_hashes(values | {"SERVE_CPU_TORCH_VERSION": "9.1"}) == []
+
+
+def test_what_is_never_installed_is_in_no_lock() -> None:
+    for source in locks.SOURCES:
+        for name in source.locks:
+            lock = locks.parse((ROOT / locks.lock_file(name)).read_text(encoding="utf-8"))
+            packages = {locks.package_of(line) for line in lock}
+            assert not packages & set(source.without)
+            if source.without:
+                assert not any(map(locks.CUDA_PACKAGE.fullmatch, packages))
+
+
 def test_an_override_is_said_in_the_in_file() -> None:
     assert locks.overrides("a\nb-c # override: why\nd # overrides nothing\n# e # override: why\n") == ["b-c"]
 

@@ -43,6 +43,8 @@ GOOD = {
     "docker/requirements-serve.in": "torch\nlm-eval[api]\n",
     "docker/requirements-serve-build.in": "",
     "docker/requirements-serve-build.txt": "",
+    "docker/requirements-serve-cpu.in": "torch\n",
+    "docker/requirements-serve-cpu.txt": locked("torch==7.1.3", extra=CPU_HASH),
     "docker/requirements-calib.txt": locked("torch==7.1.3", extra=CPU_HASH),
     "docker/requirements-cuda.txt": locked("nvidia-cublas==13.1"),
     "docker/requirements-host.txt": locked("docker==9.8.7"),
@@ -100,6 +102,7 @@ BAD: tuple[tuple[str, str | None, str], ...] = (
     ("docker/requirements-dev.txt", locked("pytest==1", "pytest==2"), "dev.txt:4: pytest is locked twice"),
     ("docker/requirements-dev.txt", "--find-links /opt/x\n" + locked("pytest==1"), "dev.txt:1: '--find-links' ties"),
     ("docker/requirements-calib.txt", locked("torch==7.1.3"), "calib.txt:2: torch lacks 1 hashes of TORCH_CPU_SHA256"),
+    ("docker/requirements-serve-cpu.txt", locked("torch==7.1.3"), "serve-cpu.txt:2: torch lacks 1 hashes of TORCH_CPU"),
     ("docker/requirements-cuda.txt", locked("numpy==1"), "cuda.txt:2: numpy belongs into the other of calib and cuda"),
     # pins_elsewhere
     ("tests/test_x.py", "a\nb = '7.1.3'\n", "tests/test_x.py:2: 7.1.3 is TORCH_VERSION of versions.env"),

@@ -141,7 +141,7 @@ def locks_are_whole(project: Project) -> Iterator[str]:
                 if source.cuda and (locks.CUDA_PACKAGE.fullmatch(package) is not None) != (name == source.cuda):
                     yield f"{where}: {package} belongs into the other of {' and '.join(source.locks)}"
                 if package == "torch" and (lacking := set(source.cpu_torch_hashes(project.pins)) - set(hashes)):
-                    yield f"{where}: torch lacks {len(lacking)} hashes of {source.prefix}TORCH_CPU_SHA256_*"
+                    yield f"{where}: torch lacks {len(lacking)} hashes of {source.cpu_torch_key(project.pins)}*"
                 seen.add(package)
 
 
@@ -243,7 +243,7 @@ def images_lock(project: Project) -> Iterator[str]:
 def versions_in_prose(project: Project) -> Iterator[str]:
     """A doc that names a pinned package with a version names the pinned one, or its line says that it is history."""
     versions: dict[str, set[str]] = {}
-    prefixes = "|".join(source.prefix for source in locks.SOURCES if source.prefix)
+    prefixes = "|".join(sorted((source.prefix for source in locks.SOURCES if source.prefix), key=len, reverse=True))
     for key, value in project.pins.items():
         if key.endswith("_VERSION") and value:
             package = re.sub(rf"^(?:{prefixes})", "", key).removesuffix("_VERSION").lower().replace("_", "-")

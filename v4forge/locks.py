@@ -13,8 +13,19 @@ DOCKER = Path(__file__).resolve().parents[1] / "docker"
 HEADER = "# Written by `make lock` from versions.env and {source}. Do not edit.\n"
 # nvidia-ml-py is no part of CUDA: pure Python bindings that llmcompressor imports everywhere.
 CUDA_PACKAGE = re.compile(r"cuda-.+|nvidia-(?!ml-py$).+")
+# Published as source only; of pure Python, and built with the setuptools of the lock.
+FROM_SOURCE = ("rouge-score", "sqlitedict", "word2number")
 # A line of an .in file: a package, perhaps with extras. Its version is in versions.env.
 IN_LINE = re.compile(r"([a-z0-9-]+)(\[[a-z0-9-]+(?:,[a-z0-9-]+)*\])?")
+
+# What torch's CUDA build asks for, and what vLLM asks for to read pictures, sound and films.
+TORCH_CUDA = (
+    *("triton", "cuda-bindings", "cuda-toolkit", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13", "nvidia-nccl-cu13"),
+    "nvidia-nvshmem-cu13",
+)
+TORCH_KIN = ("torchvision", "torchaudio", "torchcodec")
+# What Intel's OpenMP asks for on some platforms alone, and for no CPU.
+INTEL_GPU = ("intel-cmplr-lib-ur",)
 
 Lock = dict[str, list[str]]  # requirement `name==version[ ; marker]` -> its `--hash=sha256:…` options
 
@@ -25,7 +36,8 @@ class Source:
 
     `on`: the sources in whose environment it is installed; it takes their versions and leaves out their packages.
     `prefix`: a pin whose key starts with it goes before the general one. `cuda`: the lock that takes the CUDA packages.
-    `machines`: what it is locked for; another one would only add markers.
+    `machines`: what it is locked for; another one would only add markers. `without`: packages that are never installed,
+    whatever asks for them.
     """
 
     name: str
@@ -33,6 +45,7 @@ class Source:
     prefix: str = ""
     cuda: str = ""
     machines: tuple[str, ...] = ("x86_64", "aarch64")
+    without: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -55,22 +68,33 @@ class Source:
         key = package.upper().replace("-", "_") + "_VERSION"
         return self.prefix + key if self.prefix + key in pins else key
 
+    def cpu_torch_key(self, pins: Mapping[str, str]) -> str:
+        """What the keys of the hashes of its torch's CPU builds start with: they go with the version's key."""
+        return self.key("torch", pins).removesuffix("VERSION") + "CPU_SHA256_"
+
     def cpu_torch_hashes(self, pins: Mapping[str, str]) -> list[str]:
         """What its torch is locked with besides: the CPU builds, which the package index does not list."""
-        start = f"{self.prefix}TORCH_CPU_SHA256_"
+        start = self.cpu_torch_key(pins)
         return [f"--hash=sha256:{value}" for key, value in pins.items() if key.startswith(start) and value]
 
 
 # In the order of resolution. The calibration environment, the host's programs on top of it, tests and lint on top of
 # both; serving is an environment of its own, with the CUDA build of torch and for the machines that have an H200;
-# serve-build is what builds vLLM from source in it.
+# serve-build is what builds vLLM from source in it. serve-cpu is vLLM built for the CPU, on the CPU build of torch: the
+# package index's torch would bring the CUDA packages, and it has no CPU build of torchvision and its kin.
 SOURCES = (
     Source("calib", cuda="cuda"),
     Source("host", on=("calib",)),
     Source("dev", on=("calib", "host")),
     Source("serve", prefix="SERVE_", machines=("x86_64",)),
     Source("serve-build", on=("serve",), machines=("x86_64",)),
+    Source("serve-cpu", prefix="SERVE_CPU_", machines=("x86_64",), without=(*TORCH_CUDA, *TORCH_KIN, *INTEL_GPU)),
 )
+
+
+def source_of(name: str) -> Source:
+    """The source of the lock `name`."""
+    return next(source for source in SOURCES if name in source.locks)
 
 
 def in_file(name: str) -> str:

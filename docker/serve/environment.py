@@ -24,8 +24,6 @@ from v4forge.locks import Lock
 ROOT = Path(__file__).resolve().parents[2]
 VENV = Path("/opt/venv")
 CUDA_HOME = VENV / "cuda"
-# Published as source only; of pure Python, and built with the setuptools of the lock.
-FROM_SOURCE = ("rouge-score", "sqlitedict", "word2number")
 WHEELS_ONLY = "--only-binary=:all:"
 
 
@@ -56,8 +54,8 @@ def part(lock: Lock, wanted: Callable[[str], bool]) -> Lock:
 
 def install_lock(lock: Lock) -> None:
     venv.create(VENV, with_pip=True, symlinks=True)
-    pip_locked(part(lock, lambda name: name not in (*FROM_SOURCE, "vllm")), WHEELS_ONLY)
-    pip_locked(part(lock, lambda name: name in FROM_SOURCE), "--no-binary=:all:", "--no-build-isolation")
+    pip_locked(part(lock, lambda name: name not in (*locks.FROM_SOURCE, "vllm")), WHEELS_ONLY)
+    pip_locked(part(lock, lambda name: name in locks.FROM_SOURCE), "--no-binary=:all:", "--no-build-isolation")
     link_cuda()
 
 

@@ -1,0 +1,16 @@
+"""The vLLM plugin of BACKEND=cpu: lets vLLM's CPU build serve a DeepSeek-V4 artifact, with its MTP block. For tests."""
+
+
+def register() -> None:
+    """The entry point of vllm.general_plugins, called in each process of vLLM. Does nothing but on a CPU.
+
+    vLLM may be half imported at that moment: what it imports later is changed when it has been.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from v4forge_vllm_cpu import changes
+
+    changes.after_import("vllm.models.deepseek_v4", changes.models)
+    changes.platform(type(current_platform))
