@@ -30,8 +30,24 @@ SIGN_IDENTITY :=
 VERIFY_KEY :=
 VERIFY_IDENTITY :=
 VERIFY_ISSUER :=
+# Serving. SERVE_PROFILE is one of docker/serve/settings.toml, SET other options of vllm serve; ALLOW names guards that may
+# fail. The variable API_KEY of the environment, or the file, is the key that clients must send.
+ARTIFACT :=
+BACKEND := cuda
+SERVE_PROFILE := published
+REPLICAS :=
+DRAFTS :=
+BIND := 127.0.0.1
+PORT := 8000
+API_KEY_FILE :=
+AFFINITY :=
+METRICS :=
+ALLOW :=
+KEEP :=
+TIMEOUT :=
+NAMES :=
 # What pytest runs besides its options in pyproject.toml.
-TESTS := -m "not images and not gpu"
+TESTS := -m "not images and not gpu and not serve"
 
 # A name on PATH may be a shim of a version that is not installed: only running it tells.
 PYTHON = $(shell for python in python3.12 python3.11 python3; do \
@@ -48,6 +64,13 @@ settings = --scratch '$(SCRATCH)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' --seed
 stage = .venv/bin/python -m scripts.stage
 run = $(stage) run
 image = .venv/bin/python -m scripts.image
+serve = .venv/bin/python -m scripts.serve
+serve_folder = --folder '$(SCRATCH)/$(PROFILE)/serve'
+serve_plan = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
+	--backend '$(BACKEND)' --serve-profile '$(SERVE_PROFILE)' --bind '$(BIND)' --port '$(PORT)' \
+	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(REPLICAS),--replicas '$(REPLICAS)') \
+	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts '$(DRAFTS)') $(if $(SET),--set $(SET)) \
+	$(if $(AFFINITY),--affinity) $(if $(METRICS),--metrics)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \
@@ -119,6 +142,35 @@ pull: env ## Pull the images by the digests of images.lock, refuse any other
 shell: env ## A shell in IMAGE with what a stage sees
 	@$(image) shell $(or $(IMAGE),calib) --scratch '$(SCRATCH)' --gpus '$(GPUS)'
 
+.PHONY: serve
+serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT; returns when they are ready and probed
+	@$(serve) up $(serve_plan) $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) \
+		$(if $(TIMEOUT),--timeout '$(TIMEOUT)') $(if $(API_KEY_FILE),--api-key-file '$(API_KEY_FILE)')
+
+.PHONY: serve-print
+serve-print: env ## The settings with their reasons, and the exact command of each replica
+	@$(serve) print $(serve_plan)
+
+.PHONY: serve-status
+serve-status: env ## Replicas, queue, tokens a second, draft acceptance, KV cache
+	@$(serve) status $(serve_folder)
+
+.PHONY: serve-logs
+serve-logs: env ## Follow the logs of all, or NAMES="replica0 router"
+	@$(serve) logs $(serve_folder) $(NAMES)
+
+.PHONY: serve-stop
+serve-stop: env ## Take nothing new, finish what runs, stop
+	@$(serve) stop $(serve_folder)
+
+.PHONY: serve-pairs
+serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node
+	@$(serve) pairs
+
+.PHONY: env-serve-cpu
+env-serve-cpu: env ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
+	@$(PYTHON) -m scripts.env --environment serve-cpu --into .venv-serve-cpu
+
 .PHONY: test
 test: env ## Tests that need neither GPU nor docker; TESTS=tests/test_pins.py picks
 	@.venv/bin/python -m pytest $(TESTS)
@@ -126,6 +178,10 @@ test: env ## Tests that need neither GPU nor docker; TESTS=tests/test_pins.py pi
 .PHONY: test-images
 test-images: env ## Tests that need docker: builds, registry, stages in containers
 	@.venv/bin/python -m pytest -m images tests/images
+
+.PHONY: test-serve
+test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
+	@.venv/bin/python -m pytest -m serve
 
 .PHONY: lint
 lint: env ## ruff, mypy, hadolint, shellcheck, schemas
@@ -137,7 +193,7 @@ lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions
 	@$(PYTHON) -m scripts.lock_check
 
 .PHONY: ci
-ci: lint lock-check test test-images ## What CI runs; needs docker
+ci: lint lock-check test test-images test-serve ## What CI runs; needs docker
 
 .PHONY: env
 env: ## Build .venv from the locks when they changed; other targets do it by themselves

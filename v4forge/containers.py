@@ -101,6 +101,14 @@ def find(engine: Engine, reference: str, code: str) -> Image:
     return Image(str(found.id), found.labels.get(LANE_LABEL, ""))
 
 
+def labels(engine: Engine, reference: str) -> dict[str, str]:
+    """The labels of an image that the daemon has. Raises UserError when it has not."""
+    try:
+        return dict(engine.client.images.get(reference).labels)
+    except ImageNotFound:
+        raise _missing(reference) from None
+
+
 def _missing(reference: str) -> UserError:
     return UserError(f"the image {reference} is not here", "make images, or make pull")
 

@@ -123,3 +123,11 @@ def labels(image: Image, lane: str, revision: str) -> dict[str, str]:
         "io.v4forge.versions": " ".join(f"{key}={value}" for key, value in values.items() if VERSION.search(key)),
         "io.v4forge.versions-sha256": hashlib.sha256(pins.FILE.read_bytes()).hexdigest(),
     }
+
+
+def expected_labels(name: str) -> dict[str, str]:
+    """The labels on which image and checkout must agree: which image it is, and the versions it was built from."""
+    return {
+        "org.opencontainers.image.title": get(name).title,
+        "io.v4forge.versions-sha256": hashlib.sha256(pins.FILE.read_bytes()).hexdigest(),
+    }

@@ -252,7 +252,7 @@ def check(name: str, entry: Locked, remote: Repository, manifest: Manifest, sign
             "git log images.lock; make push writes both together",
         )
     labels = json.loads(remote.blob(found)).get("config", {}).get("Labels") or {}
-    for label, wanted in expected_labels(name).items():
+    for label, wanted in images.expected_labels(name).items():
         if labels.get(label) != wanted:
             revision = str(labels.get("org.opencontainers.image.revision"))
             known = re.fullmatch(r"[0-9a-f]{40}", revision)
@@ -281,14 +281,6 @@ def document(remote: Repository, manifest: Manifest, kind: str, sha256: str) -> 
     """The attached document of this kind and digest; b"" when there is none."""
     attached = remote.attached(manifest.digest, kind) if sha256 else ()
     return next((content for content in attached if hashlib.sha256(content).hexdigest() == sha256), b"")
-
-
-def expected_labels(name: str) -> dict[str, str]:
-    """The labels on which image and checkout must agree: which image it is, and the versions it was built from."""
-    return {
-        "org.opencontainers.image.title": images.get(name).title,
-        "io.v4forge.versions-sha256": hashlib.sha256(pins.FILE.read_bytes()).hexdigest(),
-    }
 
 
 # --- what both need

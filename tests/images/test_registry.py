@@ -22,7 +22,7 @@ from docker import DockerClient
 from docker.errors import ImageNotFound
 from registries import BASIC, PASSWORD, Plain, Server, guarded_by_password, guarded_by_token
 
-from v4forge import attestation, image_files, registry
+from v4forge import attestation, image_files, images, registry
 from v4forge.containers import Engine
 from v4forge.errors import UserError
 from v4forge.oci import Repository, digest_of
@@ -115,7 +115,7 @@ def make_image(client: DockerClient) -> Iterator[Callable[..., str]]:
             entry = tarfile.TarInfo("hello.txt")
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content.encode()))
-        wanted = registry.expected_labels("calib") | {key.replace("__", "."): value for key, value in labels.items()}
+        wanted = images.expected_labels("calib") | {key.replace("__", "."): value for key, value in labels.items()}
         changes = [f"LABEL {json.dumps(key)}={json.dumps(value)}" for key, value in wanted.items()]
         answer = client.api.import_image_from_data(archive.getvalue(), changes=changes)
         made.append(json.loads(answer.splitlines()[-1])["status"])

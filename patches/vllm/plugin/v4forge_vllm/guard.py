@@ -6,6 +6,7 @@ the first of them. A draft model whose head or embedding is left so has an accep
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 FUSED = (("attn.wq_a", "attn.wkv"), ("compressor.wkv", "compressor.wgate"), ("shared_experts.w1", "shared_experts.w3"))
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 NAMED = 3  # of what is missing, in a message
+# A child of vLLM's own logger, so that what it says appears in the server's log.
+LOGGER = logging.getLogger("vllm.v4forge")
 
 
 class UninitializedWeightsError(RuntimeError):
@@ -67,18 +70,27 @@ class Guard:
 
         empty = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name not in loaded}
         later = {name for name in empty if name.endswith(self.shared)} if self.shared else set()
-        missing = (empty - later) | set(torn({n for n in names if n.startswith(self.prefix)}, self.experts))
+        names = {name for name in names if name.startswith(self.prefix)}
+        missing = (empty - later) | set(torn(names, self.experts))
         if missing:
             raise UninitializedWeightsError(self.what, missing)
+        whole = f"all {sum(1 for _ in model.parameters())} parameters filled from {len(names)} tensors"
         if later:
-            self._look_at_first_forward(model, {name: model.get_submodule(name) for name in later})
+            self._look_at_first_forward(model, {name: model.get_submodule(name) for name in later}, whole)
+        else:
+            self._say(whole)
         return loaded
 
-    def _look_at_first_forward(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    def _say(self, whole: str) -> None:
+        """The line that `make serve` looks for in the log of every replica."""
+        LOGGER.info("v4forge: %s: %s", self.what, whole)
+
+    def _look_at_first_forward(self, model: nn.Module, modules: dict[str, nn.Module], whole: str) -> None:
         def look(model: nn.Module, _: Any) -> None:
             handle.remove()
             if left := [name for name, module in modules.items() if model.get_submodule(name) is module]:
                 raise UninitializedWeightsError(self.what, left)
+            self._say(whole)
 
         handle = model.register_forward_pre_hook(look)
 

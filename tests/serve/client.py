@@ -1,0 +1,85 @@
+"""Clients of an OpenAI-compatible endpoint, many at a time, that keep what became of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PIN = "x-v4forge-replica"
+LIMIT_S = 240.0
+
+
+@dataclass
+class Outcome:
+    """One request. `text` is what arrived of the answer; `error` why it ended early, "" when it did not."""
+
+    status: int = 0
+    replica: str = ""
+    text: str = ""
+    finish: str = ""
+    error: str = ""
+    body: Any = field(default=None, repr=False)
+
+    @property
+    def whole(self) -> bool:
+        return self.status == 200 and not self.error and bool(self.finish)
+
+
+def message(content: str, tokens: int, stream: bool = False, **more: Any) -> dict[str, Any]:
+    """A chat request; it is answered with exactly so many tokens."""
+    return {
+        "model": "deepseek-v4-flash-w4a16",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+    } | more
+
+
+async def ask(client: httpx.AsyncClient, request: Mapping[str, Any]) -> Outcome:
+    """Sends a chat request; a streamed answer is read as it comes."""
+    outcome = Outcome()
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
+            outcome.status, outcome.replica = answer.status_code, answer.headers.get(PIN, "")
+            if not request["stream"] or answer.status_code != 200:
+                outcome.body = json.loads(await answer.aread())
+                if answer.status_code == 200:
+                    choice = outcome.body["choices"][0]
+                    outcome.text = _text(choice["message"])
+                    outcome.finish = choice["finish_reason"]
+                return outcome
+            async for line in answer.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                        outcome.text += _text(choice["delta"])
+                        outcome.finish = choice["finish_reason"] or outcome.finish
+    except (httpx.HTTPError, ValueError) as error:
+        outcome.error = repr(error)
+    return outcome
+
+
+def _text(part: Mapping[str, Any]) -> str:
+    return (part.get("reasoning") or "") + (part.get("content") or "")
+
+
+def ask_all(
+    url: str, requests: Sequence[Mapping[str, Any]], key: str = "", meanwhile: Callable[[], None] | None = None
+) -> list[Outcome]:
+    """All requests at once; `meanwhile` runs in a thread beside them."""
+
+    async def run() -> list[Outcome]:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=LIMIT_S, limits=limits) as client:
+            beside = asyncio.to_thread(meanwhile) if meanwhile else asyncio.sleep(0)
+            *outcomes, _ = await asyncio.gather(*(ask(client, request) for request in requests), beside)
+            return outcomes
+
+    return asyncio.run(run())

@@ -1,0 +1,128 @@
+"""What a replica is told: settings of vLLM, from docker/serve/settings.toml and the operator."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from v4forge.errors import UserError
+
+FILE = Path(__file__).resolve().parents[1] / "docker" / "serve" / "settings.toml"
+OVERRIDE = "the operator"
+NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
+# A word that compose, a shell and supervisord hand on as it is.
+WORD = re.compile(r"[\w@%+=:,./\[\]-]*")
+TENSOR_PARALLEL = "tensor-parallel-size"
+DRAFTS = "speculative-config.num_speculative_tokens"
+DRAFT_METHOD = "speculative-config.method"
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option of vLLM, its value, why it has it and where that comes from. "" leaves the option out."""
+
+    name: str
+    value: Value
+    why: str
+    source: str
+
+    def words(self) -> list[str]:
+        """The option on a command line."""
+        if self.value == "":
+            return []
+        if isinstance(self.value, bool) and "." in self.name:  # a part of an option that is JSON
+            return [f"--{self.name}", str(self.value).lower()]
+        if isinstance(self.value, bool):
+            return [f"--{self.name}" if self.value else f"--no-{self.name}"]
+        return [f"--{self.name}", str(self.value)]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The settings of a replica, by name; `environment` by variable; `caches`: variable -> folder below its cache."""
+
+    profile: str
+    backend: str
+    settings: dict[str, Setting]
+    environment: dict[str, Setting]
+    caches: dict[str, str]
+
+    def value(self, name: str) -> Value:
+        """The value of an option, "" when it is left out."""
+        return self.settings[name].value if name in self.settings else ""
+
+    @property
+    def tensor_parallel(self) -> int:
+        return int(self.value(TENSOR_PARALLEL) or 1)
+
+    @property
+    def drafts(self) -> int:
+        """k, the drafts a step; 0 without speculation."""
+        return int(self.value(DRAFTS) or 0) if self.value(DRAFT_METHOD) else 0
+
+    @property
+    def model(self) -> str:
+        """The name that clients ask for."""
+        return str(self.value("served-model-name"))
+
+    def arguments(self, artifact: str, port: int, host: str = "0.0.0.0") -> list[str]:
+        """What follows `vllm serve`. Raises UserError for an artifact whose path would not stay one word."""
+        if not WORD.fullmatch(artifact):
+            raise UserError(f"the path {artifact!r} has a space or another special character", "move the artifact")
+        chosen = [word for setting in self.settings.values() for word in setting.words()]
+        return [artifact, "--host", host, "--port", str(port), *chosen]
+
+    def variables(self, cache: str) -> dict[str, str]:
+        """The environment of a replica whose caches are below `cache`."""
+        fixed = {name: str(setting.value) for name, setting in self.environment.items()}
+        return fixed | {name: f"{cache}/{folder}" for name, folder in self.caches.items()}
+
+
+@lru_cache(maxsize=1)
+def table() -> dict[str, Any]:
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+
+
+def profiles() -> dict[str, str]:
+    """Profile -> what it is for."""
+    return {name: profile["why"] for name, profile in table()["profiles"].items()}
+
+
+def serving(profile: str = "published", backend: str = "cuda", overrides: Mapping[str, str] | None = None) -> Serving:
+    """The settings of a profile on a backend with the operator's own on top: option -> value as text, "" to leave it
+    out. Raises UserError for a profile, an option or a value that cannot be."""
+    for kind, name in (("profiles", profile), ("backends", backend)):
+        if name not in table()[kind]:
+            raise UserError(f"there is no serving {kind[:-1]} {name!r}", f"use one of: {', '.join(table()[kind])}")
+    layers = [table(), table()["profiles"][profile], table()["backends"][backend]]
+    settings = {name: row for layer in layers for name, row in _rows(layer, "settings").items()}
+    for name, text in (overrides or {}).items():
+        if not NAME.fullmatch(name) or not WORD.fullmatch(text):
+            fact = f"{name}={text} is not an option of vllm serve and a word"
+            raise UserError(fact, 'make serve SET="max-model-len=8192"')
+        settings[name] = Setting(name, _parsed(text), "asked for", OVERRIDE)
+    if not settings[DRAFT_METHOD].value or settings[DRAFTS].value in (0, ""):
+        settings = {name: row for name, row in settings.items() if not name.startswith("speculative-config.")}
+    environment = {name: row for layer in layers for name, row in _rows(layer, "environment").items()}
+    return Serving(profile, backend, settings, environment, table()["caches"])
+
+
+def _rows(layer: Mapping[str, Any], kind: str) -> dict[str, Setting]:
+    return {name: Setting(name, **row) for name, row in layer.get(kind, {}).items()}
+
+
+def _parsed(text: str) -> Value:
+    """true and false are switches; numbers are numbers; all else is text."""
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return int(text)
+    except ValueError:
+        return text
