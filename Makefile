@@ -41,6 +41,7 @@ BIND := 127.0.0.1
 PORT := 8000
 API_KEY_FILE :=
 AFFINITY :=
+DRAIN :=
 METRICS :=
 ALLOW :=
 KEEP :=
@@ -70,7 +71,7 @@ serve_plan = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/
 	--backend '$(BACKEND)' --serve-profile '$(SERVE_PROFILE)' --bind '$(BIND)' --port '$(PORT)' \
 	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(REPLICAS),--replicas '$(REPLICAS)') \
 	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts '$(DRAFTS)') $(if $(SET),--set $(SET)) \
-	$(if $(AFFINITY),--affinity) $(if $(METRICS),--metrics)
+	$(if $(AFFINITY),--affinity) $(if $(DRAIN),--drain '$(DRAIN)') $(if $(METRICS),--metrics)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \

@@ -1,6 +1,6 @@
 """Serves an artifact: replicas of vLLM behind one OpenAI-compatible endpoint, speculation on; the Makefile calls it.
 
-python -m scripts.serve print  --artifact scratch/flash/artifact --folder scratch/flash/serve     what would be started
+python -m scripts.serve print  --artifact scratch/flash/artifact --folder scratch/flash/serve     (or --print)
 python -m scripts.serve up     --artifact scratch/flash/artifact --folder scratch/flash/serve
 python -m scripts.serve status --folder scratch/flash/serve
 python -m scripts.serve logs   --folder scratch/flash/serve
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from scripts.cli import parser_for, steps
 from v4forge import containers, gpus, images, probe, replicas, serving, starting, status
 from v4forge.compose import Compose
 from v4forge.errors import UserError, run_main
-from v4forge.files import make_folder, write_text
+from v4forge.files import write_text
 from v4forge.probe import FLOOR, Check, Expected
 from v4forge.replicas import Plan, Runtime
 from v4forge.supervised import Supervised
@@ -94,40 +95,37 @@ def devices(arguments: argparse.Namespace, tensor_parallel: int) -> list[list[st
     return whole[:count]
 
 
-def with_key(plan: Plan, file: str) -> Plan:
-    """The plan with the API key of a file, or of the variable API_KEY: in a file that only who serves can read."""
+def read_key(file: str) -> str:
+    """The API key in a file, or in the variable API_KEY, which no program that we start shall have; "" for none."""
     key = os.environ.pop("API_KEY", "").strip()
-    if file:
-        try:
-            key = Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"the API key cannot be read: {error}", "make serve API_KEY_FILE=<a file of one line>"
-            ) from None
-        if not key:
-            raise UserError(f"there is no key in {file}", "make serve API_KEY_FILE=<a file of one line>")
+    if not file:
+        return key
+    hint = "make serve API_KEY_FILE=<a file of one line>"
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the API key cannot be read: {error}", hint) from None
     if not key:
-        return plan
-    path = Path(plan.folder) / "api_key"
-    make_folder(path.parent)
+        raise UserError(f"there is no key in {file}", hint)
+    return key
+
+
+def write_key(plan: Plan, key: str) -> None:
+    """Keeps the key where only who serves can read it."""
     previous = os.umask(0o077)
     try:
-        write_text(path, key + "\n")
+        write_text(Path(plan.key_file), key + "\n")
     finally:
         os.umask(previous)
-    return replace(plan, key_file=str(path))
 
 
 def show(plan: Plan) -> None:
     """The settings with their reasons, then the exact command of each replica and of the router."""
     chosen = plan.serving
-    table = Table(title=f"{chosen.profile}: {serving.profiles()[chosen.profile]}", title_justify="left", box=None)
-    for column in ("setting", "value", "why", "source"):
-        table.add_column(column)
-    for row in chosen.settings.values():
-        if row.value != "":
-            table.add_row(row.name, str(row.value), row.why, row.source)
-    Console().print(table)
+    print(f"{chosen.profile}: {serving.profiles()[chosen.profile]}\n")
+    rows = [(" ".join(row.words()), f"{row.why} ({row.source})") for row in chosen.settings.values() if row.words()]
+    for words, reason in rows:
+        print(f"  {words}\n      {reason}")
     runtime = runtime_of(plan)
     print()
     for number, name in enumerate(plan.names):
@@ -143,9 +141,11 @@ def show(plan: Plan) -> None:
 
 def up(arguments: argparse.Namespace) -> None:
     """Starts what is asked for, waits until it is ready and has passed the probe."""
-    plan = with_key(plan_of(arguments), arguments.api_key_file)
+    key = read_key(arguments.api_key_file)
+    plan = plan_of(arguments)
+    plan = replace(plan, key_file=str(Path(plan.folder) / "api_key") if key else "")
     running = replicas.load(Path(plan.folder))
-    if running and (other := replicas.differing(running, plan)):
+    if running and (other := replicas.differing(running, plan) or ["key"] * (running.key != key)):
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
     runtime = runtime_of(plan)
     if not running:
@@ -157,6 +157,8 @@ def up(arguments: argparse.Namespace) -> None:
             hint = "make env-serve-cpu" if plan.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
             raise UserError(f"there is no vllm in {plan.program}", hint)
         replicas.save(plan)
+        if key:
+            write_key(plan, key)
     runtime.write()
     say(f"serve: {plan.replicas} x TP={plan.serving.tensor_parallel}, k={plan.serving.drafts}, {plan.artifact}")
     if not running:
@@ -204,7 +206,8 @@ def check_image(plan: Plan) -> None:
 def bring_down(runtime: Runtime) -> None:
     runtime.stop(say)
     replicas.forget(runtime.plan)
-    (Path(runtime.plan.folder) / "api_key").unlink(missing_ok=True)
+    if runtime.plan.key_file:
+        Path(runtime.plan.key_file).unlink(missing_ok=True)
 
 
 def running_in(folder: Path) -> Runtime:
@@ -325,7 +328,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands.choices["logs"].add_argument(
         "--lines", type=int, default=100, metavar="N", help="of the past; default: 100"
     )
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(["print" if word == "--print" else word for word in words])
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:

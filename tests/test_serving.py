@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -160,25 +162,24 @@ def test_what_cannot_be_is_told_with_a_hint(arguments: list[str], fact: str) -> 
     assert error.value.fact == fact and error.value.hint
 
 
-def test_a_key_is_taken_from_the_environment_into_a_file_of_ours(
+def test_a_key_is_taken_from_a_file_or_the_environment_and_kept_from_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_KEY", "sesame")
-    made = program.with_key(plan(tmp_path), "")
-    assert made.key == "sesame" and Path(made.key_file).stat().st_mode & 0o777 == 0o600
-    monkeypatch.setenv("API_KEY", "other")
+    assert program.read_key("") == "sesame" and "API_KEY" not in os.environ
     (tmp_path / "mine").write_text("open\n")
-    assert program.with_key(plan(tmp_path), str(tmp_path / "mine")).key == "open"
+    assert program.read_key(str(tmp_path / "mine")) == "open"
     (tmp_path / "empty").write_text("\n")
     for name in ("empty", "missing"):
         with pytest.raises(UserError):
-            program.with_key(plan(tmp_path), str(tmp_path / name))
-    assert program.with_key(plan(tmp_path), "").key_file == ""
+            program.read_key(str(tmp_path / name))
+    kept = plan(tmp_path, key_file=str(tmp_path / "api_key"))
+    program.write_key(kept, "sesame")
+    assert kept.key == "sesame" and Path(kept.key_file).stat().st_mode & 0o777 == 0o600
+    assert "sesame" not in repr(kept.endpoints)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -276,7 +277,7 @@ def test_without_haproxy_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFixture[str]) -> None:
-    program.print_plan(program.parse(["print", "--devices", "0,1,2,3", "--artifact", "/a"]))
+    program.print_plan(program.parse(["--print", "--devices", "0,1,2,3", "--artifact", "/a"]))
     shown = capsys.readouterr().out
     for number, devices in enumerate(("0,1", "2,3")):
         block = shown.split(f"replica{number}:\n")[1].split("\n\n")[0]
