@@ -172,8 +172,14 @@ def test_verify_killed_gives_no_certificate_and_then_the_same(workshop: Workshop
     assert workshop.run("postprocess", tmp_path) == 0
     assert workshop.run("verify", tmp_path, Death("temporary", "certificate.json")) == -signal.SIGKILL
     assert not (artifact / "certificate.json").exists()
-    end = time.monotonic() + 0.1
-    assert workshop.run("verify", tmp_path, until=lambda: time.monotonic() > end) == -signal.SIGKILL
+    for delay_s in (0.1, 0.05, 0.0):
+        end = time.monotonic() + delay_s
+        workshop.run("verify", tmp_path, until=lambda end=end: time.monotonic() > end)
+        if not (artifact / "certificate.json").exists():
+            break
+        # The run had finished before the kill came, as on a busy machine: its certificate is whole.
+        assert contents(artifact) == contents(calm)
+        (artifact / "certificate.json").unlink()
     assert not (artifact / "certificate.json").exists()
     assert workshop.run("verify", tmp_path) == 0
     assert contents(artifact) == contents(calm)
