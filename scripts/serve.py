@@ -220,7 +220,7 @@ def running_in(folder: Path) -> Runtime:
 def show_status(arguments: argparse.Namespace) -> int:
     """What runs: state, model, uptime, queue, tok/s, draft acceptance, KV cache. Exit code 1 if one is not ready."""
     runtime = running_in(arguments.folder)
-    rows = status.rows(runtime.plan, runtime.states())
+    rows = status.rows(runtime.plan, runtime.processes())
     if arguments.json:
         print(json.dumps([row.json() for row in rows], indent=1))
     else:

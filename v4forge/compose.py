@@ -14,7 +14,7 @@ from typing import NoReturn
 from v4forge import pins
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.replicas import METRICS, ROUTER, Plan
+from v4forge.replicas import METRICS, ROUTER, Plan, Process
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
@@ -101,20 +101,20 @@ class Compose:
             self.files.remove(LIMITS)  # a daemon without the right to raise limits
             self._run(*words)
 
-    def states(self) -> Mapping[str, str]:
+    def processes(self) -> Mapping[str, Process]:
         wanted = [*self.plan.names, ROUTER, *(METRICS if self.plan.metrics else ())]
         listed = subprocess.run(
             ["docker", "ps", "--all", "--quiet", f"--filter=label=com.docker.compose.project={self.project}"],
             capture_output=True,
             text=True,
         ).stdout.split()
-        found = dict.fromkeys(wanted, "missing")
+        found = dict.fromkeys(wanted, Process())
         if listed:
             seen = subprocess.run(["docker", "inspect", *listed], capture_output=True, text=True).stdout
             for container in json.loads(seen or "[]"):
                 name = container["Config"]["Labels"]["com.docker.compose.service"]
-                status = container["State"]["Status"]
-                found[name] = STATES.get(status, status)
+                state = container["State"]
+                found[name] = Process(STATES.get(state["Status"], state["Status"]), state["StartedAt"])
         return found
 
     def log(self, name: str) -> str:

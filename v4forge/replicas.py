@@ -102,6 +102,15 @@ class Plan:
         return router.configuration(addresses, self.drain_s, self.affinity)
 
 
+@dataclass(frozen=True)
+class Process:
+    """What its keeper says of a process: running, starting, exited, missing or another word of the keeper's. `run` is
+    another one when it has been started again."""
+
+    state: str = "missing"
+    run: str = ""
+
+
 class Runtime(Protocol):
     """What keeps the processes of a plan: docker compose, or supervisord. `names` are replicas, or the router's."""
 
@@ -113,8 +122,8 @@ class Runtime(Protocol):
     def start(self) -> None:
         """Starts everything that does not run yet."""
 
-    def states(self) -> Mapping[str, str]:
-        """Name -> running, starting, exited or another word of the keeper's."""
+    def processes(self) -> Mapping[str, Process]:
+        """What runs, by name; those that should and do not are missing."""
 
     def log(self, name: str) -> str:
         """What it has said since start()."""

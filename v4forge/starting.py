@@ -7,14 +7,14 @@ import hashlib
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from v4forge import endpoints, gpus, pins
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.replicas import ROUTER, Plan, Runtime
+from v4forge.replicas import Plan, Process, Runtime
 
 CERTIFICATE, SUMS = "certificate.json", "SHA256SUMS"
 POLL_S = 1.0
@@ -113,14 +113,15 @@ def ready(plan: Plan, number: int) -> bool:
 
 def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None]) -> None:
     """Returns when every replica is ready. Raises UserError, with the end of its log on the screen, when a process has
-    ended, and after `timeout_s`."""
+    ended, even if it was started again, and after `timeout_s`."""
     plan, started = runtime.plan, time.monotonic()
     waiting = list(range(plan.replicas))
+    first: dict[str, str] = {}
     while waiting:
-        states = runtime.states()
-        for name in (ROUTER, *plan.names):
-            if states[name] in ("exited", "missing"):
-                raise _ended(runtime, name, states)
+        for name, process in runtime.processes().items():
+            run = first.setdefault(name, process.run) if process.state == "running" else process.run
+            if process.state in ("exited", "missing") or process.run != run:
+                raise _ended(runtime, name, process)
         waiting = [number for number in waiting if not ready(plan, number)]
         if waiting and time.monotonic() - started > timeout_s:
             name = plan.names[waiting[0]]
@@ -139,13 +140,15 @@ def _step(runtime: Runtime, names: Sequence[str]) -> str:
     return f"{names[0]}: {found[-1].strip() if found else 'starting'}"
 
 
-def _ended(runtime: Runtime, name: str, states: Mapping[str, str]) -> UserError:
+def _ended(runtime: Runtime, name: str, process: Process) -> UserError:
     log = runtime.log(name)
     print(_tail(log), flush=True)
-    # The server's last error may only say that its engine has one.
-    errors = [error for error in re.findall(r"(\w*Error: .+)", log) if "Engine core" not in error]
+    # The server's last error may only say that its engine has one, and a warning may speak of an error.
+    unlikely = ("Engine core", " INFO ", " WARNING ")
+    lines = [line for line in log.splitlines() if not any(words in line for words in unlikely)]
+    errors = re.findall(r"\w*Error: .+", "\n".join(lines))
     return UserError(
-        f"{name} has ended: {(errors or [states[name]])[-1][:400]}",
+        f"{name} has ended: {(errors or [process.state])[-1][:400]}",
         "its log is above; make serve-logs shows all of them",
     )
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from v4forge import endpoints
 from v4forge.errors import UserError
 from v4forge.exposition import Reading
-from v4forge.replicas import Plan
+from v4forge.replicas import Plan, Process
 
 BETWEEN_S = 2.0
 
@@ -43,7 +43,7 @@ def read(plan: Plan, number: int) -> Reading | None:
         return None
 
 
-def rows(plan: Plan, states: Mapping[str, str], between_s: float = BETWEEN_S) -> list[Row]:
+def rows(plan: Plan, processes: Mapping[str, Process], between_s: float = BETWEEN_S) -> list[Row]:
     """One row a replica, in their order."""
     earlier = [read(plan, number) for number in range(plan.replicas)]
     time.sleep(between_s)
@@ -51,7 +51,7 @@ def rows(plan: Plan, states: Mapping[str, str], between_s: float = BETWEEN_S) ->
     for number, name in enumerate(plan.names):
         before, now = earlier[number], read(plan, number)
         if now is None:
-            state = states.get(name, "missing")
+            state = processes.get(name, Process()).state
             found.append(Row(name, "not ready" if state == "running" else state))
             continue
         found.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.replicas import ROUTER, Plan
+from v4forge.replicas import ROUTER, Plan, Process
 
 REPLICA = Path(__file__).resolve().parents[1] / "docker" / "serve" / "replica"
 # supervisord's words -> ours; the others are told as they are.
 STATES = {"RUNNING": "running", "STARTING": "starting", "BACKOFF": "exited", "EXITED": "exited", "FATAL": "exited"}
 ANSWERS_S = 20.0
+OPEN_FILES = 65536  # what vLLM asks for
 LOG_BYTES, LOG_FILES = "50MB", 3
 
 
@@ -50,7 +52,7 @@ class Supervised:
                     "logfile": self.logs / "supervisord.log",
                     "pidfile": self.folder / "supervisord.pid",
                     "childlogdir": self.logs,
-                    "minfds": 4096,
+                    "minfds": min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
                 },
             ),
             ("unix_http_server", {"file": self.socket, "chmod": "0700"}),
@@ -113,11 +115,12 @@ class Supervised:
                 raise UserError("supervisord does not answer", f"see {self.logs}/supervisord.log")
             time.sleep(0.1)
 
-    def states(self) -> Mapping[str, str]:
-        found = dict.fromkeys((*self.plan.names, ROUTER), "missing")
+    def processes(self) -> Mapping[str, Process]:
+        found = dict.fromkeys((*self.plan.names, ROUTER), Process())
         with suppress(OSError, xmlrpc.client.Error):
-            for process in self._server().getAllProcessInfo():
-                found[process["name"]] = STATES.get(process["statename"], process["statename"].lower())
+            for each in self._server().getAllProcessInfo():
+                state = STATES.get(each["statename"], each["statename"].lower())
+                found[each["name"]] = Process(state, str(each["start"]))
         return found
 
     def log(self, name: str) -> str:

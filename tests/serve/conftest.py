@@ -23,6 +23,7 @@ from v4forge.replicas import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
+SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
-    """Two replicas of that artifact, with two drafts a step; nothing of the guards and the probe is left out."""
-    return start(tiny_artifact, "--drafts", "2")
+    """Two replicas of that artifact, with two drafts a step, and none while more than eight requests run; nothing of
+    the guards and the probe is left out."""
+    return start(tiny_artifact, "--drafts", "2", "--set", f"{SCHEDULE}=[[1,8,2],[9,256,0]]")
 
 
 @pytest.fixture(scope="session")

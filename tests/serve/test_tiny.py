@@ -13,6 +13,8 @@ from conftest import Served, free_ports, serve
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from v4forge import endpoints, exposition
+
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 
@@ -25,6 +27,8 @@ def without_start(artifact: Path, folder: Path, *arguments: str) -> list[str]:
     """The lines of the error that a start ends in."""
     places = ["--artifact", str(artifact), "--folder", str(folder / "serve"), "--port", str(free_ports(8))]
     done = serve("up", *places, "--backend", "cpu", "--replicas", "1", *arguments)
+    if done.returncode == 0:
+        serve("stop", "--folder", str(folder / "serve"))
     assert done.returncode == 1, done.stdout
     assert not (folder / "serve" / "serving.json").exists()
     return done.stderr.splitlines()[-2:]
@@ -57,6 +61,19 @@ def test_the_status_shows_the_drafts_that_are_accepted(tiny: Served) -> None:
     rows = json.loads(tiny.program("status", "--json").stdout)
     assert [row["state"] for row in rows] == ["ready", "ready"]
     assert all(0.2 < row["acceptance"] < 0.95 for row in rows)
+
+
+def test_drafts_are_made_only_while_few_requests_run(tiny: Served) -> None:
+    def made(requests: int) -> float:
+        """Drafts a token of the answers."""
+        before = [endpoints.metrics(at).counts for at in tiny.plan.endpoints]
+        assert all(outcome.whole for outcome in tiny.ask_all([message(f"x{n}", tokens=64) for n in range(requests)]))
+        after = [endpoints.metrics(at).counts for at in tiny.plan.endpoints]
+        added = exposition.total(now.since(then) for now, then in zip(after, before, strict=True))
+        return (added.drafts or 0) / (added.generated or 0)
+
+    assert made(4) > 0.3
+    assert made(48) < 0.1
 
 
 def test_both_replicas_answer_a_greedy_question_alike(tiny: Served) -> None:
