@@ -156,10 +156,10 @@ def up(arguments: argparse.Namespace) -> None:
         elif not (Path(plan.program) / "vllm").exists():
             hint = "make env-serve-cpu" if plan.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
             raise UserError(f"there is no vllm in {plan.program}", hint)
-        replicas.save(plan)
         if key:
             write_key(plan, key)
-    runtime.write()
+        runtime.write()
+        replicas.save(plan)
     say(f"serve: {plan.replicas} x TP={plan.serving.tensor_parallel}, k={plan.serving.drafts}, {plan.artifact}")
     if not running:
         for number, group in enumerate(plan.gpus):
@@ -181,7 +181,7 @@ def up(arguments: argparse.Namespace) -> None:
             hint = f"make serve-logs says more; serve all the same: make serve ALLOW={kind(failed[0])}"
             raise UserError(f"the probe failed: {failed[0].name}: {failed[0].detail}", hint)
     except (UserError, KeyboardInterrupt):
-        if not arguments.keep:
+        if not (arguments.keep or running):
             say("serve: stopping what was started (KEEP=1 leaves it)")
             bring_down(runtime)
         raise

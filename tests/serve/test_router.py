@@ -111,6 +111,9 @@ def test_a_second_start_of_the_same_is_no_start(pair: Served) -> None:
     done = serve("up", *words, "--allow", "certificate", *dense.CANNOT, key="sesame")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [processes(plan.replica_port(number)).keys() for number in (0, 1)] == before != [set(), set()]
+    failing = serve("up", *words, key="sesame")  # the probe finds what the dense model cannot do
+    assert failing.returncode == 1 and "the probe failed" in failing.stderr
+    assert [processes(plan.replica_port(number)).keys() for number in (0, 1)] == before  # what served goes on
     other = serve("up", *words, "--affinity", key="sesame")
     assert other.returncode == 1
     assert other.stderr.splitlines() == [
