@@ -54,6 +54,7 @@ class Backend:
             def log_message(self, *_: object) -> None: ...
 
         server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of connections that we have closed
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield
