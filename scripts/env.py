@@ -128,10 +128,9 @@ class Environment:
         (path,) = self.locks
         lock = locks.parse(path.read_text(encoding="utf-8"))
         print(f"env: installing {path.relative_to(ROOT)}", flush=True)
-        for built, options in ((False, (WHEELS_ONLY,)), (True, ("--no-binary=:all:", "--no-build-isolation"))):
-            part = {
-                line: hashes for line, hashes in lock.items() if (locks.package_of(line) in locks.FROM_SOURCE) == built
-            }
+        wheels = locks.part(lock, lambda name: name not in locks.FROM_SOURCE)
+        sources = locks.part(lock, lambda name: name in locks.FROM_SOURCE)
+        for part, options in ((wheels, (WHEELS_ONLY,)), (sources, ("--no-binary=:all:", "--no-build-isolation"))):
             with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
                 file.write(locks.dump(part, path.name))
                 file.flush()

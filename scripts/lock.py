@@ -117,7 +117,7 @@ def wheel_hashes(values: Mapping[str, str], given: Mapping[str, str], old: Mappi
     found = {}
     for wheel in WHEELS:
         keys = [match for key in values if key not in given and (match := re.fullmatch(wheel.key, key))]
-        source = next(source for source in locks.SOURCES if source.name == wheel.lock)
+        source = locks.source_of(wheel.lock)
         version = values.get(source.key(wheel.package, values), "")
         lines = old[locks.lock_file(wheel.lock)]
         locked = {locks.version_of(line) for line in lines if locks.package_of(line) == wheel.package}

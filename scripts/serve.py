@@ -129,9 +129,8 @@ def show(plan: Plan) -> None:
     runtime = runtime_of(plan)
     print()
     for number, name in enumerate(plan.names):
-        variables = chosen.variables("/cache" if plan.runtime == "docker" else f"{plan.folder}/cache/{number}")
         where = {"CUDA_VISIBLE_DEVICES": ",".join(plan.gpus[number])} if plan.gpus[number] else {}
-        shown = [f"{key}={shlex.quote(value)}" for key, value in (where | variables).items()]
+        shown = [f"{key}={shlex.quote(value)}" for key, value in (where | plan.variables(number)).items()]
         print(f"{name}:\n  {' '.join(shown)} \\\n  vllm serve {shlex.join(plan.arguments(number))}\n")
     if isinstance(runtime, Compose):
         shown = [f"{key}={shlex.quote(value)}" for key, value in runtime.variables().items()]

@@ -18,7 +18,6 @@ from v4forge.replicas import METRICS, ROUTER, Plan, Process
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
-CACHE = "/cache"
 PAIR = 2
 MOST = 4
 # Whom a caller who is root runs it as: the image's own user.
@@ -73,7 +72,7 @@ class Compose:
         return values
 
     def write(self) -> None:
-        lines = [f"{name}={value}\n" for name, value in self.plan.serving.variables(CACHE).items()]
+        lines = [f"{name}={value}\n" for name, value in self.plan.variables(0).items()]
         write_text(Path(self.plan.folder) / "replica.env", "".join(lines))
         if self.plan.key_file and not os.getuid():
             os.chown(self.plan.key_file, USER, USER)
@@ -103,13 +102,8 @@ class Compose:
 
     def processes(self) -> Mapping[str, Process]:
         wanted = [*self.plan.names, ROUTER, *(METRICS if self.plan.metrics else ())]
-        listed = subprocess.run(
-            ["docker", "ps", "--all", "--quiet", f"--filter=label=com.docker.compose.project={self.project}"],
-            capture_output=True,
-            text=True,
-        ).stdout.split()
         found = dict.fromkeys(wanted, Process())
-        if listed:
+        if listed := self._containers():
             seen = subprocess.run(["docker", "inspect", *listed], capture_output=True, text=True).stdout
             for container in json.loads(seen or "[]"):
                 name = container["Config"]["Labels"]["com.docker.compose.service"]
@@ -118,13 +112,18 @@ class Compose:
         return found
 
     def log(self, name: str) -> str:
-        done = subprocess.run(
-            self.command("logs", "--no-color", name),
-            capture_output=True,
-            text=True,
-            env=self._environment(),
-        )
-        return done.stdout
+        # Docker's own command: compose's takes a second to start, and this is asked for again and again.
+        words = [["docker", "logs", container] for container in self._containers(name)]
+        told = [subprocess.run(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in words]
+        return "".join(each.stdout for each in told)
+
+    def _containers(self, service: str = "") -> list[str]:
+        """The ids of the project's containers, or of one service's, those that have ended too."""
+        labels = [f"project={self.project}", *([f"service={service}"] if service else [])]
+        filters = [f"--filter=label=com.docker.compose.{label}" for label in labels]
+        return subprocess.run(
+            ["docker", "ps", "--all", "--quiet", *filters], capture_output=True, text=True
+        ).stdout.split()
 
     def follow(self, names: Sequence[str], lines: int) -> NoReturn:
         words = self.command("logs", "--follow", f"--tail={lines}", *names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,11 @@ def parse(text: str) -> Lock:
             current = line
             lock[current] = []
     return lock
+
+
+def part(lock: Lock, wanted: Callable[[str], bool]) -> Lock:
+    """The lines of the packages that are wanted."""
+    return {line: hashes for line, hashes in lock.items() if wanted(package_of(line))}
 
 
 def dump(lock: Lock, source: str) -> str:

@@ -82,6 +82,10 @@ class Plan:
             return self.serving.arguments(self.artifact, REPLICA_PORT)
         return self.serving.arguments(self.artifact, self.replica_port(number), "127.0.0.1")
 
+    def variables(self, number: int) -> dict[str, str]:
+        """The environment that the settings give a replica; its caches are a volume, or a folder here."""
+        return self.serving.variables("/cache" if self.runtime == "docker" else f"{self.folder}/cache/{number}")
+
     def replica_port(self, number: int) -> int:
         return self.port + 2 + number
 

@@ -73,7 +73,7 @@ class Supervised:
                 raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
             return [haproxy, "-db", "-f", str(self.folder / "haproxy.cfg")], {}
         number = self.plan.names.index(name)
-        variables = self.plan.serving.variables(str(self.folder / "cache" / str(number)))
+        variables = self.plan.variables(number)
         variables |= {"PATH": f"{self.plan.program}:{os.environ.get('PATH', os.defpath)}"}
         variables |= {"API_KEY_FILE": self.plan.key_file or os.devnull}
         if self.plan.gpus[number]:

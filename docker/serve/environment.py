@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from v4forge import locks
@@ -48,14 +48,10 @@ def pip_locked(lock: Lock, *options: str) -> None:
         pip("--require-hashes", *options, "-r", file.name)
 
 
-def part(lock: Lock, wanted: Callable[[str], bool]) -> Lock:
-    return {line: hashes for line, hashes in lock.items() if wanted(locks.package_of(line))}
-
-
 def install_lock(lock: Lock) -> None:
     venv.create(VENV, with_pip=True, symlinks=True)
-    pip_locked(part(lock, lambda name: name not in (*locks.FROM_SOURCE, "vllm")), WHEELS_ONLY)
-    pip_locked(part(lock, lambda name: name in locks.FROM_SOURCE), "--no-binary=:all:", "--no-build-isolation")
+    pip_locked(locks.part(lock, lambda name: name not in (*locks.FROM_SOURCE, "vllm")), WHEELS_ONLY)
+    pip_locked(locks.part(lock, lambda name: name in locks.FROM_SOURCE), "--no-binary=:all:", "--no-build-isolation")
     link_cuda()
 
 
@@ -72,7 +68,7 @@ def link_cuda() -> None:
 
 
 def install_release(lock: Lock, sha256: str) -> None:
-    ((line, hashes),) = part(lock, lambda name: name == "vllm").items()
+    ((line, hashes),) = locks.part(lock, lambda name: name == "vllm").items()
     stated = f"--hash=sha256:{sha256}"
     if stated not in hashes:
         raise UserError(f"the lock knows no wheel of {line} with sha256 {sha256}", "make image-lock")
