@@ -102,8 +102,13 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
     ):
         previous: Layer | None = None
         kept: list[Future[None]] = []
-        for index in visited:
-            layer = Layer(run, index, writer, index in todo)
+        upcoming = [Layer(run, index, writer, index in todo) for index in reversed(visited)]
+        upcoming[-1].reserve()
+        while upcoming:
+            layer = upcoming.pop()
+            index = layer.index
+            if upcoming:
+                upcoming[-1].reserve()
             attended = layer.attend(reader, hf_config, streams, batches, rotary)
             streams = layer.mix(attended, reader, float(hf_config.swiglu_limit), last=index == todo[-1])
             del attended

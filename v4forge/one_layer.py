@@ -88,6 +88,7 @@ class Layer:
     writer: ThreadPoolExecutor
     quantizes: bool  # or is it finished, and only run again on its quantized experts
     shard: SharedShard | None = None
+    reserved: list[Future[None]] = field(default_factory=list)
     notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by expert of this rank
     counts: list[int] = field(default_factory=list)  # tokens by expert, of all ranks
     peak_gpu_bytes: int = 0
@@ -131,12 +132,14 @@ class Layer:
             self.peak_gpu_bytes = torch.cuda.max_memory_allocated(run.device)
         return outputs
 
-    def open(self, source: Checkpoint) -> None:
-        """Starts the layer's file; rank 0 writes what is not an expert's into it, which `source` holds."""
-        run, config = self.run, self.run.source.config
+    def reserve(self) -> None:
+        """Rank 0 starts to make the layer's file, which takes a moment: the layer before is still computing."""
+        run, source = self.run, self.run.source
+        if not self.quantizes:
+            return
         specs = {
             stored: spec
-            for name, shape in layout.layer_parameters(config, self.index)
+            for name, shape in layout.layer_parameters(source.config, self.index)
             for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
         }
         for name, spec in specs.items():  # an integer table keeps its source's width
@@ -144,12 +147,18 @@ class Layer:
                 specs[name] = source.spec(name)
         self.shard = SharedShard(layers.layer_file(run.work, self.index), specs, {"fingerprint": run.digest})
         if run.ranks.rank == 0:
-            self.shard.create()
-            for name, shape in layout.layer_parameters(config, self.index):
-                if not model.EXPERT.search(name):
-                    self._write(on_host(converted(source, name, shape)))
+            self.reserved.append(self.writer.submit(self.shard.create))
+
+    def open(self, source: Checkpoint) -> None:
+        """Opens the layer's file, and writes this rank's part of what is not an expert's, which `source` holds."""
+        run = self.run
+        assert self.shard is not None
+        done(self.reserved)
         run.ranks.barrier()
         self.shard.open()
+        rest = [each for each in layout.layer_parameters(source.config, self.index) if not model.EXPERT.search(each[0])]
+        for name, shape in rest[run.ranks.rank :: run.ranks.size]:
+            self._write(on_host(converted(source, name, shape)))
 
     def _write(self, ready: Callable[[], dict[str, Tensor]]) -> None:
         shard, watch, index = self.shard, self.run.watch, self.index

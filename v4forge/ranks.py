@@ -99,6 +99,7 @@ class Ranks:
         """The sum of every rank's terms, added one after the other in rank order, on every rank; formed like `like`."""
         total = torch.zeros_like(like)
         if self.rank > 0:
+            terms = list(terms)  # made while the ranks before add theirs
             dist.recv(total, self.rank - 1)
         for term in terms:
             total += term
