@@ -1,10 +1,14 @@
-"""Clients of an OpenAI-compatible endpoint, many at a time, that keep what became of each request."""
+"""Clients of an OpenAI-compatible endpoint, many at a time, that keep what became of each request; and the server's
+processes, to end them meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +82,24 @@ def ask_all(
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=LIMIT_S, limits=limits) as client:
-            beside = asyncio.to_thread(meanwhile) if meanwhile else asyncio.sleep(0)
-            *outcomes, _ = await asyncio.gather(*(ask(client, request) for request in requests), beside)
+            beside = asyncio.create_task(asyncio.to_thread(meanwhile or (lambda: None)))
+            outcomes = await asyncio.gather(*(ask(client, request) for request in requests))
+            await beside
             return outcomes
 
     return asyncio.run(run())
+
+
+def processes(port: int) -> dict[int, str]:
+    """The process of vllm that listens on `port`, and below it its engine's: id -> command line."""
+    listed = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    found = {int(pid): words for pid, _, words in rows if f"--port {port} " in words and "serve" in words}
+    while more := {int(pid): words for pid, parent, words in rows if int(parent) in found and int(pid) not in found}:
+        found |= more
+    return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)

@@ -3,14 +3,16 @@
     python -m benchmarks.flash_layers --out /scratch/flash-3 --layers 3
 
 Layer 0 has sliding attention and hash routing, then ratios 4 and 128 alternate; the MTP block comes last, as always.
-Weights are Gaussian, so that experts and their Hessians cost what the real ones cost; they predict nothing. The same
-seed gives the same bytes on the same kind of device.
+Weights are Gaussian, so that experts and their Hessians cost what the real ones cost; they predict nothing. With
+--predictable they do: behind a token comes `follower` of it, most likely, for the model and for its MTP block, while
+every layer adds its part to the logits. The same seed gives the same bytes on the same kind of device.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,6 +29,12 @@ from v4forge.layout import Config, Shape, stored_name
 from v4forge.recipe import rule_for
 
 FP4_BATCH = 16  # matrices encoded at a time: 7 GB of temporaries on the device at full size
+# Of a predictable model: what a layer adds to the streams, beside the embedding, and the logit of the token to come,
+# above 129,280 others of deviation 1.3.
+SMALL_PART = 1 / 8
+CLEAR_LOGIT = 12.0
+LOGNORMAL_MEAN = math.exp(0.125)  # of the norms' weights below
+OUTWARD = re.compile(r"(attn\.wo_b|ffn\..*w2|h_proj)\.weight$")  # what writes into the streams
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int": torch.int64}
 
 # What --small divides, for a CPU.
@@ -81,7 +89,24 @@ def random_tensor(name: str, shape: Shape, config: Config, generator: torch.Gene
     return noise / math.sqrt(shape[-1])
 
 
-def random_fp4(names: list[str], shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
+def follower(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The token behind each one in a predictable model: a permutation of the vocabulary."""
+    step = next(factor for factor in (5, 7, 11, 13) if vocab_size % factor)
+    return (tokens * step + 3) % vocab_size
+
+
+def predictable(name: str, value: Tensor, embed: Tensor | None) -> Tensor:
+    """A random tensor as a predictable model has it. embed: [vocab, hidden], of the same model, for its head."""
+    if name == "head.weight":
+        assert embed is not None
+        ids = follower(torch.arange(len(embed), device=embed.device), len(embed))
+        return value.index_add_(0, ids, embed, alpha=CLEAR_LOGIT / LOGNORMAL_MEAN / embed.shape[1])
+    if name.endswith("e_proj.weight"):
+        return torch.eye(len(value), device=value.device)
+    return value * SMALL_PART if OUTWARD.search(name) else value
+
+
+def random_fp4(names: list[str], shape: Shape, generator: torch.Generator, part: float = 1.0) -> dict[str, Tensor]:
     """The stored tensors of Gaussian FP4 matrices [out, in] of one shape, on the CPU, encoded on the device.
 
     Groups run along the inputs, so the rows of several matrices are encoded as one tall matrix.
@@ -91,32 +116,42 @@ def random_fp4(names: list[str], shape: Shape, generator: torch.Generator) -> di
     for start in range(0, len(names), FP4_BATCH):
         some = names[start : start + FP4_BATCH]
         tall = torch.randn(len(some) * rows, columns, generator=generator, device=generator.device)
-        for part, tensor in codec.encode_fp4(tall.div_(math.sqrt(columns)).bfloat16()).items():
-            stored |= {stored_name(n, part): t for n, t in zip(some, tensor.cpu().split(rows), strict=True)}
+        for kind, tensor in codec.encode_fp4(tall.mul_(part / math.sqrt(columns)).bfloat16()).items():
+            stored |= {stored_name(n, kind): t for n, t in zip(some, tensor.cpu().split(rows), strict=True)}
     return stored
 
 
 def random_tensors(
-    parameters: Iterable[tuple[str, Shape]], config: Config, generator: torch.Generator
+    parameters: Iterable[tuple[str, Shape]], config: Config, generator: torch.Generator, predicts: bool = False
 ) -> dict[str, Tensor]:
-    """The stored tensors of logical ones in their upstream formats, on the CPU."""
+    """The stored tensors of logical ones in their upstream formats, on the CPU; of a predictable model, or not."""
     stored: dict[str, Tensor] = {}
-    fp4: dict[Shape, list[str]] = {}
+    fp4: dict[tuple[Shape, float], list[str]] = {}
+    embed = None
     for name, shape in parameters:
         fmt = rule_for(name).source
         if fmt == "fp4":
-            fp4.setdefault(shape, []).append(name)
+            part = SMALL_PART if predicts and OUTWARD.search(name) else 1.0
+            fp4.setdefault((shape, part), []).append(name)
             continue
         value = random_tensor(name, shape, config, generator)
+        if predicts:
+            embed = value if name == "embed.weight" else embed
+            value = predictable(name, value, embed)
         parts = codec.encode_fp8(value.bfloat16()) if fmt == "fp8" else {"": value.to(DTYPES[fmt])}
         stored |= {stored_name(name, part): tensor.cpu() for part, tensor in parts.items()}
-    for shape, names in fp4.items():
-        stored |= random_fp4(names, shape, generator)
+    for (shape, part), names in fp4.items():
+        stored |= random_fp4(names, shape, generator, part)
     return stored
 
 
 def write_checkpoint(
-    out: Path, raw: dict[str, Any], seed: int, device: torch.device, say: Callable[[str], None] = lambda _line: None
+    out: Path,
+    raw: dict[str, Any],
+    seed: int,
+    device: torch.device,
+    say: Callable[[str], None] = lambda _line: None,
+    predicts: bool = False,
 ) -> Config:
     """Writes shards, index and config.json into `out`, one shard in host memory at a time; `raw` is the config.
 
@@ -133,7 +168,7 @@ def write_checkpoint(
     for number, (what, parameters) in enumerate(groups.items(), start=1):
         started = time.monotonic()
         shard = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        tensors = random_tensors(parameters, config, generator)
+        tensors = random_tensors(parameters, config, generator, predicts)
         made = time.monotonic()
         write_shard(out / shard, tensors)
         written = time.monotonic()
@@ -171,13 +206,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="small dimensions, in seconds on a CPU")
+    parser.add_argument("--predictable", action="store_true", help="a model whose next token can be told")
     args = parser.parse_args()
     if args.layers < 1:
         parser.error("--layers is at least 1")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: torch sees no GPU here", "pass --device cpu, with --small")
-    write_checkpoint(args.out, config_dict(args.layers, args.small), args.seed, device, lambda s: print(s, flush=True))
+    raw = config_dict(args.layers, args.small)
+    write_checkpoint(args.out, raw, args.seed, device, lambda s: print(s, flush=True), args.predictable)
 
 
 if __name__ == "__main__":

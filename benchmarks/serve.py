@@ -5,7 +5,8 @@
 Starts one `vllm serve` for each k, with the settings of docker/serve/settings.toml and --set on top. Each continues the
 same prompts greedily; this project's own forward then goes over what they wrote: is each token its most likely one, how
 far are the log-probabilities, were as many drafts accepted as it expects. The servers take turns in streaming, one
-request at a time on the machine: milliseconds per output token. --out gets a .json and, for `scripts.verify --tokens`,
+request at a time on the machine: milliseconds per output token; then, with --concurrency, in answering several random
+prompts at a time: tokens a second. --out gets a .json and, for `scripts.verify --tokens`,
 a .jsonl of each server's tokens. Exit code 1 when a server fails or is not within what serve_forward.py states.
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from benchmarks import serve_forward
 from benchmarks.machine import machine
 from benchmarks.serve_client import Server, gpu_memory, tpot
+from benchmarks.serve_load import random_prompts, tokens_a_second
 from scripts.cli import parser_for
 from v4forge import heldout
 from v4forge.checkpoint import Checkpoint
@@ -135,6 +137,25 @@ def measure(servers: Sequence[Server], prompts: Sequence[Sequence[int]], args: a
         for prompt in prompts[: args.streams]:
             for each in servers:
                 attempt(each, lambda s, p=prompt: stream(s, p, args.tokens))  # type: ignore[misc]
+    random = random_prompts(max(args.concurrency, default=0), args.load_tokens, args.vocabulary, 0)
+    for _ in range(args.load_rounds):
+        for concurrency in args.concurrency:
+            for each in servers:
+                attempt(each, lambda s, c=concurrency: load(s, c, random, args.load_tokens))  # type: ignore[misc]
+
+
+def load(server: Server, concurrency: int, prompts: list[list[int]], count: int) -> None:
+    """Adds a round of the server's tokens a second at so many requests at a time."""
+    row = tokens_a_second(server, concurrency, prompts, count)
+    server.found.setdefault("loads", []).append(row)
+    say("load", {"k": server.settings.drafts, **row})
+
+
+def throughput(server: Server) -> dict[int, float]:
+    """Median tokens a second by requests at a time."""
+    rows = server.found.get("loads", ())
+    counts = sorted({row["concurrency"] for row in rows})
+    return {n: median(row["output_tok_s"] for row in rows if row["concurrency"] == n) for n in counts}
 
 
 def medians(times: dict[str, list[float]], plain: dict[str, list[float]] | None) -> dict[str, Any]:
@@ -182,6 +203,10 @@ def compare(servers: Sequence[Server], like: Sequence[Sequence[int]]) -> None:
                 each.found["equal_to_like"] = equal_runs(shown, tokens[: len(shown)])
         if each.found.get("times", {}).get("token_ms"):
             each.found["medians"] = medians(each.found["times"], times)
+        each.found["output_tok_s"] = throughput(each)
+        if plain:
+            base = throughput(plain)
+            each.found["output_tok_s_ratio"] = {n: rate / base[n] for n, rate in throughput(each).items() if n in base}
 
 
 def within(server: Server) -> bool:
@@ -193,7 +218,17 @@ def within(server: Server) -> bool:
 def table(servers: Sequence[Server]) -> Table:
     """A row a server."""
     drawn = Table(box=box.SIMPLE_HEAD)
-    headings = ("k", "ready s", "GiB", "same token", "nats off", "drafts accepted: server, forward", "ms a token", "of")
+    headings = (
+        "k",
+        "ready s",
+        "GiB",
+        "same token",
+        "nats off",
+        "drafts accepted: server, forward",
+        "ms a token",
+        "of",
+        "tok/s",
+    )
     for heading in headings:
         drawn.add_column(heading, justify="right")
     for each in servers:
@@ -213,6 +248,7 @@ def table(servers: Sequence[Server]) -> Table:
             places,
             f"{times['token_ms']:.2f}",
             f"{times.get('token_ms_ratio', 1):.2f}",
+            ", ".join(f"{rate:.0f}" for rate in throughput(each).values()),
         )
     return drawn
 
@@ -248,6 +284,9 @@ def arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=256, help="tokens of an answer (default: %(default)s)")
     add("--streams", type=int, default=8, help="prompts that are streamed for times (default: %(default)s)")
     add("--rounds", type=int, default=3, help="times that each of them is (default: %(default)s)")
+    add("--concurrency", type=int, nargs="*", default=[], metavar="N", help="requests at a time, for tokens a second")
+    add("--load-rounds", type=int, default=3, help="turns of the servers in that (default: %(default)s)")
+    add("--load-tokens", type=int, default=256, help="of such a prompt, and of its answer (default: %(default)s)")
     add("--like", type=Path, metavar="FILE", help="a .jsonl of another run, with which the tokens are compared")
     add("--vllm", default="vllm", metavar="COMMAND", help="what starts vLLM (default: %(default)s)")
     add(
@@ -264,8 +303,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     args.artifact, args.cache = args.artifact.absolute(), args.cache.absolute()
-    vocabulary = Checkpoint(args.artifact, form="artifact").config.vocab_size
-    prompts = heldout.tokens(args.artifact, args.prompts, args.count, args.prompt_tokens, vocabulary)
+    args.vocabulary = Checkpoint(args.artifact, form="artifact").config.vocab_size
+    prompts = heldout.tokens(args.artifact, args.prompts, args.count, args.prompt_tokens, args.vocabulary)
     like = [line["token_ids"] for line in map(json.loads, args.like.read_text().splitlines())] if args.like else []
     servers = servers_of(args)
     step = args.together or len(servers)

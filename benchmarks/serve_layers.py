@@ -2,8 +2,8 @@
 
     python -m benchmarks.serve_layers --work /scratch/bench --layers 3
 
-A random source (benchmarks.flash_layers) through round-to-nearest and postprocess, with the embedded model's tokenizer:
-`upstream` and `artifact` in --work, 47 GB for 3 layers.
+A random source (benchmarks.flash_layers), predictable or not, through round-to-nearest and postprocess, with the
+embedded model's tokenizer: `upstream` and `artifact` in --work, 47 GB for 3 layers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ def widened(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**tokenizer, "model": {**model, "vocab": model["vocab"] | more}}
 
 
-def make(work: Path, layers: int, device: str, small: bool) -> Path:
+def make(work: Path, layers: int, device: str, small: bool, predictable: bool = False) -> Path:
     """The artifact, made unless it is there."""
     upstream, artifact = work / "upstream", work / "artifact"
     if (artifact / "SHA256SUMS").is_file():
         return artifact
     source = ("--out", upstream, "--layers", layers, "--device", device, *["--small"] * small)
+    source += ("--predictable",) * predictable
     program("benchmarks.flash_layers", *source)
     for name in ("tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(TINY / name, upstream / name)
@@ -57,9 +58,10 @@ def main() -> None:
     add("--layers", type=int, default=3, metavar="N", help="decoder layers (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--small", action="store_true", help="small dimensions, to try the program out")
+    add("--predictable", action="store_true", help="drafts are accepted, and most tokens are no near ties")
     args = parser.parse_args()
     begun = time.monotonic()
-    artifact = make(args.work, args.layers, args.device, args.small)
+    artifact = make(args.work, args.layers, args.device, args.small, args.predictable)
     print(f"{artifact}: {time.monotonic() - begun:.0f} s")
 
 

@@ -11,7 +11,7 @@ import torch
 from programs import contents
 
 from benchmarks import flash_layers
-from v4forge import layout, model, plan
+from v4forge import evaluation, layout, model, plan
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import run_main
 
@@ -44,6 +44,20 @@ def test_the_same_seed_gives_the_same_bytes(small: Checkpoint, tmp_path: Path) -
         flash_layers.write_checkpoint(tmp_path / str(seed), small.config.raw, seed, CPU)
     assert contents(tmp_path / "0") == contents(small.directory)
     assert contents(tmp_path / "1") != contents(small.directory)
+
+
+def test_a_predictable_model_and_its_drafts_write_what_follows(tmp_path: Path) -> None:
+    raw = flash_layers.config_dict(3, small=True)
+    flash_layers.write_checkpoint(tmp_path, raw, 0, CPU, predicts=True)
+    source = Checkpoint(tmp_path)
+    text = [torch.arange(4, 8).unsqueeze(1)]
+    for _ in range(23):
+        text.append(flash_layers.follower(text[-1], source.config.vocab_size))
+    (quality,) = evaluation.compare([source], torch.cat(text, 1), CPU)
+    assert bool((quality.nll < 1).all()) and bool((quality.nll > 1e-4).all())  # clear, and yet no certainty
+    assert bool((quality.accepted >= quality.judged - 1).all()) and int(quality.judged.sum()) > 200
+    followers = flash_layers.follower(torch.arange(129280), 129280)
+    assert len(followers.unique()) == 129280
 
 
 @pytest.mark.parametrize("name", ["layers.0.ffn.experts.7.w2", "layers.2.ffn.experts.0.w1", "mtp.0.ffn.experts.3.w3"])

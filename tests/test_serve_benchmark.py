@@ -139,7 +139,8 @@ def test_the_program_reports_each_server(
     artifact: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "serve"
-    code = program(*arguments(artifact.directory, out, "--drafts", 0, 2))
+    load = ("--concurrency", 1, 3, "--load-tokens", 6, "--load-rounds", 2)
+    code = program(*arguments(artifact.directory, out, "--drafts", 0, 2, *load))
     result = json.loads(out.with_name("serve.json").read_text())
     plain, drafting = result["servers"]
     assert plain["equal_to_plain"]["whole"] == drafting["equal_to_plain"]["whole"] == 2
@@ -149,6 +150,9 @@ def test_the_program_reports_each_server(
     assert [row["server"]["value"] for row in drafting["acceptance"]] == [1.0, 1.0]
     assert drafting["medians"]["step_ms"] == pytest.approx(drafting["medians"]["token_ms"] * 11 / 4, rel=0.3)
     assert math.isfinite(drafting["medians"]["token_ms_ratio"]) and "token_ms_ratio" in plain["medians"]
+    rows = [(row["concurrency"], row["requests"], row["drafts"], row["accepted"]) for row in drafting["loads"]]
+    assert rows == [(1, 8, 16, [16, 16]), (3, 24, 48, [48, 48])] * 2  # six tokens: one, then two steps
+    assert set(drafting["output_tok_s"]) == set(drafting["output_tok_s_ratio"]) == {"1", "3"}
     lines = [json.loads(line) for line in out.with_name("serve-1.jsonl").read_text().splitlines()]
     assert [len(line["prompt_token_ids"]) for line in lines] == [6, 6]
     assert [len(line["token_ids"]) for line in lines] == [12, 12]

@@ -53,7 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             "token_logprobs": [0.0 for _ in tokens],
             "top_logprobs": [{f"token_id:{token}": 0.0} for token in tokens],
         }
-        self.answer(json.dumps({"choices": [{"token_ids": tokens, "logprobs": logprobs}]}).encode())
+        usage = {"completion_tokens": len(tokens)}
+        self.answer(json.dumps({"choices": [{"token_ids": tokens, "logprobs": logprobs}], "usage": usage}).encode())
 
 
 def event(value: dict[str, Any]) -> bytes:

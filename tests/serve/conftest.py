@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import dense
 import pytest
-from client import Outcome, ask_all
 from dense import TINY
 from programs import run_module
 
+from benchmarks.clients import Outcome, ask_all
 from v4forge import replicas
 from v4forge.replicas import Plan
 
@@ -125,21 +124,6 @@ def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
 def pair(start: Callable[..., Served], dense_model: Path) -> Served:
     """Two replicas of the dense model, with an API key."""
     return start(dense_model, "--drain", "120", *dense_settings(), key="sesame")
-
-
-def processes(port: int) -> dict[int, str]:
-    """The process of vllm that listens on `port`, and below it its engine's: id -> command line."""
-    listed = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    found = {int(pid): words for pid, _, words in rows if f"--port {port} " in words and "serve" in words}
-    while more := {int(pid): words for pid, parent, words in rows if int(parent) in found and int(pid) not in found}:
-        found |= more
-    return found
-
-
-def kill(pids: Iterable[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float) -> None:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from client import message
 from conftest import Served
 from dashboard import CONFIG, DASHBOARD, QUERIES, Query, program
+
+from benchmarks.clients import message
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 

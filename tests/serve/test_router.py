@@ -10,8 +10,9 @@ import time
 
 import dense
 import pytest
-from client import message
-from conftest import Served, kill, processes, serve, wait_until
+from conftest import Served, serve, wait_until
+
+from benchmarks.clients import kill, message, processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

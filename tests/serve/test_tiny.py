@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from client import message
 from conftest import Served, free_ports, serve
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.clients import message
 from v4forge import endpoints, exposition
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
