@@ -47,6 +47,15 @@ ALLOW :=
 KEEP :=
 TIMEOUT :=
 NAMES :=
+# Benchmarks. URL: measure what is served there; LIMIT: a trial of so many; FRESH: start anew; DATASETS: a folder of local
+# copies; WITH: further options of the bench. A and B: two runs to compare, folders of reports or result files.
+URL :=
+LIMIT :=
+FRESH :=
+DATASETS :=
+WITH :=
+A :=
+B :=
 # What pytest runs besides its options in pyproject.toml.
 TESTS := -m "not images and not gpu and not serve"
 
@@ -70,8 +79,13 @@ serve_folder = --folder '$(SCRATCH)/$(PROFILE)/serve'
 serve_plan = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
 	--backend '$(BACKEND)' --serve-profile '$(SERVE_PROFILE)' --bind '$(BIND)' --port '$(PORT)' \
 	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(REPLICAS),--replicas '$(REPLICAS)') \
-	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts '$(DRAFTS)') $(if $(SET),--set $(SET)) \
+	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts $(DRAFTS)) $(if $(SET),--set $(SET)) \
 	$(if $(AFFINITY),--affinity) $(if $(DRAIN),--drain '$(DRAIN)') $(if $(METRICS),--metrics)
+serve_start = $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) $(if $(TIMEOUT),--timeout '$(TIMEOUT)') \
+	$(if $(API_KEY_FILE),--api-key-file '$(API_KEY_FILE)')
+bench = .venv/bin/python -m scripts.bench
+bench_plan = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_plan) $(serve_start) --seed '$(SEED)' \
+	$(if $(URL),--url '$(URL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \
@@ -145,8 +159,7 @@ shell: env ## A shell in IMAGE with what a stage sees
 
 .PHONY: serve
 serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT; returns when they are ready and probed
-	@$(serve) up $(serve_plan) $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) \
-		$(if $(TIMEOUT),--timeout '$(TIMEOUT)') $(if $(API_KEY_FILE),--api-key-file '$(API_KEY_FILE)')
+	@$(serve) up $(serve_plan) $(serve_start)
 
 .PHONY: serve-print
 serve-print: env ## The settings with their reasons, and the exact command of each replica
@@ -167,6 +180,38 @@ serve-stop: env ## Take nothing new, finish what runs, stop
 .PHONY: serve-pairs
 serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node
 	@$(serve) pairs
+
+.PHONY: bench
+bench: env ## Everything below about ARTIFACT, served by itself, then the report; resumable; LIMIT=2 tries it out
+	@failed=; try() { $(MAKE) "$$1" || failed="$$failed $$1"; }; \
+	try bench-speed; \
+	if $(if $(URL),true,$(MAKE) serve); then try bench-draft; try bench-quality; try bench-tools; \
+	else failed="$$failed serve"; fi; $(if $(URL),,$(serve) stop $(serve_folder);) try report; \
+	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }
+
+.PHONY: bench-speed
+bench-speed: env ## Time a token and tokens a second, with drafts and without, by requests at a time
+	@$(bench) speed $(bench_plan)
+
+.PHONY: bench-draft
+bench-draft: env ## How many drafts are accepted: random tokens, code, chat, prose
+	@$(bench) draft $(bench_plan)
+
+.PHONY: bench-quality
+bench-quality: env ## lm-eval's tasks of the published table; DATASETS=<folder> for local copies
+	@$(bench) quality $(bench_plan) $(if $(DATASETS),--datasets '$(DATASETS)')
+
+.PHONY: bench-tools
+bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outcomes
+	@$(bench) tools $(bench_plan)
+
+.PHONY: report
+report: env ## One page of what PROFILE's reports hold: index.html, and its tables as benchmarks.md
+	@.venv/bin/python -m scripts.report --work '$(SCRATCH)/$(PROFILE)'
+
+.PHONY: compare
+compare: env ## Two runs of the benches beside each other, A=<reports or result file> B=<the other>
+	@.venv/bin/python -m scripts.compare '$(A)' '$(B)'
 
 .PHONY: env-serve-cpu
 env-serve-cpu: env ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins

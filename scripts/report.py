@@ -1,51 +1,32 @@
-"""Prints the table of a finished run and writes it, with losses, checks and provenance, as one HTML page.
+"""Writes all that is known of a run as one HTML page, and the tables of its benches as Markdown.
 
-    python -m scripts.report --evaluation scratch/tiny/reports/evaluation.json --layers scratch/tiny/layers \\
-        --artifact scratch/tiny/artifact --run scratch/tiny/reports/run.json --out scratch/tiny/reports/index.html
+    python -m scripts.report --work scratch/tiny
 
-Ends with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
+Takes what is in the folder: reports/evaluation.json, reports/run.json, layers/, the artifact's certificate and
+manifest, and the newest result of each bench; says which command makes what is not there. Writes reports/index.html and
+reports/benchmarks.md. Ends with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
 from scripts.cli import parser_for
-from v4forge import report
+from v4forge import headline, report, results
+from v4forge.bench_rows import standing
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
 from v4forge.layer_rows import layer_rows
+from v4forge.report import Inputs
+from v4forge.results import Result, read, understood
 
-T = TypeVar("T")
-
-
-def read(path: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError when it is missing or something else."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", hint)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", hint) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object", hint)
-    return value
-
-
-def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
-    """What `rows` makes of the content of `path`; raises UserError when its form is another."""
-    try:
-        return rows()
-    except KeyError as error:
-        raise UserError(f"{path} has no {error.args[0]!r}", hint) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} has another form than expected: {error}", hint) from None
+PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
 
 
 def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
@@ -57,44 +38,78 @@ def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
         raise UserError(f"{artifact / 'certificate.json'} is about other files than {sums}", "make verify")
 
 
+def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
+    """What is in the folder, each file looked at once by itself, so that an error names it.
+
+    Raises UserError for a file of another form, and where there is none at all.
+    """
+    files = {
+        "evaluation": (work / "reports/evaluation.json", "make demo"),
+        "run": (work / "reports/run.json", "make demo"),
+        "certificate": (work / "artifact/certificate.json", "make verify"),
+        "manifest": (work / "artifact/manifest.json", "make postprocess"),
+    }
+    found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
+    layer_files = sorted((work / "layers").glob("layer-*.json"))
+    measured = results.newest(work / "reports")
+    inputs = Inputs(
+        evaluation=found.get("evaluation"),
+        certificate=found.get("certificate"),
+        layers=[read(path, "make calibrate") for path in layer_files],
+        run=found.get("run", {}),
+        manifest=found.get("manifest"),
+        results={bench: result.content for bench, result in measured.items()},
+    )
+    if not (found.keys() - {"run"} or inputs.layers or inputs.results):
+        raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
+
+    checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
+        "evaluation": (report.models_table,),
+        "run": (report.stage_rows, report.image_rows),
+        "certificate": (report.verdict, lambda each: check_certificate(work / "artifact", each)),
+        "manifest": (report.provenance, lambda each: headline.pipeline(inputs.run, each)),
+    }
+    for name, content in found.items():
+        for check in checks[name]:
+            understood(*files[name], partial(check, content))
+    for path, layer in zip(layer_files, inputs.layers, strict=True):
+        understood(path, "make calibrate", partial(layer_rows, [layer]))
+    for bench, each in measured.items():
+        understood(each.path, results.again(each.path, bench), partial(report.sections, {bench: each.content}))
+    return inputs, measured
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for("report", __doc__)
-    parser.add_argument("--evaluation", type=Path, required=True, metavar="FILE", help="evaluation.json, of evaluate")
-    parser.add_argument("--layers", type=Path, required=True, metavar="DIR", help="the layer reports, of calibrate")
-    parser.add_argument("--artifact", type=Path, required=True, metavar="DIR", help="holds certificate and manifest")
-    parser.add_argument("--run", type=Path, metavar="FILE", help="run.json: seconds per stage (default: left out)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, index.html")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
     args = parser.parse_args(argv)
 
-    evaluation = read(args.evaluation, "make demo")
-    certificate_file, manifest_file = args.artifact / "certificate.json", args.artifact / "manifest.json"
-    certificate = read(certificate_file, "make verify")
-    manifest = read(manifest_file, "make postprocess")
-    layer_files = sorted(args.layers.glob("layer-*.json"))
-    if not layer_files:
-        raise UserError(f"{args.layers} holds no layer report, layer-000.json and so on", "make calibrate")
-    layers = [read(path, "make calibrate") for path in layer_files]
-    run = read(args.run, "make demo, or leave --run out") if args.run else {}
+    inputs, measured = gathered(args.work)
+    write_text(args.work / MARKDOWN, f"# Benchmarks\n\n{report.markdown(inputs)}")
+    write_text(args.work / PAGE, report.page(inputs))
+    show(inputs, measured, args.work / PAGE)
+    return 0 if inputs.certificate is None or report.verdict(inputs.certificate).ok else 1
 
-    # Each file once by itself, so that an error names the file.
-    table = understood(args.evaluation, "make demo", lambda: report.models_table(evaluation))
-    verdict = understood(certificate_file, "make verify", lambda: report.verdict(certificate))
-    understood(certificate_file, "make verify", lambda: check_certificate(args.artifact, certificate))
-    stages = understood(args.run, "make demo, or leave --run out", lambda: report.stage_rows(run))
-    for path, layer in zip(layer_files, layers, strict=True):
-        understood(path, "make calibrate", lambda layer=layer: layer_rows([layer]))  # type: ignore[misc]
 
-    write_text(args.out, report.page(evaluation, certificate, layers, run, manifest))
+def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
+    """What there is, in a terminal."""
     console = Console(highlight=False)
-    console.print(table)
-    for check in verdict.checks:
+    verdict = report.verdict(inputs.certificate) if inputs.certificate is not None else None
+    if inputs.evaluation:
+        console.print(report.models_table(inputs.evaluation))
+    for check in verdict.checks if verdict else ():
         if not check.ok:
             console.print(f"failed: {check.name}: {check.detail}", markup=False, style="red")
-    if stages:
+    if stages := report.stage_rows(inputs.run):
         console.print(report.stages_line(stages), markup=False)
-    console.print(f"report: {args.out}", markup=False, soft_wrap=True)
-    console.print(verdict.line, markup=False, style="bold green" if verdict.ok else "bold red")
-    return 0 if verdict.ok else 1
+    for bench, result in measured.items():
+        said = "; ".join([result.path.name, *standing(result.content).marks])
+        console.print(f"{bench}: {said}", markup=False, soft_wrap=True)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    if verdict:
+        console.print(verdict.line, markup=False, style="bold green" if verdict.ok else "bold red")
+    else:
+        console.print(f"{report.NO_CERTIFICATE} (make verify)", markup=False, style="bold")
 
 
 if __name__ == "__main__":

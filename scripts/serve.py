@@ -35,6 +35,7 @@ from v4forge.replicas import Plan, Runtime
 from v4forge.supervised import Supervised
 
 ROOT = Path(__file__).resolve().parents[1]
+ARTIFACT = "scratch/tiny/artifact"
 CPU_REPLICAS = 2
 # Where vllm is without docker.
 PROGRAMS = {"cuda": ROOT / ".venv-serve/bin", "cpu": ROOT / ".venv-serve-cpu/bin"}
@@ -310,7 +311,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name in ("print", "up"):
             add_plan(command)
 
-    add = commands.choices["up"].add_argument
+    add_start(commands.choices["up"])
+    commands.choices["status"].add_argument("--json", action="store_true", help="for programs")
+    commands.choices["logs"].add_argument("names", nargs="*", metavar="replica0|router", help="default: all")
+    commands.choices["logs"].add_argument(
+        "--lines", type=int, default=100, metavar="N", help="of the past; default: 100"
+    )
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(["print" if word == "--print" else word for word in words])
+
+
+def add_start(command: argparse._ActionsContainer) -> None:
+    """The options that say how it is started."""
+    add = command.add_argument
     add("--api-key-file", default="", metavar="FILE", help="clients must send the key in it; or the variable API_KEY")
     add("--timeout", type=float, default=2700, metavar="S", help="until every replica is ready; default: %(default)s")
     add(
@@ -322,19 +335,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--allow", nargs="+", default=[], metavar="GUARD", help="guards and probe checks that may fail")
     add("--keep", action="store_true", help="leave what was started when the probe fails")
-    commands.choices["status"].add_argument("--json", action="store_true", help="for programs")
-    commands.choices["logs"].add_argument("names", nargs="*", metavar="replica0|router", help="default: all")
-    commands.choices["logs"].add_argument(
-        "--lines", type=int, default=100, metavar="N", help="of the past; default: 100"
-    )
-    words = sys.argv[1:] if argv is None else argv
-    return parser.parse_args(["print" if word == "--print" else word for word in words])
 
 
-def add_plan(command: argparse.ArgumentParser) -> None:
+def add_plan(command: argparse._ActionsContainer) -> None:
     """The options that say what is started."""
     add = command.add_argument
-    add("--artifact", default="scratch/tiny/artifact", metavar="DIR", help="default: %(default)s")
+    add("--artifact", default=ARTIFACT, metavar="DIR", help="default: %(default)s")
     add("--serve-profile", default="published", metavar="NAME", help=f"one of: {', '.join(serving.profiles())}")
     add("--runtime", choices=("", "docker", "host"), default="", help="default: docker; host for BACKEND=cpu")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu is for tests")

@@ -147,6 +147,7 @@ class Runner:
             environment={
                 "XDG_CACHE_HOME": str(cache),
                 "TRITON_CACHE_DIR": str(cache / "triton"),
+                "MPLCONFIGDIR": str(cache / "matplotlib"),
                 # Imports take twice as long without bytecode, which an image has none of. By image, since Python knows
                 # it by the sources' times, and those are the same in all of them.
                 "PYTHONPYCACHEPREFIX": str(cache / "bytecode" / self.image.id.removeprefix("sha256:")[:12]),

@@ -69,7 +69,10 @@ def main() -> int:
     chosen = deep.add_mutually_exclusive_group()
     chosen.add_argument("--deep", type=int, metavar="N", help="over about N tokens of --heldout; needs --source")
     chosen.add_argument(
-        "--tokens", type=Path, metavar="FILE", help=f"over given sequences, a server's own output, say: {FORMS}"
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help=f"over given sequences, a server's own output, say, of which drafts behind the prompt count: {FORMS}",
     )
     deep.add_argument(
         "--heldout",
@@ -100,7 +103,11 @@ def main() -> int:
             count = evaluation.step_count([source, artifact])
             device = torch.device(arguments.device)
             return evaluation.compare(
-                [source, artifact], tokens, device, lambda n, what: advance(size + size * n // count, what)
+                [source, artifact],
+                tokens,
+                device,
+                lambda n, what: advance(size + size * n // count, what),
+                given=heldout.prompt_lengths(arguments.tokens) if arguments.tokens else (),
             )
 
         checks, not_run, qualities = verification.verify(

@@ -87,19 +87,23 @@ def test_drafts_depend_on_no_later_token(case: Case) -> None:
     assert torch.equal(found[:, :, :14], shorter)
 
 
-@given(seed=SEEDS, count=st.integers(1, 4), seq=st.integers(5, 9), greedy=st.booleans())
-def test_a_draft_counts_when_the_text_followed_those_before_it(seed: int, count: int, seq: int, greedy: bool) -> None:
+@given(seed=SEEDS, count=st.integers(1, 4), seq=st.integers(5, 9), greedy=st.booleans(), prompted=st.booleans())
+def test_a_draft_counts_when_the_text_followed_those_before_it(
+    seed: int, count: int, seq: int, greedy: bool, prompted: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     drafted, tokens, choices = (
         torch.randint(2, shape, generator=generator) for shape in ((count, 3, seq - 1), (3, seq), (3, seq))
     )
     if greedy:
         choices[:, :-1] = tokens[:, 1:]
-    found = drafts.judge(drafted, choices, tokens)
+    prompts = torch.randint(4, (3,), generator=generator) if prompted else None
+    found = drafts.judge(drafted, choices, tokens, prompts)
     for row in range(3):
         text, chosen = tokens[row].tolist(), [None, *choices[row].tolist()]  # chosen[p]: for position p
         judged, accepted, lost = [0] * count, [0] * count, 0
-        for t in range(seq - 1):
+        first = int(prompts[row]) - 1 if prompts is not None else 0  # a server's first draft follows its first token
+        for t in range(max(first, 0), seq - 1):
             for i in range(count):
                 position = t + 2 + i
                 if position > seq:  # the text ends before

@@ -103,7 +103,7 @@ def test_one_pass_gives_what_each_model_gives_alone(case: Case) -> None:
         assert float(quality.kl.mean()) == pytest.approx(float(kl.mean()), rel=0.02, abs=1e-12)
         agrees = logits.argmax(-1) == reference.argmax(-1)
         assert float((quality.agrees != agrees[:, :-1]).double().mean()) < 0.02
-        drafts_made, choices, texts = zip(*case.judged[3 * number : 3 * number + 3], strict=True)
+        drafts_made, choices, texts, _ = zip(*case.judged[3 * number : 3 * number + 3], strict=True)
         assert torch.equal(torch.cat(texts), case.tokens)
         assert float((torch.cat(choices) != logits.argmax(-1)).double().mean()) < 0.02
         assert float((torch.cat(drafts_made, 1)[0] != drafted).double().mean()) < 0.02

@@ -32,6 +32,7 @@ def test_every_form_gives_back_its_tokens(
     found = heldout.read_tokens(path, VOCABULARY)
     assert [each.tolist() for each in found] == [ids for ids, _ in sequences]
     assert all(each.dtype == torch.int64 for each in found)
+    assert heldout.prompt_lengths(path) == [3 if form == "vLLM" else 0 for _, form in sequences]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,15 @@ def test_an_answer_that_does_not_come_or_end_is_waited_for_so_long(
     assert time.monotonic() - started_s < 2
 
 
+def test_an_answer_without_end_is_not_read_to_its_end(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "MOST_BYTES", 1 << 20)
+    fault(server, 0, "/metrics", lambda body: (200, "x" * (2 << 20)))
+    with pytest.raises(UserError, match="answered more than 1 MiB"):
+        endpoints.metrics(Endpoint(0, f"http://127.0.0.1:{server.server_port}"))
+
+
 @pytest.mark.parametrize("text", ["", "<html>502</html>", "{", "NaNN", "[" * 100_000])
 def test_what_is_not_json_is_told(server: ThreadingHTTPServer, text: str) -> None:
     fault(server, 0, "/v1/models", lambda body: (200, text))

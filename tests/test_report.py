@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import bench_results as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,15 +117,8 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def call(folder: Path, *options: str) -> int:
-    paths = {
-        "--evaluation": "reports/evaluation.json",
-        "--layers": "layers",
-        "--artifact": "artifact",
-        "--run": "reports/run.json",
-        "--out": "reports/index.html",
-    }
-    return program.main([*(part for name, path in paths.items() for part in (name, str(folder / path))), *options])
+def call(folder: Path) -> int:
+    return program.main(["--work", str(folder)])
 
 
 def test_a_good_run_ends_with_certificate_ok(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,41 +182,68 @@ def test_the_page_shows_the_layers_of_the_images_that_stages_ran_in() -> None:
     image = {"id": "sha256:abc", "lane": "cpu", "layers": [{"bytes": 3 << 20, "step": "imported"}]}
     image["layers"].append({"bytes": 1 << 19, "step": "RUN <it>"})
     run = {name: {**entry, "image": image} for name, entry in RUN.items()}
-    text = report.page(EVALUATION, {"ok": True, "checks": CHECKS}, [layer(0)], run, MANIFEST)
+    text = report.page(report.Inputs(run=run))
     assert "sha256:abc</code>, lane cpu, ran calibrate, verify." in text
     assert re.findall(r'<t[dh] class="n">(\d+\.\d)</t[dh]><t[dh]>(.+)</t[dh]>', text) == [
         *(("3.0", "imported"), ("0.5", "RUN &lt;it&gt;"), ("3.5", "together")),
     ]
-    assert "lane" not in report.page(EVALUATION, {"ok": True, "checks": CHECKS}, [layer(0)], RUN, MANIFEST)
+    assert "lane" not in report.page(report.Inputs(run=RUN))
 
 
 def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("evaluation", "layers", "artifact", "out")
-    paths = ("reports/evaluation.json", "layers", "artifact", "reports/index.html")
-    argv = [part for name, path in zip(names, paths, strict=True) for part in (f"--{name}", str(run_folder / path))]
-    assert program.main(argv) == 0
+    (run_folder / "reports/run.json").unlink()
+    assert call(run_folder) == 0
     assert "seconds" not in capsys.readouterr().out
     assert "Seconds" not in (run_folder / "reports/index.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("missing", "hint"),
+    ("missing", "what", "command"),
     [
-        ("reports/evaluation.json", "make demo"),
-        ("reports/run.json", "make demo, or leave --run out"),
-        ("artifact/certificate.json", "make verify"),
-        ("artifact/manifest.json", "make postprocess"),
-        ("artifact/SHA256SUMS", "make postprocess"),
-        ("layers", "make calibrate"),
+        ("reports/evaluation.json", "Perplexity of source, round-to-nearest and GPTQ", "make demo"),
+        ("artifact/certificate.json", "Certificate", "make verify"),
+        ("artifact/manifest.json", "Provenance of the artifact", "make postprocess"),
+        ("layers", "Losses by layer", "make calibrate"),
+        ("reports/speed.json", "Speed by concurrency", "make bench-speed"),
+        ("reports/draft.json", "Drafts accepted by workload", "make bench-draft"),
+        ("reports/quality.json", "Quality", "make bench-quality"),
+        ("reports/tools.json", "Tool calls and conversations", "make bench-tools"),
     ],
 )
-def test_a_missing_input_is_named_with_the_command_that_makes_it(run_folder: Path, missing: str, hint: str) -> None:
+def test_what_is_not_there_is_said_with_the_command_that_makes_it(
+    run_folder: Path, missing: str, what: str, command: str
+) -> None:
     path = run_folder / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(UserError, match=re.escape(str(path))) as raised:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    assert call(run_folder) == 0
+    assert f"<dt>{what}</dt><dd><code>{command}</code></dd>" in (run_folder / "reports/index.html").read_text()
+
+
+def test_a_run_without_a_certificate_says_so_in_its_last_line(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "artifact/certificate.json").unlink()
+    assert call(run_folder) == 0
+    assert capsys.readouterr().out.endswith("\ncertificate: not there (make verify)\n")
+    assert "certificate: ok" not in (run_folder / "reports/index.html").read_text()
+
+
+@pytest.mark.parametrize("folders", [(), ("reports", "layers", "artifact")])
+def test_a_folder_in_which_there_is_nothing_is_an_error(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="holds nothing to report on"):
+        call(tmp_path)
+    assert not (tmp_path / "reports/index.html").exists()
+
+
+def test_a_certificate_without_the_sums_it_is_about_is_refused(run_folder: Path) -> None:
+    (run_folder / "artifact/SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="SHA256SUMS does not exist") as raised:
         call(run_folder)
-    assert raised.value.hint == hint
-    assert not (run_folder / "reports/index.html").exists()
+    assert raised.value.hint == "make postprocess"
 
 
 @pytest.mark.parametrize("name", ["reports/evaluation.json", "layers/layer-001.json", "artifact/certificate.json"])
@@ -247,7 +268,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.note(attrs)
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
@@ -257,17 +278,22 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.note(attrs)
         self.tags.append(tag)
+
+    def note(self, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
     def handle_data(self, data: str) -> None:
         self.text += f"{data} "
 
 
 def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
+    made.write(run_folder / "reports", *made.full())
     call(run_folder)
     for text in ((run_folder / "reports/index.html").read_text(), report.calibration_page([layer(0), layer(1, True)])):
         page = Page(text)
-        assert page.loads == ["data:,"]
+        assert [load for load in page.loads if not load.startswith("#")] == ["data:,"]
         assert not {"script", "iframe", "img", "object"} & set(page.tags)
         assert "url(" not in text and "@import" not in text
         assert page.open == []

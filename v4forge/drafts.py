@@ -81,9 +81,10 @@ class Counts:
     accepted: Tensor
 
 
-def judge(drafts: Tensor, choices: Tensor, tokens: Tensor) -> Counts:
+def judge(drafts: Tensor, choices: Tensor, tokens: Tensor, given: Tensor | None = None) -> Counts:
     """Compares drafts [count, batch, seq - 1] of the text `tokens` [batch, seq] with the main model's greedy `choices`
-    [batch, seq], of which row j is for position j + 1.
+    [batch, seq], of which row j is for position j + 1. given: [batch], how many tokens of each text were a prompt: a
+    server drafts first behind its own first token, so only what is drafted from there on is judged.
 
     Draft i is accepted when it is the choice for its position and the drafts before it were accepted. The choices were
     made after the text, so draft i > 1 can be judged only where the text went on with the accepted drafts before it.
@@ -92,6 +93,8 @@ def judge(drafts: Tensor, choices: Tensor, tokens: Tensor) -> Counts:
     """
     judged, accepted = [], []
     alive = torch.ones_like(tokens[:, 1:], dtype=torch.bool)  # row t: the text follows the drafts from there so far
+    if given is not None:
+        alive &= torch.arange(alive.shape[1], device=tokens.device) >= given.to(tokens.device)[:, None] - 1
     for ahead, draft in enumerate(drafts, start=1):
         rows = tokens.shape[1] - ahead  # from which position t + 1 + ahead has a choice
         right = alive[:, :rows] & (draft[:, :rows] == choices[:, ahead:])

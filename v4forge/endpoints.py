@@ -23,6 +23,8 @@ PIN = "X-V4Forge-Replica"
 GET_LIMIT_S = 15.0
 # The first requests of a shape may compile kernels.
 ANSWER_LIMIT_S = 180.0
+# Of an answer: more than any model writes, and no more than a program can hold.
+MOST_BYTES = 64 << 20
 LOGS = "make serve-logs"
 
 STATUS_HINTS = {
@@ -83,10 +85,13 @@ def fetch(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_
             with session.request(
                 method, at.url + path, json=body, headers=headers, timeout=limit_s, allow_redirects=False, stream=True
             ) as answer:
-                parts = []
+                parts, size = [], 0
                 # What has come; iter_content would wait for a whole piece, however slowly it comes.
                 while part := answer.raw.read1(1 << 16):
                     parts.append(part)
+                    size += len(part)
+                    if size > MOST_BYTES:
+                        raise UserError(f"{where} answered more than {MOST_BYTES >> 20} MiB", LOGS)
                     if time.monotonic() > ends_s:
                         raise requests.ReadTimeout
     except (requests.Timeout, ReadTimeoutError):

@@ -105,9 +105,11 @@ def compare(
     progress: Progress = _noop,
     watch: Watch | None = None,
     count: int = DRAFTS,
+    given: Sequence[int] = (),
 ) -> list[Quality]:
     """The models, sources or artifacts, beside the first. tokens: [sequences, seq_len] int64, or sequences of any
-    lengths above count + 1; `count` drafts a position. Spans of `watch` have layer numbers, the head and the MTP block
+    lengths above count + 1; `count` drafts a position; given: how many tokens of each were a server's prompt, behind
+    which its drafts are judged (drafts.judge). Spans of `watch` have layer numbers, the head and the MTP block
     that of the layer behind the last.
 
     Raises UserError for a broken checkpoint, models that do not belong together, and numbers that are not finite.
@@ -139,7 +141,8 @@ def compare(
                 for text, rows, streams, chosen in zip(texts, batches, each.streams, choices, strict=True):
                     drafted, last = drafts.propose(mtp, each.root, each.rotary, streams, text, count)
                     each.refuse_nan([last], "the MTP block")
-                    counts = drafts.judge(drafted, chosen[number], text)
+                    prompts = torch.tensor([given[row] for row in rows]) if given else None
+                    counts = drafts.judge(drafted, chosen[number], text, prompts)
                     quality.judged[:, rows], quality.accepted[:, rows] = counts.judged.cpu(), counts.accepted.cpu()
             del mtp
     return found

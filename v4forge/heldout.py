@@ -55,6 +55,14 @@ def read_tokens(path: Path, vocab_size: int) -> list[Tensor]:
     return [torch.tensor(_sequence(f"{path}:{number}", line, vocab_size)) for number, line in numbered]
 
 
+def prompt_lengths(path: Path) -> list[int]:
+    """How many tokens of each sequence that read_tokens finds in the file were a prompt, by its prompt_token_ids; 0
+    where a line does not tell."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = [json.loads(line) for line in lines if line.strip()]
+    return [len(each.get("prompt_token_ids", ())) if isinstance(each, dict) else 0 for each in found]
+
+
 def _sequence(where: str, line: str, vocab_size: int) -> list[int]:
     try:
         found = _ids(json.loads(line))

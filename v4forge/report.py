@@ -1,4 +1,4 @@
-"""What a finished run says: rows made from the JSON files of its stages, as a terminal table and as one HTML page.
+"""What a run says: rows made from the JSON files of its stages and benches, as a terminal table, a page, Markdown.
 
 Everything here is a pure function of those files' contents. A key that they lack is a KeyError; the caller knows the
 file that it belongs to. Perplexities are per token; shares are kept as percent where they are shown.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from v4forge import charts
+from v4forge import charts, figures, headline, shown
+from v4forge.bench_tables import TITLES, section
+from v4forge.headline import COMMANDS
 from v4forge.layer_rows import KINDS, Json, cost_rows, layer_rows
+from v4forge.shown import Section
 
 TEMPLATES = Path(__file__).parent / "templates"
 MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
@@ -121,25 +124,25 @@ def verdict(certificate: Json) -> Verdict:
     return Verdict(ok, line, sorted(checks, key=lambda check: check.ok))
 
 
-Section = tuple[str, list[tuple[str, str]]]
+Group = tuple[str, list[tuple[str, str]]]
 
 
-def provenance(manifest: Json) -> list[Section]:
+def provenance(manifest: Json) -> list[Group]:
     """The manifest for people: (title, rows), what has one value first. The losses by layer have a place of their own.
 
     A listing of files becomes its count, size and one digest; what is too long to read is left to the manifest.
     """
     plain: list[tuple[str, str]] = []
-    sections: list[Section] = []
+    groups: list[Group] = []
     for key, value in manifest.items():
         rows = [] if key == "layers" else list(_leaves(value, key))
         if len(rows) > LEAVES_LISTED:
             plain.append((key, f"{len(rows):,} values, in manifest.json"))
         elif len(rows) > 1:
-            sections.append((key, [(path.removeprefix(f"{key}."), shown) for path, shown in rows]))
+            groups.append((key, [(path.removeprefix(f"{key}."), shown) for path, shown in rows]))
         else:
             plain += rows
-    return [("", plain), *sections]
+    return [("", plain), *groups]
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -204,19 +207,75 @@ def heldout_line(evaluation: Json) -> str:
     )
 
 
-def page(evaluation: Json, certificate: Json, layers: Sequence[Json], run: Json, manifest: Json) -> str:
+@dataclass(frozen=True)
+class Inputs:
+    """What there is to report on; what was not made yet is None or empty."""
+
+    evaluation: Json | None = None
+    certificate: Json | None = None
+    layers: Sequence[Json] = ()
+    run: Json = field(default_factory=dict)
+    manifest: Json | None = None
+    results: Mapping[str, Json] = field(default_factory=dict)  # of the benches
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """(what, the command that makes it), in the order of the page."""
+        there = {
+            **{bench: bench in self.results for bench in TITLES},
+            "evaluation": self.evaluation,
+            "layers": self.layers,
+            "certificate": self.certificate,
+            "manifest": self.manifest,
+        }
+        return [(MISSING[name][0], MISSING[name][1]) for name in there if not there[name]]
+
+
+MISSING = {
+    **{bench: (title, COMMANDS[bench]) for bench, title in TITLES.items()},
+    "evaluation": ("Perplexity of source, round-to-nearest and GPTQ", "make demo"),
+    "layers": ("Losses by layer", "make calibrate"),
+    "certificate": ("Certificate", "make verify"),
+    "manifest": ("Provenance of the artifact", "make postprocess"),
+}
+NO_CERTIFICATE = "certificate: not there"
+
+
+def sections(results: Mapping[str, Json]) -> list[Section]:
+    """What each bench says that was run, with its figures."""
+    measured = [(bench, results[bench]) for bench in TITLES if bench in results]
+    return [replace(section(bench, result), drawings=figures.of(bench, result)) for bench, result in measured]
+
+
+def page(inputs: Inputs) -> str:
     """The report as one HTML document that needs no other file."""
+    made = headline.pipeline(inputs.run, inputs.manifest)
+    judged = verdict(inputs.certificate) if inputs.certificate is not None else None
     return _rendered(
         "report.html.j2",
-        **_layers(layers),
-        models=model_rows(evaluation),
-        heldout=heldout_line(evaluation),
-        heldout_sha256=evaluation["heldout"]["sha256"],
-        stages=stage_rows(run),
-        images=image_rows(run),
-        verdict=verdict(certificate),
-        provenance=provenance(manifest),
+        **_layers(inputs.layers),
+        headline=headline.table(inputs.results, made),
+        compared=headline.measures_published(inputs.results, made),
+        sections=sections(inputs.results),
+        missing=inputs.missing,
+        models=model_rows(inputs.evaluation) if inputs.evaluation else [],
+        heldout=heldout_line(inputs.evaluation) if inputs.evaluation else "",
+        heldout_sha256=inputs.evaluation["heldout"]["sha256"] if inputs.evaluation else "",
+        stages=stage_rows(inputs.run),
+        images=image_rows(inputs.run),
+        verdict=judged,
+        line=judged.line if judged else NO_CERTIFICATE,
+        provenance=provenance(inputs.manifest) if inputs.manifest is not None else [],
     )
+
+
+def markdown(inputs: Inputs, level: int = 2) -> str:
+    """The tables of the benches as Markdown, under headings of this level, for a model card."""
+    made = headline.pipeline(inputs.run, inputs.manifest)
+    first = headline.table(inputs.results, made)
+    parts = [f"{'#' * level} {first.title}\n", shown.markdown_table(first), f"{first.note}\n"]
+    parts += [shown.markdown_section(section(bench, inputs.results.get(bench)), level) for bench in TITLES]
+    return "\n".join(parts)
 
 
 def calibration_page(layers: Sequence[Json]) -> str:
@@ -227,6 +286,8 @@ def calibration_page(layers: Sequence[Json]) -> str:
 def _layers(layers: Sequence[Json]) -> dict[str, Any]:
     """What layers.html.j2 shows."""
     rows = layer_rows(layers)
+    if not rows:
+        return {"layers": []}
     losses = [loss for row in rows for loss in row.losses.values()]
     return {
         "layers": rows,

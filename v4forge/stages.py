@@ -61,7 +61,11 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "card template": ("v4forge/templates/model_card.md.j2", ()),
     "page template": ("v4forge/templates", ("model_card.md.j2", "calibration.html.j2")),
     "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
+    # What was measured, each as it was when the report was made.
+    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "run.json")),
     "reports/index.html": ("{work}/reports/index.html", ()),
+    "reports/benchmarks.md": ("{work}/reports/benchmarks.md", ()),
+    "published figures": ("v4forge/data/published.toml", ()),
 }
 
 NUMERICS = ("TORCH_VERSION", "TRITON_VERSION", "TRANSFORMERS_VERSION", "COMPRESSED_TENSORS_VERSION")
@@ -159,19 +163,18 @@ STAGES: dict[str, Stage] = {
     "report": Stage(
         program="scripts.report",
         does="writing the report",
-        arguments=(
-            *("--evaluation", "{work}/reports/evaluation.json", "--layers", "{work}/layers"),
-            *("--artifact", "{work}/artifact", "--run", "{work}/reports/run.json"),
-            *("--out", "{work}/reports/index.html"),
+        arguments=("--work", "{work}"),
+        inputs=(
+            *("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "reports"),
+            *("published figures", "page template"),
         ),
-        inputs=("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "page template"),
-        outputs=("reports/index.html",),
-        pins=("JINJA2_VERSION", "RICH_VERSION"),
+        outputs=("reports/index.html", "reports/benchmarks.md"),
+        pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
         after=("evaluate", "verify"),
         concludes=True,
     ),
 }
 
 
-# The stages that are Make targets of their own; the others run as parts of `make demo`.
+# The stages that are Make targets as stages; the others run as parts of `make demo`.
 TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import Faults, SupervisorTransport
 
 from v4forge.errors import UserError
 from v4forge.files import write_text
@@ -140,12 +140,15 @@ class Supervised:
             return
         say("serve: no request is left, stopping the replicas")
         self._server().shutdown()
-        while self._answers():
+        while self._answers(Faults.SHUTDOWN_STATE):  # what it says while it ends its processes
             time.sleep(0.2)
 
-    def _answers(self) -> bool:
+    def _answers(self, *faults: int) -> bool:
+        """Whether supervisord answers; with one of these faults, too."""
         try:
             return bool(self._server().getPID())
+        except xmlrpc.client.Fault as fault:
+            return fault.faultCode in faults
         except (OSError, xmlrpc.client.Error):
             return False
 

@@ -1,0 +1,146 @@
+"""What the benches share: options, the server that they measure, the result file that they add to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts import serve
+from v4forge import measurement, replicas, target
+from v4forge.errors import UserError
+from v4forge.measurement import Measurement
+from v4forge.target import Target
+
+REQUEST_LIMIT_S = 600.0
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of every bench: where results go, what is measured, how it is served."""
+    add = command.add_argument
+    add("--reports", type=Path, default=Path("scratch/tiny/reports"), metavar="DIR", help="default: %(default)s")
+    add("--limit", type=int, metavar="N", help="a trial of N requests, questions or scenarios, marked as such")
+    add("--fresh", action="store_true", help="do not continue an interrupted run")
+    add("--dry-run", action="store_true", help="say what would be measured and stop")
+    add("--seed", type=int, default=42, help="default: %(default)s")
+    add(
+        "--request-timeout",
+        type=float,
+        default=REQUEST_LIMIT_S,
+        metavar="S",
+        help="for one answer; default: %(default)s",
+    )
+    add("--url", default="", metavar="URL", help="measure what is served here, http://127.0.0.1:8000 say")
+    add(
+        "--folder",
+        type=Path,
+        default=Path("scratch/tiny/serve"),
+        metavar="DIR",
+        help="of a deployment, measured if it runs; default: %(default)s",
+    )
+    serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
+    serve.add_plan(serving)
+    serve.add_start(serving)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The options of scripts.serve for a server of a bench's own, kept in `folder`."""
+
+    arguments: argparse.Namespace
+    folder: Path
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for numbers that cannot be."""
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit {arguments.limit} leaves nothing to measure", "--limit 2, or leave it out")
+
+
+@contextmanager
+def served(arguments: argparse.Namespace, **more: Any) -> Iterator[Target]:
+    """What is measured: what --url names, or else the deployment that runs in --folder, or else a deployment of the
+    artifact, which lives as long as the block.
+
+    more: options of scripts.serve that this bench decides, drafts=0 say. With any of them the bench always starts its
+    own servers, and an address or a running deployment is an error. Raises UserError where nothing can be measured.
+    """
+    key = serve.read_key(arguments.api_key_file)
+    running = replicas.load(arguments.folder)
+    if more and (arguments.url or running):
+        where = arguments.url or arguments.folder
+        raise UserError(f"this bench starts its own servers, and was given {where}", "make serve-stop, then again")
+    if arguments.url:
+        yield target.look(arguments.url, key, arguments.folder, _given_artifact(arguments))
+        return
+    if running:
+        yield target.look(running.url, key or running.key, arguments.folder)
+        return
+    options = argparse.Namespace(**{**vars(arguments), **more})
+    options.folder = arguments.folder.with_name(f"{arguments.folder.name}-bench")
+    if replicas.load(options.folder):  # of a bench that was killed
+        serve.stop(options)
+    if key:
+        os.environ["API_KEY"] = key  # serve.up takes it away again
+    options.api_key_file = ""
+    serve.up(options)
+    try:
+        plan = replicas.load(options.folder)
+        assert plan
+        yield target.look(plan.url, key, options.folder)
+    finally:
+        serve.stop(options)
+
+
+def _given_artifact(arguments: argparse.Namespace) -> Path | None:
+    """--artifact where the user named one that is here: a server elsewhere may serve the same."""
+    folder = Path(arguments.artifact)
+    return folder if arguments.artifact != serve.ARTIFACT and (folder / "config.json").is_file() else None
+
+
+def begin(
+    arguments: argparse.Namespace,
+    at: Target | Mapping[str, Any],
+    settings: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    versions: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """The result file to add to. at: the target, or its facts; versions: of further programs that measure."""
+    about = at.facts if isinstance(at, Target) else dict(at)
+    facts = {
+        "target": about,
+        "machine": target.machine(),
+        "versions": {**target.versions(about), **(versions or {})},
+        "settings": dict(settings),
+        "sampling": dict(sampling),
+        "seed": arguments.seed,
+        "hashes": dict(hashes),
+    }
+    opened = measurement.begin(
+        arguments.reports, arguments.bench, facts, arguments.limit, arguments.fresh, arguments.command
+    )
+    if done := len(opened.content["parts"]):
+        serve.say(f"{arguments.bench}: continuing {opened.path}, {done} parts are there")
+    return opened
+
+
+def conclude(opened: Measurement) -> int:
+    """Ends a bench: the file, what failed; the exit code."""
+    complete = opened.finish()
+    for key, failure in opened.content["failures"].items():
+        serve.say(f"not measured: {key}: {failure['fact']}\n  hint: {failure['hint']}")
+    trial = opened.content["trial"]
+    note = f", a trial of {trial}: no result" if trial is not None else ""
+    serve.say(f"{opened.content['bench']}: {opened.path}{note}")
+    return 0 if complete else 1
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command that measured, for people to repeat."""
+    return shlex.join(["python", "-m", "scripts.bench", *words])

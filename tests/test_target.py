@@ -1,0 +1,125 @@
+"""target: what answers at an address, and which artifact, machine and versions a measurement is of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from v4forge import target
+from v4forge.errors import UserError
+
+MODELS = {"data": [{"id": "m", "root": "/nowhere", "max_model_len": 4096}]}
+
+
+@pytest.fixture
+def pages() -> dict[str, Any]:
+    return {"/v1/models": MODELS, "/version": {"version": "9.9"}, "/metrics": ""}
+
+
+@pytest.fixture
+def url(pages: dict[str, Any]) -> Iterator[str]:
+    """A server of these pages: JSON, or text as it is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = pages.get(self.path)
+            body = (page if isinstance(page, str) else json.dumps(page)).encode()
+            self.send_response(404 if page is None else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def artifact(folder: Path, **certificate: Any) -> Path:
+    (folder / "config.json").write_text('{"num_hidden_layers": 43, "hidden_size": 4096, "n_routed_experts": 256}')
+    (folder / "SHA256SUMS").write_text("0  a\n")
+    if certificate:
+        (folder / "certificate.json").write_text(json.dumps(certificate))
+    return folder
+
+
+def test_a_server_is_asked_what_it_serves(url: str) -> None:
+    found = target.look(f"{url}/v1/")
+    assert (found.url, found.model) == (url, "m")
+    assert {name: found.facts[name] for name in ("max_model_len", "vllm", "replicas", "artifact", "image")} == {
+        "max_model_len": 4096,
+        "vllm": "9.9",
+        "replicas": None,
+        "artifact": None,
+        "image": None,
+    }
+
+
+def test_a_server_without_version_is_measured_all_the_same(url: str, pages: dict[str, Any]) -> None:
+    del pages["/version"]
+    assert target.look(url).facts["vllm"] is None
+
+
+def test_what_is_no_model_server_is_told(url: str, pages: dict[str, Any]) -> None:
+    pages["/v1/models"] = {"data": []}
+    with pytest.raises(UserError, match="/v1/models answered in another form"):
+        target.look(url)
+    with pytest.raises(UserError, match="refused"):
+        target.look("http://127.0.0.1:9")
+
+
+def test_the_key_is_in_no_text_of_a_target(url: str) -> None:
+    assert "sesame" not in repr(target.look(url, "sesame"))
+
+
+def test_a_server_is_idle_when_no_replica_runs_or_waits(url: str, pages: dict[str, Any]) -> None:
+    assert target.look(url).idle()
+    pages["/metrics"] = 'vllm:num_requests_waiting{engine="0"} 1.0\n'
+    assert not target.look(url).idle()
+
+
+@pytest.mark.parametrize(
+    ("certificate", "verdict"),
+    [
+        ({}, "missing"),
+        ({"ok": True, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "ok"),
+        ({"ok": False, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "failed"),
+        ({"ok": True, "sums_sha256": "of another one"}, "stale"),
+    ],
+)
+def test_the_artifact_is_told_by_its_sums_and_what_verify_said(
+    tmp_path: Path, certificate: dict[str, Any], verdict: str
+) -> None:
+    found = target.artifact_facts(artifact(tmp_path, **certificate))
+    assert found and found["certificate"] == verdict and found["num_hidden_layers"] == 43
+    assert found["sums_sha256"] == hashlib.sha256(b"0  a\n").hexdigest()
+    assert target.artifact_facts(tmp_path / "none") is None
+
+
+def test_the_served_folder_is_the_artifact_where_it_is_here(tmp_path: Path, url: str, pages: dict[str, Any]) -> None:
+    pages["/v1/models"] = {"data": [{"id": "m", "root": str(artifact(tmp_path)), "max_model_len": 8}]}
+    assert target.look(url).facts["artifact"]["folder"] == str(tmp_path)
+
+
+def test_the_machine_and_the_commit_are_told() -> None:
+    machine = target.machine()
+    assert machine["cpus"] >= 1 and machine["memory_gib"] > 1 and machine["cpu"]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=target.ROOT).stdout.strip()
+    assert (target.revision() or "").removesuffix("-dirty") == head
+
+
+def test_files_and_values_have_digests(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert target.sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    assert target.sha256_of({"b": 1, "a": 2}) == target.sha256_of({"a": 2, "b": 1})

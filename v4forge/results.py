@@ -1,0 +1,104 @@
+"""JSON files that earlier programs left, read for people: what is not as expected is named with what to do about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from v4forge import measurement
+from v4forge.errors import UserError
+
+BENCHES = ("speed", "draft", "quality", "tools")
+# What every result file has, and of which kind.
+HEAD: dict[str, type | tuple[type, ...]] = {
+    "complete": bool,
+    "target": Mapping,
+    "machine": Mapping,
+    "versions": Mapping,
+    "settings": Mapping,
+    "sampling": Mapping,
+    "hashes": Mapping,
+    "parts": Mapping,
+    "failures": Mapping,
+    "commands": list,
+    "started": str,
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def bench(self) -> str:
+        return str(self.content["bench"])
+
+
+def read(path: Path, hint: str) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError when it is missing or something else."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}", hint) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", hint)
+    return value
+
+
+def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
+    """What `rows` makes of the content of `path`; raises UserError when its form is another."""
+    try:
+        return rows()
+    except KeyError as error:
+        raise UserError(f"{path} has no {error.args[0]!r}", hint) from None
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path} has another form than expected: {error}", hint) from None
+
+
+def again(path: Path, bench: str) -> str:
+    """What to do about a result file that cannot be used."""
+    return f"move {path.name} out of the folder, then measure again: make bench-{bench}"
+
+
+def load(path: Path) -> Result:
+    """A bench's result file. Raises UserError when it is not one, or of another form."""
+    content = read(path, "pass a result file of make bench, <bench>-<time>.json")
+    bench = content.get("bench")
+    if bench not in BENCHES:
+        raise UserError(f"{path} is not the result of a bench", "pass a result file of make bench, <bench>-<time>.json")
+    if content.get("form") != measurement.FORM:
+        fact = f"{path} has form {content.get('form')!r}, and this version reads {measurement.FORM}"
+        raise UserError(fact, again(path, bench))
+    for key, kind in HEAD.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path} has no {key!r}, or of another form", again(path, bench))
+    for kind_of in ("parts", "failures"):
+        if not all(isinstance(each, Mapping) for each in content[kind_of].values()):
+            raise UserError(f"{path} has {kind_of} of another form", again(path, bench))
+    return Result(path, content)
+
+
+def newest(folder: Path) -> dict[str, Result]:
+    """bench -> its result that counts (measurement.newest), of the benches that have one in `folder`.
+
+    Raises UserError for a file that has such a name and cannot be read, rather than pass over what was measured.
+    """
+    found = {}
+    for bench in BENCHES:
+        there = [load(path) for path in measurement.files(folder, bench)]
+        content = measurement.newest(folder, bench)
+        chosen = next((each for each in there if each.content == content), None)
+        if chosen:
+            found[bench] = chosen
+    return found

@@ -1,0 +1,139 @@
+"""Tables and sections of figures for people, the same ones for a page and for Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from v4forge.intervals import Estimate
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure as it is shown; `note` below it says of what or how sure, `mark` is good, bad or dim."""
+
+    text: str
+    note: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """`name` is the table's place on the page; `note` is said below it. A row of one cell heads those after it."""
+
+    name: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page, as inline SVG."""
+
+    name: str
+    title: str
+    svg: str
+    note: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one bench says. `marks` say what its figures are worth, `command` measures what is missing, or again."""
+
+    name: str
+    title: str
+    command: str
+    marks: Sequence[str] = ()
+    said: Sequence[str] = ()
+    said_title: str = ""
+    tables: Sequence[Table] = ()
+    drawings: Sequence[Drawing] = ()
+    failures: Sequence[tuple[str, str, str]] = ()  # part, fact, hint
+    provenance: Sequence[tuple[str, str]] = field(default=())
+    measured: bool = True
+
+
+def columns(*titles: str) -> list[Column]:
+    """Columns of figures; one whose title begins with < holds text."""
+    return [Column(title.removeprefix("<"), not title.startswith("<")) for title in titles]
+
+
+def percent(value: Estimate, digits: int = 1) -> Cell:
+    """A share with its interval below it."""
+    if math.isnan(value.value):
+        return Cell("–", mark="dim")
+    ends = "" if math.isnan(value.low) else f"{100 * value.low:.{digits}f} to {100 * value.high:.{digits}f}"
+    return Cell(f"{100 * value.value:.{digits}f}%", ends)
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> Cell:
+    """A figure; a dash where there is none."""
+    return Cell("–", mark="dim") if value is None or math.isnan(value) else Cell(f"{value:,.{digits}f}{unit}")
+
+
+def p_value(p: float) -> str:
+    """A p-value as people write it."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def _plain(text: str) -> str:
+    """Text that stays text, and one line, in a Markdown table."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return _plain(cell.text) + (f" ({_plain(cell.note)})" if cell.note else "")
+
+
+def _markdown_row(row: Sequence[Cell], width: int) -> list[str]:
+    if len(row) < width:
+        return [
+            f"**{_plain(row[0].text)}**" + (f" ({_plain(row[0].note)})" if row[0].note else ""),
+            *[" "] * (width - 1),
+        ]
+    return [_markdown_cell(cell) or " " for cell in row]
+
+
+def markdown_table(table: Table) -> str:
+    """A table of GitHub's Markdown; the notes of cells follow them in parentheses."""
+    lines = [
+        "| " + " | ".join(_plain(column.title) or " " for column in table.columns) + " |",
+        "|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|",
+        *("| " + " | ".join(_markdown_row(row, len(table.columns))) + " |" for row in table.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_section(section: Section, level: int = 2) -> str:
+    """A section without its drawings: marks, sentences, tables, what failed, where the figures come from."""
+    heading = "#" * level
+    lines = [f"{heading} {_plain(section.title)}", ""]
+    if not section.measured:
+        return "\n".join([*lines, f"Not measured: `{section.command}`.", ""])
+    lines += [f"**{_plain(mark)}.**\n" for mark in section.marks]
+    for table in section.tables:
+        lines += [f"{heading}# {_plain(table.title)}", "", markdown_table(table)]
+        lines += [f"{_plain(table.note)}\n"] if table.note else []
+    if section.said:
+        lines += [f"{_plain(section.said_title)}:\n"] if section.said_title else []
+        lines += [*(f"- {_plain(sentence)}" for sentence in section.said), ""]
+    for part, fact, hint in section.failures:
+        lines += [f"Not measured: {_plain(part)}: {_plain(fact)} ({_plain(hint)}).\n"]
+    if section.provenance:
+        lines += ["<details><summary>Measured how</summary>\n"]
+        lines += [f"- {_plain(key)}: {_plain(value)}" for key, value in section.provenance]
+        lines += ["\n</details>\n"]
+    return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""What is measured: which model answers at an address, on which machine, from which artifact and image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from v4forge import containers, endpoints, exposition, gpus, replicas
+from v4forge.endpoints import Endpoint, ask
+from v4forge.errors import UserError
+from v4forge.exposition import Counts
+from v4forge.files import read_json
+from v4forge.replicas import Plan
+from v4forge.starting import CERTIFICATE, SUMS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Target:
+    """An endpoint that is measured. `endpoints` are its replicas, each by itself, or the address where those are not
+    known; `facts` is what the result file says of it."""
+
+    url: str
+    model: str
+    endpoints: list[Endpoint]
+    facts: dict[str, Any]
+    key: str = field(default="", repr=False)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where requests are sent: the address itself."""
+        return Endpoint(0, self.url, self.key, pinned=False)
+
+    def counts(self) -> Counts:
+        """The counters of all replicas, added up. Raises UserError when one does not answer."""
+        return exposition.total(endpoints.metrics(each).counts for each in self.endpoints)
+
+    def idle(self) -> bool:
+        """Whether no request runs or waits, as far as the replicas tell."""
+        readings = [endpoints.metrics(each) for each in self.endpoints]
+        return not any((each.running or 0) + (each.waiting or 0) for each in readings)
+
+
+def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | None = None) -> Target:
+    """The model served at `url`, http://host:port.
+
+    folder: where its deployment is kept, if it is one of `make serve` on this machine; artifact: what it serves, where
+    the server does not tell or this machine has it elsewhere. Raises UserError when nothing OpenAI-like answers.
+    """
+    url = url.rstrip("/").removesuffix("/v1")
+    at = Endpoint(0, url, key, pinned=False)
+    with endpoints.form_of(f"{url}/v1/models"):
+        served = ask(at, "/v1/models")["data"][0]
+        model, root, length = str(served["id"]), str(served.get("root") or ""), served.get("max_model_len")
+    plan = replicas.load(folder) if folder else None
+    if plan and plan.url != url:
+        plan = None
+    place = artifact or (Path(plan.artifact) if plan else Path(root) if root else None)
+    facts: dict[str, Any] = {
+        "url": url,
+        "model": model,
+        "max_model_len": length,
+        "vllm": _version(plan.endpoints[0] if plan else at),
+        "replicas": plan.replicas if plan else None,
+        "tensor_parallel": plan.serving.tensor_parallel if plan else None,
+        "drafts": plan.serving.drafts if plan else None,
+        "profile": plan.profile if plan else None,
+        "backend": plan.backend if plan else None,
+        "options": plan.overrides if plan else None,
+        "artifact": artifact_facts(place) if place else None,
+        "image": image(plan),
+    }
+    return Target(url, model, plan.endpoints if plan else [at], facts, key)
+
+
+def artifact_facts(folder: Path) -> dict[str, Any] | None:
+    """Which artifact is in a folder, and what verify said of it; None where the folder cannot be read here.
+
+    `certificate` is ok, failed, stale (of other files) or missing; `deep` what `verify --deep` measured.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    sums = folder / SUMS
+    digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
+    certificate = read_json(folder / CERTIFICATE)
+    if not certificate:
+        verdict = "missing"
+    elif certificate.get("sums_sha256") != digest:
+        verdict = "stale"
+    else:
+        verdict = "ok" if certificate.get("ok") is True else "failed"
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    shape = read_json(folder / "config.json")
+    size = {name: shape.get(name) for name in ("num_hidden_layers", "hidden_size", "n_routed_experts")}
+    return {
+        "folder": str(folder),
+        "sums_sha256": digest,
+        "config_sha256": config,
+        "certificate": verdict,
+        **size,
+    }
+
+
+def _version(at: Endpoint) -> str | None:
+    """What the server calls itself at /version, which the router shows to this machine only."""
+    try:
+        return str(ask(at, "/version")["version"])
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def image(plan: Plan | None) -> dict[str, Any] | None:
+    """The image that a deployment runs in."""
+    if not plan or plan.runtime != "docker":
+        return None
+    found = containers.connect().client.images.get(plan.image)
+    digests: Iterable[str] = found.attrs.get("RepoDigests") or ()
+    return {"reference": plan.image, "id": found.id, "digests": sorted(digests)}
+
+
+def machine() -> dict[str, Any]:
+    """This machine: GPUs and driver, processor, memory. Without nvidia-smi there are no GPUs."""
+    try:
+        found = gpus.gpus()
+    except UserError:
+        found = []
+    return {
+        "gpus": [gpu.name for gpu in found],
+        "driver": found[0].driver if found else None,
+        "cpu": _cpu(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def versions(target: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """What measured: this checkout, Python; and the server's vLLM, as `target` tells."""
+    return {
+        "v4forge": revision(),
+        "python": platform.python_version(),
+        "vllm": (target or {}).get("vllm"),
+        **{package: _installed(package) for package in PACKAGES},
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def revision() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ from it; None where git does not tell."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None
+
+
+def sha256_of(value: Any) -> str:
+    """The sha256 of a file's bytes, or of a value as JSON with sorted keys; in hex."""
+    data = value.read_bytes() if isinstance(value, Path) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()
