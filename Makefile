@@ -183,10 +183,15 @@ serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node
 
 .PHONY: bench
 bench: env ## Everything below about ARTIFACT, served by itself, then the report; resumable; LIMIT=2 tries it out
-	@failed=; try() { $(MAKE) "$$1" || failed="$$failed $$1"; }; \
+	@if [ -z '$(URL)' ] && [ -e '$(SCRATCH)/$(PROFILE)/serve/serving.json' ]; then \
+	echo 'error: replicas of $(PROFILE) are served already, where bench starts its own' >&2; \
+	echo 'hint: make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)' >&2; exit 1; fi
+	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
+	trap 'exit 130' INT TERM; $(if $(URL),,trap '$(MAKE) serve-stop' EXIT;) \
 	try bench-speed; \
-	if $(if $(URL),true,$(MAKE) serve); then try bench-draft; try bench-quality; try bench-tools; \
-	else failed="$$failed serve"; fi; $(if $(URL),,$(serve) stop $(serve_folder);) try report; \
+	if $(if $(URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))'); \
+	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
+	try report; \
 	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }
 
 .PHONY: bench-speed
@@ -257,9 +262,9 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 	@$(PYTHON) -m scripts.lock $(SET)
 
 .PHONY: clean
-clean: ## Remove what stages wrote for PROFILE; keeps the download and .venv
+clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
 	@folder='$(or $(SCRATCH),$(error SCRATCH is empty))/$(or $(PROFILE),$(error PROFILE is empty))'; \
-	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,reports,logs} "$$folder"/layers*.old-* \
-		"$$folder"/.cache/bytecode; \
+	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* \
+		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json -delete; fi

@@ -5,8 +5,9 @@ python -m scripts.bench draft   --artifact DIR     how many drafts are accepted,
 python -m scripts.bench quality --artifact DIR     lm-eval's tasks, against the published figures
 python -m scripts.bench tools   --artifact DIR     tool calls and short conversations with known outcomes
 
-Each serves the artifact by itself and stops it in the end; --url measures what is served already (speed then compares
-nothing). A run that was interrupted goes on where it stopped: the same command again. --limit N is a short trial.
+Each serves the artifact by itself and stops it in the end. What is served already is measured as it is: what --url
+names, with speed comparing nothing then, or else, but not by speed, the deployment in --folder. A run that was
+interrupted goes on where it stopped: the same command again. --limit N is a short trial, --dry-run says what it takes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help=about,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            conflict_handler="resolve",  # speed means several numbers of drafts
+            conflict_handler="resolve",  # a bench may mean something else by a shared option
         )
         benching.add_arguments(command)
         module.add_arguments(command)

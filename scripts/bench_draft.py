@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +22,27 @@ from scripts.cli import steps
 from scripts.serve import say
 from v4forge import acceptance, measurement, published, workloads
 from v4forge.acceptance import Kept, Sampling
+from v4forge.bench_rows import Standing, standing
 from v4forge.errors import UserError
 from v4forge.measurement import Measurement
 from v4forge.target import Target, sha256_of
-from v4forge.workloads import RANDOM, WORKLOADS, WRITTEN, Prompt
+from v4forge.workloads import RANDOM, WORKLOADS, Prompt
 
-# For the dry run's guess: the published original at one request.
-TOKENS_PER_S = 88.0
-FLASH = {"num_hidden_layers": 43, "hidden_size": 4096}
-NOT_FLASH = "not DeepSeek-V4-Flash on a GPU, a test of the bench"
+FEWEST_TOKENS = 8  # of an answer: fewer leave no room for drafts
+ROUGH_TOK_S = 88  # of the published original for one reader: only for how long it may take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("drafts")
-    add = group.add_argument
-    add(
-        "--workloads",
-        nargs="+",
-        choices=WORKLOADS,
-        default=list(WORKLOADS),
-        metavar="NAME",
-        help="default: %(default)s",
-    )
-    add("--tokens", type=int, default=workloads.ANSWER_TOKENS, help="of an answer, at most; default: %(default)s")
-    add("--random-prompts", type=int, default=workloads.RANDOM_PROMPTS, metavar="N", help="default: %(default)s")
-    add("--random-tokens", type=int, default=workloads.PROMPT_TOKENS, metavar="N", help="of each; default: %(default)s")
-    add("--temperature", type=float, default=0.0, help="default: %(default)s, greedy")
-    add("--thinking", action="store_true", help="chats think first")
-    add(
-        "--offline",
-        type=Path,
-        metavar="FILE",
-        help="a certificate.json with figures of verify --deep (default: that of the artifact which is served)",
-    )
+    """The options of this bench."""
+    add = parser.add_argument_group("drafts").add_argument
+    add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
+        help=f"some of: {' '.join(WORKLOADS)}; default: all")  # fmt: skip
+    add("--tokens", type=int, default=workloads.ANSWER_TOKENS, metavar="N",
+        help="of an answer, at most; default: %(default)s")  # fmt: skip
+    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling; default: 0, greedy")
+    add("--thinking", action="store_true", help="let the model think before it answers a chat")
+    add("--offline", type=Path, metavar="FILE",
+        help="a certificate with figures of verify --deep; default: that of what is served")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,70 +55,66 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that cannot be, and prompts that cannot be read."""
+    """Raises UserError for numbers that cannot be."""
     benching.check(args)
-    for name, least in (("tokens", 8), ("random_prompts", 1), ("random_tokens", 1), ("temperature", 0)):
+    for name, least in (("tokens", FEWEST_TOKENS), ("temperature", 0)):
         if getattr(args, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {getattr(args, name)} is too small", f"{option} {least} or more")
-    for workload in WRITTEN:
-        workloads.written(workload)
+            raise UserError(f"--{name} {getattr(args, name)} is too small", f"--{name} {least} or more")
 
 
 def counts(args: argparse.Namespace) -> dict[str, int]:
     """workload -> how many prompts."""
-    whole = {name: len(workloads.written(name)) if name in WRITTEN else args.random_prompts for name in args.workloads}
+    whole = {
+        name: workloads.RANDOM_PROMPTS if name == RANDOM else len(workloads.written(name)) for name in args.workloads
+    }
     return {name: min(count, args.limit or count) for name, count in whole.items()}
 
 
 def dry_run(args: argparse.Namespace) -> None:
+    """Says what would be asked, and how long that would take at the published speed."""
     requests = counts(args)
-    listed = ", ".join(f"{count} {name}" for name, count in requests.items())
     total = sum(requests.values())
     tokens = total * args.tokens
-    say(f"draft: {total} requests, one at a time: {listed}")
-    say(f"draft: at most {tokens:,} tokens written, {tokens / TOKENS_PER_S / 60:.0f} min at {TOKENS_PER_S:.0f} tok/s")
+    minutes = tokens / ROUGH_TOK_S / 60
+    say(f"{total} requests, one at a time: {', '.join(f'{count} {name}' for name, count in requests.items())}")
+    say(f"{tokens:,} tokens of answers at most, about {minutes:.0f} minutes at the published {ROUGH_TOK_S} tok/s")
 
 
 def measure(args: argparse.Namespace, target: Target) -> int:
+    """Counts the drafts of every workload that is missing, says what they come to; the exit code."""
     k = acceptance.depth(target)
-    acceptance.wait_until_idle(target)
+    target.wait_until_idle()
     given = acceptance.offline(target.facts["artifact"], k, args.offline)
     prompts = {name: prompts_of(name, args, target)[:count] for name, count in counts(args).items()}
     sampling = Sampling(args.tokens, args.temperature, args.seed, args.thinking)
     opened = benching.begin(args, target, settings(args, k), vars(sampling), hashes(prompts))
-    total = sum(map(len, prompts.values()))
-    with steps("draft", total) as progress:
-        done = 0
+    before = dict(zip(prompts, accumulate(map(len, prompts.values()), initial=0), strict=False))
+    with steps("draft", sum(map(len, prompts.values()))) as progress:
 
         def one(workload: str) -> Mapping[str, Any]:
-            def step(finished: int) -> None:
-                progress(done + finished, f"{workload} {finished}/{len(prompts[workload])}")
+            def step(number: int) -> None:
+                progress(before[workload] + number, workload)
 
             part = answered(opened, target, workload, prompts[workload], sampling, args.request_timeout, step)
             return part | {"offline": acceptance.beside(part, given) if given else None}
 
-        def finished(number: int, _doing: str) -> None:
-            nonlocal done
-            done = sum(map(len, list(prompts.values())[:number]))
-            progress(done, "")
-
-        measurement.measured(opened, list(prompts), one, finished)
-    show(opened, k, given is not None)
+        measurement.measured(opened, list(prompts), one)
+    show(opened, k)
     return benching.conclude(opened)
 
 
 def prompts_of(workload: str, args: argparse.Namespace, target: Target) -> list[Prompt]:
+    """A workload's prompts. Raises UserError where the tokenizer, of which random ones are drawn, is not here."""
     if workload != RANDOM:
         return workloads.written(workload)
     artifact = target.facts["artifact"]
     folder = Path(artifact["folder"] if artifact else args.artifact)
-    return workloads.drawn(args.random_prompts, args.random_tokens, workloads.vocabulary(folder), args.seed)
+    return workloads.drawn(workloads.vocabulary(folder).drawable, args.seed)
 
 
 def settings(args: argparse.Namespace, k: int) -> dict[str, Any]:
     """What decides the figures, besides prompts and sampling."""
-    shape = {"prompts": args.random_prompts, "tokens": args.random_tokens, "ignore_eos": True}
+    shape = {"prompts": workloads.RANDOM_PROMPTS, "tokens": workloads.PROMPT_TOKENS, "ignore_eos": True}
     return {
         "workloads": list(args.workloads),
         "drafts": k,
@@ -161,7 +146,7 @@ def answered(
     kept = Kept(opened.path.with_name(f"{opened.path.stem}-{workload}.jsonl"))
     if [each.id for each in kept.answers] != [each.id for each in prompts[: len(kept.answers)]]:
         raise UserError(f"{kept.path} holds answers to other prompts", f"rm {kept.path}, or run with --fresh")
-    acceptance.wait_until_idle(target)
+    target.wait_until_idle()
     for number in range(len(kept.answers), len(prompts)):
         step(number)
         try:
@@ -173,37 +158,32 @@ def answered(
     return part | {"answers": kept.path.name, "answers_sha256": sha256_of(kept.path)}
 
 
-def show(opened: Measurement, k: int, offline: bool) -> None:
-    """The table, what the offline figures are, and how the same tokens are judged by our forward."""
-    parts = {name: opened.part(name) for name in WORKLOADS}
-    there = {name: part for name, part in parts.items() if part is not None}
-    if not there:
+def show(opened: Measurement, k: int) -> None:
+    """The table; what the offline figures are, or how they are made; how our own forward judges the same tokens."""
+    parts = {name: part for name in WORKLOADS if (part := opened.part(name)) is not None}
+    if not parts:
         return
-    console = Console(highlight=False)
-    console.print(table(there, k, comparable(opened.content)))
-    target = opened.content["target"]
-    folder = (target["artifact"] or {}).get("folder") or "DIR"
+    Console(highlight=False).print(table(parts, k, standing(opened.content)))
+    folder = (opened.content["target"]["artifact"] or {}).get("folder") or "DIR"
     verify = f"python -m scripts.verify --artifact {shlex.quote(folder)} --source DIR"
-    if offline:
-        first = next(iter(there.values()))["offline"]
-        say(f"offline: verify --deep, {first['tokens']:,} tokens, {first['source']}")
-        say(f"they may differ: {acceptance.WHY}")
+    if offline := offline_of(parts):
+        say(f"offline: verify --deep, {offline['tokens']:,} tokens, {offline['source']}")
+        say(f"they may differ: {offline['why']}")
     else:
         say(f"no offline figures of this artifact for k={k}: {verify} --deep 8192")
-    name = next(iter(there.values()))["answers"]
-    say(f"the same tokens, judged place by place: {verify} --tokens {shlex.quote(str(opened.path.with_name(name)))}")
+    answers = opened.path.with_name(next(iter(parts.values()))["answers"])
+    say(f"the same tokens, judged place by place: {verify} --tokens {shlex.quote(str(answers))}")
 
 
-def comparable(content: Mapping[str, Any]) -> bool:
-    """Whether the published figures are of the same model, on hardware of the same kind."""
-    artifact = content["target"]["artifact"] or {}
-    return bool(content["machine"]["gpus"]) and all(artifact.get(name) == size for name, size in FLASH.items())
+def offline_of(parts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The offline figures, which are the same beside every workload."""
+    return next((part["offline"] for part in parts.values() if part["offline"]), None)
 
 
-def table(parts: Mapping[str, Mapping[str, Any]], k: int, beside_published: bool) -> Table:
+def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Standing) -> Table:
     """A column a workload, and one for the offline figures: shares in percent, below each its 95% interval."""
-    offline = next((part["offline"] for part in parts.values() if part["offline"]), None)
-    caption = "95% intervals over prompts" if beside_published else f"95% intervals over prompts; {NOT_FLASH}"
+    offline = offline_of(parts)
+    caption = "\n".join(("95% intervals over prompts", *worth.marks))
     drawn = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
     drawn.add_column("", no_wrap=True)
     for name in (*parts, "offline") if offline else parts:
@@ -217,8 +197,8 @@ def table(parts: Mapping[str, Mapping[str, Any]], k: int, beside_published: bool
     row("drafts", lambda part: f"{part['drafts']:,}")
     row("accepted", lambda part: percent(part["acceptance"]), percent(offline["acceptance"]) if offline else "")
     if offline:
-        row("against offline", lambda part: points(part["offline"]["difference"]["acceptance"]))
-    if beside_published:
+        row("against offline", lambda part: points(part["offline"] and part["offline"]["difference"]["acceptance"]))
+    if worth.published_model:
         originals = {name: published.by_key()[f"draft/{name}"].original for name in parts}
         shown = [f"{each.value:.1f}%" if each else "-" for each in originals.values()]
         drawn.add_row("published, k=1", *shown, *([""] if offline else []))
@@ -240,9 +220,9 @@ def percent(told: Mapping[str, float | None]) -> str:
     return f"{value:.1%}" if low is None or high is None else f"{value:.1%}\n[dim]{100 * low:.1f}..{100 * high:.1f}[/]"
 
 
-def points(told: Mapping[str, float | None]) -> str:
-    """A difference of shares in percentage points, and below it the ends of its interval."""
-    if (value := told["value"]) is None:
+def points(told: Mapping[str, float | None] | None) -> str:
+    """A difference of shares in percentage points, and below it the ends of its interval; - where there is none."""
+    if not told or (value := told["value"]) is None:
         return "-"
     low, high = told["low"], told["high"]
     ends = "" if low is None or high is None else f"\n[dim]{100 * low:+.0f}..{100 * high:+.0f}[/]"

@@ -46,11 +46,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     known = ", ".join(quality.table().tasks)
     add("--tasks", nargs="+", default=[], metavar="TASK", help=f"some of {known}; default: the published table's")
     add("--datasets", type=Path, metavar="DIR", help="local copies of the data sets; the hub is not asked")
-    add("--tokenizer", default="", metavar="DIR", help="of the model, for mmlu; default: the artifact's")
-    add("--concurrency", type=int, default=quality.table().concurrency, metavar="N", help="default: %(default)s")
-    add("--max-tokens", type=int, metavar="N", help="of an answer, where the task allows more: not the published task")
-    add("--sandbox-image", default="", metavar="IMAGE", help="with python3, for programs; default: the serving image")
-    add("--request-timeout", type=float, metavar="S", help="for one answer; default: the task's")
+    add("--tokenizer", default="", metavar="DIR", help="folder of tokenizer.json, for mmlu; default: the artifact's")
+    concurrency = quality.table().concurrency
+    add("--concurrency", type=int, default=concurrency, metavar="N", help="requests at a time; default: %(default)s")
+    add("--max-tokens", type=int, metavar="N", help="cut answers that the task lets be longer; for trials")
+    add("--sandbox-image", default="", metavar="IMAGE", help="runs programs, has python3; default: the serving image")
+    add("--request-timeout", type=float, metavar="S", help="for one answer; default: the task's, 300 to 3600")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     tasks = quality.choose(args.tasks)
     if args.concurrency < 2:
         raise UserError("lm-eval tells how far it is with two requests at a time or more", "--concurrency 2")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UserError(f"--max-tokens {args.max_tokens} leaves no answer", "--max-tokens 256, or leave it out")
     if args.dry_run:
         show(args, tasks)
         return 0
@@ -86,14 +89,15 @@ def show(args: argparse.Namespace, tasks: list[Task]) -> None:
     """Says what would be asked."""
     seconds = 0.0
     for task in tasks:
-        asked, where = task.asked(args.limit), "local copies" if args.datasets else revision_of(task) or "not pinned"
+        asked = task.asked(args.limit)
+        where = "local copies" if args.datasets else f"at {revision_of(task) or 'no pinned commit'}"
         tokens = "for log-probabilities" if task.scores_prompts else f"of up to {most_tokens(args, task)} tokens each"
         serve.say(f"{task.name}: {task.why}")
         serve.say(f"    {asked} questions, {task.fewshot}-shot: {asked * task.requests} requests {tokens}")
         serve.say(f"    {args.concurrency} at a time through /v1/{'chat/' * (task.api == 'chat')}completions")
-        serve.say(f"    {task.dataset} ({where})")
+        serve.say(f"    data: {task.dataset}, {where}")
         seconds += task.published.get("seconds", 0) * asked / task.questions
-    about = f", about {max(1, round(seconds / 60))} min on two H200s as published" if seconds else ""
+    about = f", about {max(1, round(seconds / 60))} min on two H200s, as published" if seconds else ""
     serve.say(f"quality: {sum(task.asked(args.limit) for task in tasks)} questions in {len(tasks)} tasks{about}")
 
 

@@ -16,9 +16,8 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,23 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge import load, measurement, speed, target
+from v4forge import load, measurement, speed, target, workloads
 from v4forge.errors import UserError
 from v4forge.exposition import Counts
 from v4forge.files import make_folder
-from v4forge.load import Client, Load, Vocabulary
+from v4forge.load import Client, Load
 from v4forge.measurement import Measurement
 from v4forge.replicas import Plan
 from v4forge.speed import Point
 from v4forge.target import Target
+from v4forge.workloads import Vocabulary
 
 DRAFTS = (0, 1, 2, 3)
 CONCURRENCY = (1, 4, 16)
 SHAPES = ("256x256", "1024x1024")
 FEWEST = 8  # requests for each that runs at a time; fewer are a trial
-SLO_MS = {"ttft": 1000.0, "tpot": 25.0}
+SLO_MS = {"ttft": 1000, "tpot": 25}
 HELD_BACK = 0.5  # of the chunks of answers, in bursts: more is no stream
-QUIET_S = 10.0  # for a server to end the warm-up
 # Published output tokens a second with drafts, up to so many requests at a time: only for how long it may take.
 ROUGH_TOK_S = {1: 88, 4: 139, 16: 367}
 ROUGH_START_S = 300.0
@@ -51,16 +50,18 @@ ROUGH_START_S = 300.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this bench; --drafts takes the place of the servers' own."""
-    parser.conflict_handler = "resolve"
-    add = parser.add_argument
+    add = parser.add_argument_group("speed").add_argument
     add("--drafts", nargs="+", type=int, metavar="K", help="drafts a step that are compared; default: 0 1 2 3")
     add("--concurrency", nargs="+", type=int, default=list(CONCURRENCY), metavar="N",
         help="requests at a time; default: 1 4 16")  # fmt: skip
     add("--shapes", nargs="+", type=shape, default=[shape(each) for each in SHAPES], metavar="INxOUT",
         help=f"tokens of prompt and answer; default: {' '.join(SHAPES)}")  # fmt: skip
-    add("--requests-per-concurrency", type=int, default=FEWEST, metavar="N", help="default and least: %(default)s")
-    add("--slo-ttft-ms", type=float, default=SLO_MS["ttft"], metavar="MS", help="of goodput; default: %(default)s")
-    add("--slo-tpot-ms", type=float, default=SLO_MS["tpot"], metavar="MS", help="of goodput; default: %(default)s")
+    add("--requests-per-concurrency", type=int, default=FEWEST, metavar="N",
+        help="requests of a point for each that runs at a time; default and least: %(default)s")  # fmt: skip
+    add("--slo-ttft-ms", type=float, default=SLO_MS["ttft"], metavar="MS",
+        help="to the first token, of requests that goodput counts; default: %(default)s")  # fmt: skip
+    add("--slo-tpot-ms", type=float, default=SLO_MS["tpot"], metavar="MS",
+        help="a token after it, of those requests; default: %(default)s")  # fmt: skip
     add("--point-timeout", type=float, default=1800, metavar="S", help="for all of a point; default: %(default)s")
 
 
@@ -73,13 +74,12 @@ def shape(text: str) -> tuple[int, int]:
 
 @dataclass
 class Bench:
-    """One run of the bench. `prompts`: of a point and its warm-up, which are the same whatever the drafts."""
+    """One run of the bench. `artifact`: the folder of the tokenizer, of whose `words` the prompts are."""
 
     arguments: argparse.Namespace
     client: Client
     artifact: Path
     words: Vocabulary
-    key: str = field(repr=False)
 
     @property
     def folder(self) -> Path:
@@ -95,7 +95,7 @@ class Bench:
         a cache of prefixes helps none."""
         count = point.concurrency * (1 if warm_up else requests_each(self.arguments))
         of = f"{self.arguments.seed}:{point.key.partition('/')[2]}:{'warm-up' if warm_up else 'measured'}"
-        return load.random_prompts(self.words, point.input_tokens, count, of)
+        return workloads.random_prompts(self.words, point.input_tokens, count, of)
 
     def hashes(self, points: Sequence[Point]) -> dict[str, str]:
         """Of the prompts of one server's points, as the client reads them: key without drafts -> sha256."""
@@ -137,11 +137,13 @@ class Bench:
         asked = Load(at.url, at.model, self.prompts(point), *fixed)
         before = Load(at.url, at.model, self.prompts(point, warm_up=True), *fixed)
         load.warm_up(at.endpoint, before, min(limit_s, self.arguments.request_timeout))
-        wait_until_idle(at)
         earlier = counts(at)
-        result = load.measure(self.client, asked, self.artifact, self.folder, self.key, limit_s)
+        if earlier.generated is not None:
+            at.wait_until_idle()
+            earlier = counts(at)
+        result = load.measure(self.client, asked, self.artifact, self.folder, at.key, limit_s)
         found = speed.figures(result, point, len(asked.prompts), self.slo_ms)
-        return {**found, "acceptance": counts(at).since(earlier).acceptance, "warm_up_requests": point.concurrency}
+        return {**found, "acceptance": counts(at).since(earlier).acceptance}
 
 
 def requests_each(arguments: argparse.Namespace) -> int:
@@ -149,28 +151,14 @@ def requests_each(arguments: argparse.Namespace) -> int:
     return int(arguments.limit or arguments.requests_per_concurrency)
 
 
-def knows_counts(at: Target) -> bool:
-    """Whether the target's metrics can be asked: a router's public address has none."""
+def counts(at: Target) -> Counts:
+    """The target's counters; none at a router's public address, which has no metrics."""
     try:
-        at.counts()
+        return at.counts()
     except UserError:
         if at.endpoints[0].pinned:
             raise
-        return False
-    return True
-
-
-def counts(at: Target) -> Counts:
-    return at.counts() if knows_counts(at) else Counts()
-
-
-def wait_until_idle(at: Target) -> None:
-    """Raises UserError when somebody else's requests run there, as far as can be told."""
-    end = time.monotonic() + QUIET_S
-    while knows_counts(at) and not at.idle():
-        if time.monotonic() > end:
-            raise UserError(f"other requests run at {at.url}, and would be measured too", "make serve-status")
-        time.sleep(0.2)
+        return Counts()
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -218,41 +206,24 @@ def client_of(arguments: argparse.Namespace) -> Client:
     return Client(os.path.abspath(arguments.program or serve.PROGRAMS[arguments.backend]))
 
 
-def facts_of(plan: Plan, vllm: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """What is measured, before any server has been started: target.look() says the same of one that runs."""
-    return {
-        "url": None,
-        "model": plan.serving.model,
-        "max_model_len": plan.serving.value("max-model-len"),
-        "vllm": vllm,
-        "replicas": plan.replicas,
-        "tensor_parallel": plan.serving.tensor_parallel,
-        "drafts": None,
-        "profile": plan.profile,
-        "backend": plan.backend,
-        "options": dict(given),
-        "artifact": target.artifact_facts(Path(plan.artifact)),
-        "image": target.image(plan),
-    }
-
-
 def run(arguments: argparse.Namespace) -> int:
     check(arguments)
     if arguments.dry_run:
         dry_run(arguments)
         return 0
-    key = serve.read_key(arguments.api_key_file)
-    return measure_there(arguments, key) if arguments.url else measure_own(arguments, key)
+    return measure_there(arguments) if arguments.url else measure_own(arguments)
 
 
-def measure_own(arguments: argparse.Namespace, key: str) -> int:
+def measure_own(arguments: argparse.Namespace) -> int:
     """One server after the other, each only if a point of it is missing."""
+    benching.check_stopped(arguments)
+    key = serve.read_key(arguments.api_key_file)
     drafts = sorted(set(arguments.drafts or DRAFTS))
     plan = plan_for(arguments, drafts[0])
-    check_fits(arguments, int(plan.serving.value("max-model-len") or 0) or None)
-    bench = prepared(arguments, Path(plan.artifact), key)
-    version = bench.client.version(bench.folder)
-    opened = bench.begin(facts_of(plan, version, dict(arguments.set)), drafts)
+    bench = prepared(arguments, Path(plan.artifact))
+    about = target.planned(plan, bench.client.version(bench.folder), dict(arguments.set))
+    check_fits(arguments, about["max_model_len"])
+    opened = bench.begin(about, drafts)
     for k in drafts:
         missing = [point.key for point in bench.points(k) if opened.part(point.key) is None]
         if not missing:
@@ -272,14 +243,12 @@ def measure_own(arguments: argparse.Namespace, key: str) -> int:
     return concluded(bench, opened)
 
 
-def measure_there(arguments: argparse.Namespace, key: str) -> int:
+def measure_there(arguments: argparse.Namespace) -> int:
     """The server at --url."""
-    if key:
-        os.environ["API_KEY"] = key
     with benching.served(arguments) as at:
         check_fits(arguments, at.facts["max_model_len"])
         known = at.facts["artifact"]
-        bench = prepared(arguments, Path(known["folder"] if known else arguments.artifact), key)
+        bench = prepared(arguments, Path(known["folder"] if known else arguments.artifact))
         if at.facts["drafts"] is None:
             at.facts["drafts"] = len(counts(at).accepted_at or ())
         opened = bench.begin(at.facts, [at.facts["drafts"]])
@@ -290,8 +259,8 @@ def measure_there(arguments: argparse.Namespace, key: str) -> int:
     return concluded(bench, opened)
 
 
-def prepared(arguments: argparse.Namespace, artifact: Path, key: str) -> Bench:
-    bench = Bench(arguments, client_of(arguments), Path(os.path.abspath(artifact)), load.vocabulary(artifact), key)
+def prepared(arguments: argparse.Namespace, artifact: Path) -> Bench:
+    bench = Bench(arguments, client_of(arguments), Path(os.path.abspath(artifact)), workloads.vocabulary(artifact))
     shutil.rmtree(bench.folder, ignore_errors=True)
     make_folder(bench.folder)
     return bench
@@ -305,18 +274,43 @@ def concluded(bench: Bench, opened: Measurement) -> int:
     return benching.conclude(opened)
 
 
+COLUMNS = ("tokens", "n", "k", "TPOT", "p99", "TTFT", "tok/s", "good/s", "acc.", "x TPOT", "x tok/s", "pays")
+ORDER = ("input_tokens", "output_tokens", "concurrency", "drafts")
+GAINS = ("tpot_speedup", "throughput_ratio")
+
+
 def show(content: Mapping[str, Any]) -> None:
     """The figures, point by point, and what they say together."""
-    parts, summary = content["parts"], content["summary"]
-    gains = {(each["drafts"], each["shape"], each["concurrency"]): each for each in summary["comparisons"]}
-    table = Table(box=None, pad_edge=False)
+    Console(width=None if sys.stdout.isatty() else 100).print(table(content))
+    slo = content["settings"]["slo_ms"]
+    serve.say(
+        "n requests at a time, k drafts a step; TPOT and TTFT: medians, in ms; good/s: requests a second of at most\n"
+        f"{slo['ttft']:g} ms to the first token and {slo['tpot']:g} ms a token; x: against no drafts, above 1 is better"
+    )
+    for drafts, drift in content["summary"]["drift"].items():
+        if drift:
+            told = f"{drift['tpot']:+.1%} ms a token, {drift['throughput']:+.1%} tok/s"
+            serve.say(f"drift with {drafts} drafts, from the first point to the same in the end: {told}")
+    for stop in content["summary"]["stops_paying"]:
+        serve.say(stop["sentence"])
+    if held := [(key, part["bursts"]) for key, part in content["parts"].items() if (part["bursts"] or 0) > HELD_BACK]:
+        serve.say(
+            f"{held[0][0]}: {held[0][1]:.0%} of the chunks came together with the one before. What lies between holds\n"
+            "the stream back: TTFT is not the server's, and TPOT may not be."
+        )
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """A row a point, without those that were measured again."""
+    gains = {(each["drafts"], each["shape"], each["concurrency"]): each for each in content["summary"]["comparisons"]}
+    drawn = Table(box=None, pad_edge=False)
     for place, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
-    order = sorted(parts.values(), key=lambda part: [part[name] for name in ORDER])
+        drawn.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    order = sorted(content["parts"].values(), key=lambda part: [part[name] for name in ORDER])
     for part in [part for part in order if not part["again"]]:
         where = f"{part['input_tokens']}x{part['output_tokens']}"
         gain = gains.get((part["drafts"], where, part["concurrency"]))
-        table.add_row(
+        drawn.add_row(
             where,
             str(part["concurrency"]),
             str(part["drafts"]),
@@ -329,47 +323,23 @@ def show(content: Mapping[str, Any]) -> None:
             *([f"{gain[name]['value']:.2f}x" for name in GAINS] if gain else ("", "")),
             gain["pays"] if gain else "",
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    slo = content["settings"]["slo_ms"]
-    serve.say(
-        "n requests at a time, k drafts a step; TPOT and TTFT: medians, in ms; good/s: requests a second of at most"
-    )
-    serve.say(
-        f"{slo['ttft']:g} ms to the first token and {slo['tpot']:g} ms a token; x: against no drafts, above 1 is better"
-    )
-    for drafts, drift in summary["drift"].items():
-        if drift:
-            told = f"{drift['tpot']:+.1%} ms a token, {drift['throughput']:+.1%} tok/s"
-            serve.say(f"drift with {drafts} drafts, from the first point to the same in the end: {told}")
-    for stop in summary["stops_paying"]:
-        serve.say(stop["sentence"])
-    if held := [key for key, part in parts.items() if (part["bursts"] or 0) > HELD_BACK]:
-        serve.say(
-            f"{held[0]}: {parts[held[0]]['bursts']:.0%} of the chunks came together with the one before. What lies"
-        )
-        serve.say("between holds the stream back: TTFT is not the server's, and TPOT may not be.")
-
-
-COLUMNS = ("tokens", "n", "k", "TPOT", "p99", "TTFT", "tok/s", "good/s", "acc.", "x TPOT", "x tok/s", "pays")
-ORDER = ("input_tokens", "output_tokens", "concurrency", "drafts")
-GAINS = ("tpot_speedup", "throughput_ratio")
+    return drawn
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
     """Says what would be measured, and how long that would take at the published speed."""
     drafts = [] if arguments.url else sorted(set(arguments.drafts or DRAFTS))
-    seconds = 0.0
+    which = f"a server each with {speed.listed(drafts)} drafts a step" if drafts else arguments.url
+    serve.say(f"{which}, at these points, input x output tokens/c<requests at a time>:")
+    seconds = ROUGH_START_S if drafts else 0.0
     requests = tokens = 0
     for point in speed.points(0, arguments.shapes, arguments.concurrency):
         warm, count = point.concurrency, point.concurrency * requests_each(arguments)
-        rate = next(
-            (rate for most, rate in ROUGH_TOK_S.items() if point.concurrency <= most), max(ROUGH_TOK_S.values())
-        )
+        rate = next((rate for most, rate in ROUGH_TOK_S.items() if warm <= most), max(ROUGH_TOK_S.values()))
         requests, tokens = requests + count, tokens + count * point.output_tokens
         seconds += (count + warm) * point.output_tokens / rate
-        serve.say(f"{point.key.partition('/')[2]:<24} {count:>5} requests, {warm} before them to warm up")
+        serve.say(f"  {point.key.partition('/')[2]:<24} {count:>5} requests, {warm} before them to warm up")
     servers = max(1, len(drafts))
-    which = f"servers with {speed.listed(drafts)} drafts a step" if drafts else arguments.url
-    serve.say(f"{which}: {servers * requests} requests, {servers * tokens:,} tokens of answers")
-    hours = servers * (seconds + (ROUGH_START_S if drafts else 0)) / 3600
-    serve.say(f"about {hours:.1f} hours at the published speed, {ROUGH_START_S / 60:.0f} minutes a start with them")
+    start = f", {ROUGH_START_S / 60:.0f} of them to start each server" if drafts else ""
+    serve.say(f"{servers * requests:,} requests, {servers * tokens:,} tokens of answers")
+    serve.say(f"about {servers * seconds / 60:.0f} minutes at the published speed{start}")

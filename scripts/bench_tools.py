@@ -38,10 +38,10 @@ ROUGH_TURNS, ROUGH_TOKENS, ROUGH_TOK_S = 3, 200, 88
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options that only this bench has."""
     add = command.add_argument
-    add("--leave-out", nargs="+", default=[], metavar="KEY", help="scenarios, categories, smoke or parts of it")
+    add("--leave-out", nargs="+", default=[], metavar="KEY", help="scenarios or categories; smoke, or a group of it")
     add("--thinking", action="store_true", help="let the model think first; needs room: --set max-model-len=16384")
-    add("--max-tokens", type=int, metavar="N", help=f"of an answer at most; default: {TURN_TOKENS}, smoke by its file")
-    add("--sandbox-image", default="", metavar="IMAGE", help="with python3, for programs; default: the serving image")
+    add("--max-tokens", type=int, metavar="N", help=f"of an answer; default: {TURN_TOKENS}, of smoke 256 to 3072")
+    add("--sandbox-image", default="", metavar="IMAGE", help="runs programs, has python3; default: the serving image")
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,10 @@ def show(arguments: argparse.Namespace, suite: Suite, prompts: Mapping[str, Prom
         f"tools: {len(played)} scenarios of {toolcalls.PASS} points, at most {suite.max_turns} turns of "
         f"{tokens(arguments, TURN_TOKENS)} tokens; {len(keys) - len(played)} conversations"
     )
-    minutes = rough * ROUGH_TOKENS / ROUGH_TOK_S / 60
-    serve.say(f"tools: about {rough} requests, at most {most}; about {minutes:.0f} min at {ROUGH_TOK_S} tok/s")
+    minutes = max(1, round(rough * ROUGH_TOKENS / ROUGH_TOK_S / 60))
+    serve.say(
+        f"tools: about {rough} requests, at most {most}; about {minutes} min where a request gets {ROUGH_TOK_S} tok/s"
+    )
 
 
 def summarize(opened: Measurement, suite: Suite, prompts: Mapping[str, Prompt], keys: Sequence[str]) -> None:

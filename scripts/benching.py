@@ -17,32 +17,22 @@ from v4forge.errors import UserError
 from v4forge.measurement import Measurement
 from v4forge.target import Target
 
-REQUEST_LIMIT_S = 600.0
+REQUEST_LIMIT_S = 600
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of every bench: where results go, what is measured, how it is served."""
     add = command.add_argument
     add("--reports", type=Path, default=Path("scratch/tiny/reports"), metavar="DIR", help="default: %(default)s")
-    add("--limit", type=int, metavar="N", help="a trial of N requests, questions or scenarios, marked as such")
+    add("--limit", type=int, metavar="N", help="a trial with N of each kind of request, no result")
     add("--fresh", action="store_true", help="do not continue an interrupted run")
     add("--dry-run", action="store_true", help="say what would be measured and stop")
-    add("--seed", type=int, default=42, help="default: %(default)s")
-    add(
-        "--request-timeout",
-        type=float,
-        default=REQUEST_LIMIT_S,
-        metavar="S",
-        help="for one answer; default: %(default)s",
-    )
-    add("--url", default="", metavar="URL", help="measure what is served here, http://127.0.0.1:8000 say")
-    add(
-        "--folder",
-        type=Path,
-        default=Path("scratch/tiny/serve"),
-        metavar="DIR",
-        help="of a deployment, measured if it runs; default: %(default)s",
-    )
+    add("--seed", type=int, default=42, metavar="N", help="default: %(default)s")
+    add("--request-timeout", type=float, default=REQUEST_LIMIT_S, metavar="S",
+        help="for one answer; default: %(default)s")  # fmt: skip
+    add("--url", default="", metavar="URL", help="measure what is served there, http://127.0.0.1:8000 say")
+    add("--folder", type=Path, default=Path("scratch/tiny/serve"), metavar="DIR",
+        help="of a deployment of make serve, which is measured if it runs; default: %(default)s")  # fmt: skip
     serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
     serve.add_plan(serving)
     serve.add_start(serving)
@@ -60,6 +50,15 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for numbers that cannot be."""
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} leaves nothing to measure", "--limit 2, or leave it out")
+    if arguments.request_timeout is not None and not arguments.request_timeout > 0:
+        raise UserError(f"--request-timeout {arguments.request_timeout:g} waits for no answer", "leave it out")
+
+
+def check_stopped(arguments: argparse.Namespace) -> None:
+    """Raises UserError while a deployment runs in --folder, of whose GPUs a bench's own servers would take memory."""
+    if replicas.load(arguments.folder):
+        fact = f"this bench starts its own servers, and one runs already from {arguments.folder}"
+        raise UserError(fact, "make serve-stop, then again; or measure that one: --url URL")
 
 
 @contextmanager
@@ -68,13 +67,12 @@ def served(arguments: argparse.Namespace, **more: Any) -> Iterator[Target]:
     artifact, which lives as long as the block.
 
     more: options of scripts.serve that this bench decides, drafts=0 say. With any of them the bench always starts its
-    own servers, and an address or a running deployment is an error. Raises UserError where nothing can be measured.
+    own servers, and a running deployment is an error. Raises UserError where nothing can be measured.
     """
+    if more:
+        check_stopped(arguments)
     key = serve.read_key(arguments.api_key_file)
     running = replicas.load(arguments.folder)
-    if more and (arguments.url or running):
-        where = arguments.url or arguments.folder
-        raise UserError(f"this bench starts its own servers, and was given {where}", "make serve-stop, then again")
     if arguments.url:
         yield target.look(arguments.url, key, arguments.folder, _given_artifact(arguments))
         return

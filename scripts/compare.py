@@ -76,7 +76,7 @@ def show(each: Comparison, console: Console) -> None:
         )
     for warning in each.warnings:
         console.print(f"  warning: {escape(warning)}", style="yellow", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("", overflow="fold")
     for heading in ("A", "B", "B - A", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -91,9 +91,9 @@ def show(each: Comparison, console: Console) -> None:
 def _change(delta: Delta) -> str:
     if delta.change is None:
         return "–"
-    unit = "%" if delta.relative else ""
-    ends = "" if delta.low is None or delta.high is None else f" ({delta.low:+.2f} to {delta.high:+.2f})"
-    return f"{delta.change:+.2f}{unit}{ends}"
+    digits, unit = (1, "%") if delta.relative else (2, "")
+    change, low, high = (None if x is None else f"{x:+.{digits}f}" for x in (delta.change, delta.low, delta.high))
+    return f"{change}{unit}" + (f" ({low} to {high})" if low and high else "")
 
 
 def _short(text: str) -> str:

@@ -10,20 +10,22 @@ reports/benchmarks.md. Ends with `certificate: ok`, or with exit code 1 when the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import headline, report, results
+from v4forge import headline, report, results, run_rows
 from v4forge.bench_rows import standing
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
+from v4forge.glance import Inputs
 from v4forge.layer_rows import layer_rows
-from v4forge.report import Inputs
 from v4forge.results import Result, read, understood
 
 PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
@@ -64,10 +66,10 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
         raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
 
     checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
-        "evaluation": (report.models_table,),
-        "run": (report.stage_rows, report.image_rows),
-        "certificate": (report.verdict, lambda each: check_certificate(work / "artifact", each)),
-        "manifest": (report.provenance, lambda each: headline.pipeline(inputs.run, each)),
+        "evaluation": (run_rows.models_table,),
+        "run": (run_rows.stage_rows, run_rows.image_rows),
+        "certificate": (run_rows.verdict, lambda each: check_certificate(work / "artifact", each)),
+        "manifest": (run_rows.provenance, lambda each: headline.pipeline(inputs.run, each)),
     }
     for name, content in found.items():
         for check in checks[name]:
@@ -88,20 +90,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(args.work / MARKDOWN, f"# Benchmarks\n\n{report.markdown(inputs)}")
     write_text(args.work / PAGE, report.page(inputs))
     show(inputs, measured, args.work / PAGE)
-    return 0 if inputs.certificate is None or report.verdict(inputs.certificate).ok else 1
+    return 0 if inputs.certificate is None or run_rows.verdict(inputs.certificate).ok else 1
 
 
 def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     """What there is, in a terminal."""
     console = Console(highlight=False)
-    verdict = report.verdict(inputs.certificate) if inputs.certificate is not None else None
+    verdict = run_rows.verdict(inputs.certificate) if inputs.certificate is not None else None
     if inputs.evaluation:
-        console.print(report.models_table(inputs.evaluation))
+        console.print(models_table(inputs.evaluation))
     for check in verdict.checks if verdict else ():
         if not check.ok:
             console.print(f"failed: {check.name}: {check.detail}", markup=False, style="red")
-    if stages := report.stage_rows(inputs.run):
-        console.print(report.stages_line(stages), markup=False)
+    if stages := run_rows.stage_rows(inputs.run):
+        console.print(run_rows.stages_line(stages), markup=False)
     for bench, result in measured.items():
         said = "; ".join([result.path.name, *standing(result.content).marks])
         console.print(f"{bench}: {said}", markup=False, soft_wrap=True)
@@ -110,6 +112,24 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
         console.print(verdict.line, markup=False, style="bold green" if verdict.ok else "bold red")
     else:
         console.print(f"{report.NO_CERTIFICATE} (make verify)", markup=False, style="bold")
+
+
+def models_table(evaluation: Mapping[str, Any]) -> Table:
+    """The same as the page's, for 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, caption=run_rows.heldout_line(evaluation), caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("size, MB", "perplexity", "change", "MTP acc.", "points"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in run_rows.model_rows(evaluation):
+        table.add_row(
+            row.name,
+            f"{row.megabytes:,.1f}",
+            f"{row.perplexity:.3f}",
+            "" if row.perplexity_change is None else "{:+.2f}±{:.2f}%".format(*row.perplexity_change),
+            f"{row.acceptance:.1f}%",
+            "" if row.acceptance_change is None else f"{row.acceptance_change:+.2f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from v4forge import certificate, evaluation, heldout, verification
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.heldout import FORMS, SHORTEST
-from v4forge.report import verdict
+from v4forge.run_rows import verdict
 from v4forge.stamps import Digests
 
 

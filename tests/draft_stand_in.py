@@ -19,7 +19,7 @@ class Server(ThreadingHTTPServer):
         self.daemon_threads = True
         self.asked: list[dict[str, Any]] = []
         self.faults: dict[int, Callable[[Handler], None]] = {}  # by request, from 0
-        self.counts = {"generation_tokens": 7, "drafts": 5, "draft_tokens": 10, "at": [4, 1]}
+        self.counts: dict[str, Any] = {"generation_tokens": 7, "drafts": 5, "draft_tokens": 10, "at": [4, 1]}
         self.started_s = 1000.0
         self.running = 0
         self.hidden = 0  # readings that do not yet see what was counted last

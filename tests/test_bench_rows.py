@@ -1,7 +1,8 @@
-"""v4forge.bench_rows, headline, bench_tables, figures, shown, published and results, on made-up result files."""
+"""Tables and figures of the benches: v4forge.bench_rows and what is made of its rows, on made-up result files."""
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -12,14 +13,15 @@ import bench_results as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_report import MANIFEST, RUN
+from test_report import CHECKS, EVALUATION, MANIFEST, RUN, layer
 
 from scripts import report as program
-from v4forge import bench_rows, bench_tables, figures, headline, published, report, results, shown
+from v4forge import bench_rows, bench_tables, figures, glance, headline, published, report, results, run_rows, shown
 from v4forge.bench_rows import standing
 from v4forge.errors import UserError
+from v4forge.glance import Inputs
 from v4forge.headline import Pipeline
-from v4forge.report import Inputs
+from v4forge.layer_rows import layer_rows
 from v4forge.shown import Cell, Column, Table
 
 FLASH = {each["bench"]: each for each in made.full()}
@@ -34,7 +36,7 @@ def headline_of(found: dict[str, Any], made_by: Pipeline | None = None) -> dict[
 def test_published_figures_have_conditions_sources_and_one_of_the_benches() -> None:
     assert len(published.figures()) == len(published.by_key()) == 33
     for figure in published.figures():
-        assert figure.conditions and figure.bench in headline.COMMANDS
+        assert figure.conditions and figure.bench in (*results.BENCHES, "pipeline")
         assert figure.original or figure.siblings
         for value in (figure.original, *figure.siblings):
             assert value is None or value.source
@@ -83,16 +85,82 @@ def test_the_headline_sets_ours_beside_the_original_and_its_siblings() -> None:
     rows = headline_of(FLASH)
     _, ours, original, difference, siblings = rows["GSM8K 8-shot, strict"]
     assert (ours.text, original.text) == ("93.10% ±0.70", "93.71% ±0.67")
-    assert difference.text == "-0.61 ±0.97, p = 0.53"
+    assert difference == Cell("-0.61 ±0.97", "p = 0.53")
     assert siblings.text == "94.99%, without MTP; 91.00%, NVFP4 by RedHat"
     assert rows["tool calls, points"][1].text == "26 of 30"
     assert rows["chat smoke, coding"][1].text == "1 of 2"
     assert rows["speed-up, k=1, batch 1"][1].note.startswith("1.")
 
 
+def glance_of(**found: Any) -> dict[str, tuple[Cell, Cell]]:
+    return {row[0].text: (row[0], row[1]) for row in glance.table(Inputs(**found)).rows}
+
+
+def test_one_look_says_what_there_is_to_know() -> None:
+    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": ""}]}
+    said = glance_of(
+        evaluation=EVALUATION,
+        certificate=certificate,
+        layers=[layer(0), layer(1, True)],
+        manifest=MANIFEST,
+        results=FLASH,
+    )
+    texts = {name: answer.text for name, (_, answer) in said.items()}
+    assert texts == {
+        "Artifact": "4.0 MB in 1 shard",
+        "Certificate": "ok, 1 check",
+        "Perplexity of held-out text": "+2.50 ±0.10% against the source",
+        "Losses by layer": "GPTQ lost less than round-to-nearest on 12 of 12 matrices",
+        "Speed by concurrency": "1.88x as fast a token with k=3, 1 request at once",
+        "Drafts accepted by workload": "first draft 70.3% (random tokens) to 93.1% (code)",
+        "Quality": "no difference from the published beyond noise, of 6 tested",
+        "Tool calls and conversations": "26 of 30 points for tool calls, 9 of 10 conversations as they should be",
+    }
+    speed = said["Speed by concurrency"][1]
+    assert speed.note == "tokens a second against no drafts, with the best k: 1.77x (k=3) at 1, 0.87x (k=1) at 16"
+
+
+def test_one_look_says_what_is_bad() -> None:
+    checks = [{"name": name, "ok": name != "tensors", "detail": ""} for name in ("tensors", "INT4 error")]
+    said = glance_of(certificate={"ok": False, "checks": checks}, results={"quality": made.quality(better=-0.02)})
+    assert said["Certificate"][1] == Cell("FAILED, 1 of 2 checks", "tensors", "bad")
+    assert said["Quality"][1].text.startswith("beyond noise: ") and said["Quality"][1].mark == "bad"
+    assert "MMLU 5-shot -2.76 points" in said["Quality"][1].text
+
+
+def test_one_look_at_the_tiny_model_says_that_it_is_a_test() -> None:
+    said = glance_of(results=TINY)
+    for bench in results.BENCHES.values():
+        assert said[bench.title][0].note == "tiny model on a CPU; a trial of 4"
+    assert said["Quality"][1].text == "6 figures, none tested against the published"
+
+
+@pytest.mark.parametrize("bench", made.BENCHES)
+def test_one_look_at_a_bench_that_measured_nothing_says_so(bench: str) -> None:
+    result = made.BENCHES[bench]() | {"parts": {}, "complete": False}
+    title, said = glance_of(results={bench: result})[results.BENCHES[bench].title]
+    assert title.note == "unfinished" and said.text
+
+
+def test_what_was_published_without_its_noise_is_subtracted_and_called_untested() -> None:
+    rows = headline_of(FLASH)
+    assert rows["time a token, k=1, batch 1"][3] == Cell("+5.4%", mark="dim")
+    assert rows["code, first draft"][3] == Cell("+0.14", mark="dim")
+    assert rows["tool calls, points"][3] == Cell("+2", mark="dim")
+    assert rows["speed-up, k=2, batch 1"][3].text == "", "there is no original"
+
+
+def test_the_page_says_where_each_published_figure_is_from() -> None:
+    text = report.page(Inputs(results=FLASH))
+    for figure in published.figures():
+        for value in (figure.original, *figure.siblings):
+            assert value is None or html.escape(value.source) in text
+    assert all(html.escape(page) in text for page in published.pages())
+
+
 def test_the_headline_of_nothing_says_what_measures_each() -> None:
     for row in headline_of({}).values():
-        assert row[1].text == "not measured" and row[1].note in headline.COMMANDS.values()
+        assert row[1].text == "not measured" and row[1].note.startswith("make ")
 
 
 def test_no_figure_of_the_tiny_model_stands_beside_a_published_one() -> None:
@@ -115,7 +183,7 @@ def test_several_replicas_are_other_conditions_than_the_published_one() -> None:
     result = made.speed()
     result["target"]["replicas"] = 4
     row = headline_of({"speed": result})["throughput, k=1, batch 1"]
-    assert row[1].note == "other conditions: 4 replicas of TP=2"
+    assert row[1].note == "other conditions: 4 replicas of TP=2" and row[3].text == ""
 
 
 def test_making_flash_is_beside_the_published_and_making_another_model_is_not() -> None:
@@ -176,7 +244,7 @@ def test_a_difference_beyond_noise_is_named_among_those_tested() -> None:
 def test_lost_points_are_said_with_their_reason() -> None:
     section = bench_tables.section("tools", FLASH["tools"])
     assert "selection 0: the second call has another city" in section.said
-    assert "1: has a button: no <button> in the page" in section.said
+    assert "coding/1: has a button: no <button> in the page" in section.said
     assert [row[-1].text for row in section.tables[0].rows][-1] == "26/30"
 
 
@@ -228,12 +296,16 @@ def test_ids_of_a_page_are_its_own() -> None:
 
 
 def test_markdown_has_every_table_of_the_page() -> None:
-    inputs = Inputs(results=FLASH)
+    certificate = {"ok": True, "checks": CHECKS}
+    inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, FLASH)
     text = report.markdown(inputs)
-    for section in report.sections(FLASH):
-        for table in section.tables:
-            assert shown.markdown_table(table) in text, table.name
-    assert shown.markdown_table(headline.table(FLASH, Pipeline())) in text
+    tables = [table for section in report.sections(FLASH) for table in section.tables]
+    tables += [glance.table(inputs), headline.table(FLASH, headline.pipeline(RUN, MANIFEST))]
+    tables += [run_rows.models_table(EVALUATION), run_rows.losses_table(layer_rows([layer(0), layer(1)]))]
+    tables += [run_rows.certificate_table(run_rows.verdict(certificate))]
+    for table in tables:
+        assert shown.markdown_table(table) in text, table.name
+    assert "| 0 | CSA | 3.000 | 1.500 |" in text
     assert "Not measured: `make bench-speed`" in report.markdown(Inputs())
 
 
@@ -251,7 +323,7 @@ def test_a_p_value_is_never_shown_as_zero(p: float) -> None:
 
 
 def test_a_share_without_a_value_is_a_dash() -> None:
-    assert shown.percent(bench_rows.MAYBE).text == shown.number(math.nan).text == "–"
+    assert shown.percent(bench_rows.UNKNOWN).text == shown.number(math.nan).text == "–"
 
 
 def test_the_result_that_counts_is_the_newest_whole_one(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def test_what_a_server_drifts_by_itself_is_noise() -> None:
     again = b["parts"]["k1/256x256/c1/again"]
     again["tpot_ms"]["median"] *= 1.5
     deltas = {delta.metric: delta for delta in compared(a, b).deltas}
-    assert not deltas["256/256, c=16, k=1: ms/token"].beyond_noise
-    assert deltas["256/256, c=16, k=2: ms/token"].beyond_noise
+    assert not deltas["k1/256x256/c16: TPOT ms"].beyond_noise
+    assert deltas["k2/256x256/c16: TPOT ms"].beyond_noise
 
 
 def test_speed_with_one_request_each_has_no_noise_to_compare_with() -> None:

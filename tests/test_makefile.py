@@ -54,12 +54,13 @@ def test_a_machine_without_a_usable_python_gets_a_hint(target: str) -> None:
     assert done.stderr.splitlines()[1].startswith("hint: apt-get install")
 
 
-def test_clean_refuses_an_empty_folder_and_keeps_the_download(tmp_path: Path) -> None:
+def test_clean_refuses_an_empty_folder_and_keeps_the_download_and_what_was_measured(tmp_path: Path) -> None:
     assert "SCRATCH is empty" in make("clean", "SCRATCH=").stderr
     for name in ("upstream", "layers", "layers.old-1", "artifact", "reports", ".stamps"):
         (tmp_path / "tiny" / name).mkdir(parents=True)
-    for name in ("fetch.json", "calibrate.json"):
-        (tmp_path / "tiny/.stamps" / name).write_text("{}")
+    for name in (".stamps/fetch.json", ".stamps/calibrate.json", "reports/run.json", "reports/draft-1.json"):
+        (tmp_path / "tiny" / name).write_text("{}")
     assert make("clean", f"SCRATCH={tmp_path}").returncode == 0
-    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == [".stamps", "upstream"]
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == [".stamps", "reports", "upstream"]
+    assert [path.name for path in (tmp_path / "tiny/reports").iterdir()] == ["draft-1.json"]  # hours of measuring
     assert [path.name for path in (tmp_path / "tiny/.stamps").iterdir()] == ["fetch.json"]

@@ -73,7 +73,7 @@ def test_where_a_server_listens_and_which_commit_measures_make_no_other_measurem
     first = begun(tmp_path)
     moved = {**FACTS["target"], "url": "http://127.0.0.1:9000"}
     again = begun(tmp_path, target=moved, versions={"v4forge": "beef", "vllm": "1"})
-    assert again.path == first.path and again.content["versions"]["v4forge"] == "beef"
+    assert again.path == first.path and again.content["versions"]["v4forge"] == "c0ffee, beef"
 
 
 def test_a_trial_is_not_continued_as_a_whole_run_nor_a_finished_one_at_all(tmp_path: Path) -> None:
@@ -125,9 +125,11 @@ def test_when_nothing_answers_any_more_the_bench_ends(tmp_path: Path) -> None:
 
 def test_the_newest_whole_measurement_goes_before_unfinished_ones_and_trials(tmp_path: Path) -> None:
     whole = begun(tmp_path)
+    whole.keep("code", {})
     whole.finish()
-    begun(tmp_path)
+    begun(tmp_path).keep("code", {})
     measurement.begin(tmp_path, "draft", FACTS, trial=1).finish()
+    measurement.begin(tmp_path, "draft", FACTS, fresh=True).finish()
     (tmp_path / "draft-20270101T000000Z.json").write_text("{torn")
     found = measurement.newest(tmp_path, "draft")
     assert found and found["started"] == whole.content["started"]

@@ -176,6 +176,12 @@ def test_each_local_file_is_told_by_its_sha256(tmp_path: Path) -> None:
     assert set(about["sha256"]) == {f"{s}/{split}.jsonl" for s in quality_data.SUBJECTS for split in ("dev", "test")}
 
 
+def test_a_split_without_a_local_file_is_told(tmp_path: Path) -> None:
+    (quality_data.write(tmp_path) / "gsm8k/test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"there is no .*gsm8k/test.jsonl"):
+        bench_quality.data_of(quality.table().tasks["gsm8k"], tmp_path)
+
+
 # lm-eval's command line.
 
 
@@ -305,6 +311,7 @@ def test_a_program_ends_where_the_server_was_not_told_to_stop() -> None:
             "something else than JSON",
         ),
         ("datasets.exceptions.DatasetNotFoundError: Dataset 'x' doesn't exist", "not on the hub"),
+        ("jinja2.exceptions.UndefinedError: 'question' is undefined", "lack a field"),
         ("ModuleNotFoundError: No module named 'lm_eval'", "lm-eval ended with 1"),
         ("", "it said nothing"),
     ],

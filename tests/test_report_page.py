@@ -13,7 +13,7 @@ from test_report import EVALUATION, MANIFEST, RUN, layer
 
 from v4forge import report
 from v4forge.browser import Opened, open_page
-from v4forge.report import Inputs
+from v4forge.glance import Inputs
 
 SIZES = ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark"))
 LEAST_PX = 8.5  # letters in a figure
@@ -164,11 +164,12 @@ def test_every_figure_and_table_is_there(opened: Opened) -> None:
     for name in (*figures, "draft-all", "draft-given", "quality-delta"):
         assert opened.count(f"#figure-{name} svg[role=img] use") > 1, name
         assert opened.count(f"#figure-{name} svg > title") == 1 and opened.count(f"#figure-{name} svg > desc") == 1
-    for name in ("headline", "speed", "draft", "draft-given", "quality", "tools", "smoke"):
+    for name in ("glance", "headline", "models", "speed", "draft", "draft-given", "quality", "tools", "smoke"):
         assert opened.count(f"#{name} tbody tr") > 1, name
     titles = opened.texts("h2")
     assert {"Losses by layer", "Certificate: ok", "Provenance", "Ours beside what was published"} <= set(titles)
-    assert "Not measured" not in titles
+    assert opened.count("#certificate tbody tr") == 1
+    assert "not measured" not in " ".join(opened.texts("#glance td"))
     assert opened.count("[id^=bench-] details dl") == 4, "how each bench was measured"
 
 

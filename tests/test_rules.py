@@ -79,7 +79,6 @@ def test_no_value_upsets_a_form(value: Any) -> None:
         table(number=1, within=1),
         table(date="2027-03-17"),
         table(time="14:15"),
-        table(set=["a"]),
         table(unless_absent=False),
     ):
         assert holds(form, value) in (True, False)

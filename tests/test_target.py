@@ -15,6 +15,7 @@ import pytest
 
 from v4forge import target
 from v4forge.errors import UserError
+from v4forge.replicas import Plan
 
 MODELS = {"data": [{"id": "m", "root": "/nowhere", "max_model_len": 4096}]}
 
@@ -41,7 +42,7 @@ def url(pages: dict[str, Any]) -> Iterator[str]:
             return None
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -86,7 +87,17 @@ def test_the_key_is_in_no_text_of_a_target(url: str) -> None:
 def test_a_server_is_idle_when_no_replica_runs_or_waits(url: str, pages: dict[str, Any]) -> None:
     assert target.look(url).idle()
     pages["/metrics"] = 'vllm:num_requests_waiting{engine="0"} 1.0\n'
-    assert not target.look(url).idle()
+    busy = target.look(url)
+    assert not busy.idle()
+    with pytest.raises(UserError, match="other requests run at"):
+        busy.wait_until_idle(limit_s=0.1)
+
+
+def test_a_plan_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
+    plan = Plan(str(tmp_path), str(artifact(tmp_path)), "host", backend="cpu", port=1234, overrides={"a": "b"})
+    told = target.planned(plan, "9.9", {})
+    assert told["url"] == "http://127.0.0.1:1234" and told["artifact"]["folder"] == str(tmp_path)
+    assert isinstance(told["max_model_len"], int) and told["drafts"] is None and told["options"] == {}
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai_stand_in as stand_in
 import pytest
-from openai_stand_in import Choice, Server, choice
+from openai_stand_in import Answer, Choice, Server, choice
 
 from scripts import bench
 from v4forge import conversation, scenarios, toolcalls
@@ -31,6 +30,7 @@ SUITE = scenarios.load()
 SCENARIOS = {scenario.name: scenario for scenario in SUITE.scenarios}
 PLAYERS = stand_in.players()
 CASES = [(name, number) for name, listed in PLAYERS.items() for number in range(len(listed))]
+STALL = stand_in.late(5, stand_in.saying("Too late."))
 READ = '{"room": "print-store", "quantity": "humidity"}'
 
 
@@ -140,12 +140,14 @@ def test_parallel_calls_are_answered_each_by_its_id() -> None:
     assert part["score"] == 2
 
 
-TOO_LONG = '{"error":{"message":"This model\'s maximum context length is 2048 tokens. However, you requested more"}}'
+TOO_LONG = stand_in.text_as_answer(
+    400, '{"error":{"message":"This model\'s maximum context length is 2048 tokens. However, you requested more"}}'
+)
 
 
 def test_an_answer_takes_what_room_there_is() -> None:
-    with stand_in.serving(lambda _body: choice("By 2.4 degrees.")) as server:
-        server.fault = lambda number: (lambda handler: stand_in.send(handler, 400, TOO_LONG)) if number == 1 else None
+    with stand_in.serving(stand_in.saying("By 2.4 degrees.")) as server:
+        server.fault = lambda number: TOO_LONG if number == 1 else None
         assert against(server, SCENARIOS["said-before"])["score"] == 2
     assert "max_tokens" in server.asked[0] and "max_tokens" not in server.asked[1]
 
@@ -153,10 +155,10 @@ def test_an_answer_takes_what_room_there_is() -> None:
 def test_a_context_that_is_full_ends_the_conversation_and_one_that_is_too_short_is_an_error() -> None:
     turns = stand_in.play(stand_in.script(SCENARIOS["damp-air"], [choice(None, [("read_sensor", READ)])]))
     with stand_in.serving(turns) as server:
-        server.fault = lambda number: (lambda handler: stand_in.send(handler, 400, TOO_LONG)) if number > 1 else None
+        server.fault = lambda number: TOO_LONG if number > 1 else None
         part = against(server, SCENARIOS["damp-air"])
         assert part["ended"] == "context is full" and part["score"] == 0
-        server.fault = lambda _number: lambda handler: stand_in.send(handler, 400, TOO_LONG)
+        server.fault = lambda _number: TOO_LONG
         with pytest.raises(UserError, match="longer than the server takes") as caught:
             against(server, SCENARIOS["damp-air"])
     assert "max-model-len" in caught.value.hint
@@ -170,7 +172,7 @@ def server() -> Iterator[Server]:
 
 def arguments(server: Server, reports: Path, *more: str) -> list[str]:
     places = ["--url", server.url, "--reports", str(reports), "--folder", str(reports / "none")]
-    return ["tools", *places, "--request-timeout", "2", *more]
+    return ["tools", *places, "--request-timeout", "1", *more]
 
 
 def the_file(reports: Path) -> dict[str, Any]:
@@ -202,33 +204,15 @@ def test_a_dry_run_asks_nothing_and_says_how_much_it_would(
     assert not server.asked and not list(tmp_path.iterdir())
 
 
-def stall(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(5)
-
-
-def die(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.close()
-
-
-def drip(handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then, without end."""
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(100):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.1)
-
-
-FAULTS: dict[str, tuple[Callable[[BaseHTTPRequestHandler], None], str]] = {
-    "500": (lambda handler: stand_in.send(handler, 500, "boom"), "HTTP 500"),
-    "a stall": (stall, "not answered within 2 s"),
-    "a drip": (drip, "not answered within 2 s"),
-    "a broken connection": (die, "broke off"),
-    "garbage": (lambda handler: stand_in.send(handler, 200, "data: {\x00\x01"), "not JSON"),
-    "another form": (lambda handler: stand_in.send(handler, 200, '{"choices": []}'), "another form"),
+FAULTS: dict[str, tuple[Answer, str]] = {
+    "500": (stand_in.broken, "HTTP 500"),
+    "a stall": (STALL, "not answered within 1 s"),
+    "a drip": (stand_in.drip, "not answered within 1 s"),
+    "a broken connection": (stand_in.broken_off, "broke off"),
+    "garbage": (stand_in.garbage, "not JSON"),
+    "another form": (stand_in.text_as_answer(200, '{"choices": []}'), "another form"),
     "calls of another form": (
-        lambda handler: stand_in.send(handler, 200, '{"choices": [{"message": {"tool_calls": [7]}}]}'),
+        stand_in.text_as_answer(200, '{"choices": [{"message": {"tool_calls": [7]}}]}'),
         "another form",
     ),
 }
@@ -256,7 +240,7 @@ def test_a_fault_of_the_server_is_told_and_the_next_run_measures_what_is_missing
 
 
 def test_a_server_that_is_gone_ends_the_run_with_what_was_measured(server: Server, tmp_path: Path) -> None:
-    server.fault = lambda number: die if number > 2 else None
+    server.fault = lambda number: stand_in.broken_off if number > 2 else None
     with pytest.raises(UserError, match="broke off"):
         bench.main(arguments(server, tmp_path))
     content = the_file(tmp_path)
@@ -264,7 +248,7 @@ def test_a_server_that_is_gone_ends_the_run_with_what_was_measured(server: Serve
 
 
 def test_a_bench_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
-    server.fault = lambda number: stall if number == 5 else None
+    server.fault = lambda number: STALL if number == 5 else None
     words = arguments(server, tmp_path, "--leave-out", "smoke")
     running = subprocess.Popen([sys.executable, "-m", "scripts.bench", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     while len(server.asked) < 5:

@@ -1,4 +1,4 @@
-"""v4forge.workloads: the prompts that drafts are counted on."""
+"""v4forge.workloads: the prompts of the benches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from v4forge import workloads
 from v4forge.corpus import load_tokenizer
@@ -13,6 +15,7 @@ from v4forge.errors import UserError
 from v4forge.workloads import WRITTEN
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
+WORDS = workloads.vocabulary(TINY)
 
 
 @pytest.mark.parametrize("workload", WRITTEN)
@@ -54,23 +57,39 @@ def test_chats_end_with_the_user_and_some_have_several_turns() -> None:
     assert sum(len(messages) > 2 for messages in chats) >= 8
 
 
-def test_random_prompts_follow_from_the_seed() -> None:
-    ids = list(range(30, 1000))
-    some = workloads.drawn(5, 256, ids, seed=1)
-    assert some == workloads.drawn(9, 256, ids, seed=1)[:5]
-    assert some != workloads.drawn(5, 256, ids, seed=2)
+def test_random_ids_follow_from_the_seed_and_only_such_answers_go_on_over_the_end() -> None:
+    ids = WORDS.drawable
+    some = workloads.drawn(ids, seed=1)
+    assert some == workloads.drawn(ids, seed=1) != workloads.drawn(ids, seed=2)
     assert all(len(each.asked["prompt"]) == 256 and set(each.asked["prompt"]) <= set(ids) for each in some)
+    assert all(each.asked["ignore_eos"] for each in some) and len(some) >= 50
+    assert not any("ignore_eos" in each.asked for name in WRITTEN for each in workloads.written(name))
 
 
-def test_control_tokens_are_not_drawn() -> None:
-    ids = workloads.vocabulary(TINY)
-    added = json.loads((TINY / "tokenizer.json").read_text())["added_tokens"]
-    assert set(ids) == set(range(1024)) - {each["id"] for each in added}
+def test_what_is_drawn_are_whole_characters_and_no_control_tokens() -> None:
+    added = {each["id"] for each in json.loads((TINY / "tokenizer.json").read_text())["added_tokens"]}
+    texts = [WORDS.tokenizer.decode([each]) for each in WORDS.drawable]
+    assert not set(WORDS.drawable) & added and len(WORDS.drawable) > 800
+    assert all(text and "\ufffd" not in text for text in texts)
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer.json does not tell the vocabulary"):
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer"):
         workloads.vocabulary(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**32))
+def test_a_prompt_is_read_as_exactly_so_many_tokens_none_of_them_special(tokens: int, seed: int) -> None:
+    (prompt,) = workloads.random_prompts(WORDS, tokens, 1, str(seed))
+    read = WORDS.tokenizer.encode(prompt).ids
+    assert len(read) == tokens and not set(read) & set(WORDS.tokenizer.get_added_tokens_decoder())
+
+
+def test_prompts_follow_from_the_seed_and_are_all_different() -> None:
+    prompts = workloads.random_prompts(WORDS, 32, 50, "seed")
+    assert len(set(prompts)) == 50 and prompts == workloads.random_prompts(WORDS, 32, 50, "seed")
+    assert not set(prompts) & set(workloads.random_prompts(WORDS, 32, 50, "another"))
 
 
 @pytest.mark.parametrize("line", ["", "[1]", '{"id": "a"}', '{"id": "a", "kind": "b"', '{"text": "x", "kind": "b"}'])
@@ -78,9 +97,3 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "code.jsonl").write_text('{"id": "a", "kind": "b", "text": "c"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"code.jsonl:2 is not a prompt"):
         workloads.written("code", tmp_path)
-
-
-def test_only_random_prompts_go_on_over_the_end() -> None:
-    asked = [each.asked for name in WRITTEN for each in workloads.written(name)]
-    assert not any("ignore_eos" in each for each in asked)
-    assert workloads.drawn(1, 4, [5, 6], 0)[0].asked["ignore_eos"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from v4forge import endpoints, exposition
-from v4forge.endpoints import LOGS, form_of, short
+from v4forge.endpoints import LOGS, ask, form_of, short
 from v4forge.errors import UserError
 from v4forge.exposition import Counts, Reading
 from v4forge.files import read_json, writing
@@ -26,8 +26,7 @@ from v4forge.starting import CERTIFICATE
 from v4forge.target import Target
 from v4forge.workloads import Prompt
 
-# The counters follow the end of an answer within a moment; the queue too, of a client that has just left.
-SETTLE_S = 5.0
+SETTLE_S = 5.0  # in which the counters follow the end of an answer
 BETWEEN_S = 0.05
 ALONE = "stop the other clients, then run the same command again"
 # For whoever compares the figures.
@@ -87,21 +86,12 @@ def depth(target: Target) -> int:
     return len(exposition.total(each.counts for each in readings(target)).accepted_at or ())
 
 
-def wait_until_idle(target: Target, limit_s: float = SETTLE_S) -> None:
-    """Raises UserError when other clients use the server."""
-    end_s = time.monotonic() + limit_s
-    while not target.idle():
-        if time.monotonic() > end_s:
-            raise UserError(f"{target.url} has other requests, whose drafts would be counted too", ALONE)
-        time.sleep(BETWEEN_S)
-
-
 def count(target: Target, prompt: Prompt, number: int, sampling: Sampling, limit_s: float) -> Answered:
     """Sends a prompt and counts its drafts. Raises UserError, naming the prompt, for whatever else happens: no answer,
     one of another form, a replica that was started again, requests of somebody else."""
     try:
         before = readings(target)
-        answer = _ask(target, prompt.path, sampling.body(prompt, number, target.model), limit_s)
+        answer = ask(target.endpoint, prompt.path, sampling.body(prompt, number, target.model), limit_s)
         with form_of(f"POST {prompt.path}"):
             choice = answer["choices"][0]
             # Chats have them beside the choices, completions in each.
@@ -113,14 +103,6 @@ def count(target: Target, prompt: Prompt, number: int, sampling: Sampling, limit
         return Answered(prompt.id, prompted, ids, *_drafts(added, written))
     except UserError as error:
         raise UserError(f"prompt {prompt.id}: {error.fact}", error.hint) from None
-
-
-def _ask(target: Target, path: str, body: Mapping[str, Any], limit_s: float) -> Any:
-    text = endpoints.fetch(target.endpoint, path, body, limit_s)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} answered {short(text)}, not JSON", f"{LOGS}: is vLLM behind {target.url}?") from None
 
 
 def _added(target: Target, before: Sequence[Reading], written: int) -> Counts:
@@ -177,10 +159,8 @@ class Kept:
                 path.write_text(whole, encoding="utf-8")
 
     def add(self, answered: Answered) -> None:
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(answered.line())
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(answered.line())
         self.answers.append(answered)
 
 
@@ -215,9 +195,7 @@ def figures(workload: str, answers: Sequence[Answered]) -> dict[str, Any]:
 
 def columns(answers: Sequence[Answered]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """By prompt: drafts and proposed tokens, [prompts] i64 each, and accepted ones, [k, prompts] i64."""
-    k = max(len(each.accepted) for each in answers)
-    # A replica has no counter of a position before the first draft of its life.
-    rows = [[each.drafts, each.draft_tokens, *each.accepted, *(0,) * (k - len(each.accepted))] for each in answers]
+    rows = [[each.drafts, each.draft_tokens, *each.accepted] for each in answers]
     table = torch.tensor(rows, dtype=torch.int64).T
     return table[0], table[1], table[2:]
 
@@ -260,19 +238,14 @@ def offline(artifact: Mapping[str, Any] | None, k: int, file: Path | None = None
         rows = sorted(deep["models"]["artifact"]["drafts"], key=lambda row: row["k"])[:k]
         if rows[-1]["k"] < k:
             return None
-        conditional = [_estimate(row["acceptance_after_accepted"]) for row in rows]
-        overall = _estimate(rows[-1]["acceptance_rate"])
+        conditional = [Estimate.of(row["acceptance_after_accepted"]) for row in rows]
+        overall = Estimate.of(rows[-1]["acceptance_rate"])
         return Offline(str(path), deep["tokens"], deep["sequences"], overall, conditional)
-
-
-def _estimate(told: Mapping[str, float | None]) -> Estimate:
-    known = {end: math.nan if told[end] is None else float(told[end]) for end in ("value", "low", "high")}  # type: ignore[arg-type]
-    return Estimate(**known)
 
 
 def beside(part: Mapping[str, Any], given: Offline) -> dict[str, Any]:
     """The offline figures for a part of the result file, and by how much the server's differ from them."""
-    ours, theirs = _estimate(part["acceptance"]), [_estimate(each) for each in part["given_earlier"]]
+    ours, theirs = Estimate.of(part["acceptance"]), [Estimate.of(each) for each in part["given_earlier"]]
     pairs = zip(theirs, given.given_earlier, strict=True)
     return {
         "source": given.source,

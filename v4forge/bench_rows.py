@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from v4forge import published
@@ -26,9 +25,11 @@ H200 = re.compile(r"\bH200\b")
 # One replica of two GPUs is what was measured there.
 PUBLISHED_REPLICA = {"replicas": 1, "tensor_parallel": 2}
 WORKLOADS = {"random": "random tokens", "code": "code", "chat": "chat", "prose": "raw prose"}
+TOOL_POINTS = 30  # of all scenarios
 SMOKE_SIZES = {"quick": 4, "quality": 4, "coding": 2}
+SURE = 0.05  # a two-sided p below it is called a difference
 REASONS_SHOWN, REASON_SHOWN = 2, 160  # of a scenario that lost points, and characters of them
-MAYBE = Estimate(math.nan, math.nan, math.nan)
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,6 @@ class SpeedRow:
     drafts: int
     shape: str  # <input>x<output> tokens
     concurrency: int
-    requests: int
-    failed: int
     ttft_ms: tuple[float, float]  # median, p99
     tpot_ms: tuple[float, float]
     quartiles_ms: tuple[float, float] | None
@@ -144,8 +143,6 @@ def _speed_row(part: Json, gains: Mapping[tuple[int, str, int], Comparison]) -> 
         drafts=drafts,
         shape=shape,
         concurrency=concurrency,
-        requests=int(part["requests"]),
-        failed=int(part["failed"]),
         ttft_ms=(float(part["ttft_ms"]["median"]), float(part["ttft_ms"]["p99"])),
         tpot_ms=(float(tpot["median"]), float(tpot["p99"])),
         quartiles_ms=(float(quartiles[0]), float(quartiles[1])) if quartiles else None,
@@ -189,9 +186,7 @@ class AcceptanceRow:
 
 def estimate(value: Json | None) -> Estimate:
     """An interval of a result file; NaN for what is null."""
-    if value is None:
-        return MAYBE
-    return Estimate(*(math.nan if value[end] is None else float(value[end]) for end in ("value", "low", "high")))
+    return UNKNOWN if value is None else Estimate.of(value)
 
 
 def acceptance_rows(result: Json) -> list[AcceptanceRow]:
@@ -250,18 +245,20 @@ class QualityRow:
     """One metric of one task, in percent. delta: ours minus the published, points; None where it would say nothing."""
 
     task: str
-    title: str
     metric: str
     questions: int
     invalid: int
     value: float
     se: float | None
-    original: published.Value | None
-    conditions: str
+    figure: published.Figure | None  # that it is compared with
     differs: list[str]  # in what the task was run otherwise than the published one
     delta: float | None = None
     delta_se: float | None = None
     p: float | None = None
+
+    @property
+    def title(self) -> str:
+        return self.figure.title if self.figure else self.task
 
 
 def quality_rows(result: Json) -> list[QualityRow]:
@@ -271,38 +268,26 @@ def quality_rows(result: Json) -> list[QualityRow]:
     for key, part in result["parts"].items():
         task = part.get("task", key)
         for metric, found in part["metrics"].items():
-            figure = _quality_figure(task, metric)
             row = QualityRow(
                 task=task,
-                title=figure.title if figure else task,
                 metric=metric,
                 questions=int(part["questions"]),
                 invalid=int(part.get("invalid") or 0),
                 value=100 * float(found["value"]),
                 se=None if found.get("se") is None else 100 * float(found["se"]),
-                original=figure.original if figure else None,
-                conditions=figure.conditions if figure else "",
+                figure=published.by_key().get(f"quality/{task}/{metric}"),
                 differs=[str(each) for each in part.get("differs") or ()],
             )
             rows.append(_tested(row) if compared else row)
-    order = [figure.title for figure in published.figures()]
-    return sorted(rows, key=lambda row: order.index(row.title) if row.title in order else len(order))
-
-
-def _quality_figure(task: str, metric: str) -> published.Figure | None:
-    for figure in published.figures():
-        head, _, rest = figure.key.partition("/")
-        if head == "quality" and rest.partition("/")[0] == task and rest.partition("/")[2] in metric:
-            return figure
-    return None
+    order = list(published.by_key())
+    return sorted(rows, key=lambda row: order.index(row.figure.key) if row.figure else len(order))
 
 
 def _tested(row: QualityRow) -> QualityRow:
     """The row with its difference from the published figure and a two-sided test of it."""
-    if row.original is None:
+    if row.figure is None or row.figure.original is None:
         return row
-    ours, theirs = vars(row), vars(row.original)
-    found = difference(ours, theirs)
+    found = difference(vars(row), vars(row.figure.original))
     return replace(row, delta=found["delta"], delta_se=found["se"], p=found["p"])
 
 
@@ -343,11 +328,11 @@ class Conversations:
     tools: list[ToolRow] = field(default_factory=list)
     smoke: list[SmokeRow] = field(default_factory=list)
 
-    @cached_property
+    @property
     def score(self) -> int:
         return sum(row.score for row in self.tools)
 
-    @cached_property
+    @property
     def most(self) -> int:
         return sum(row.most for row in self.tools)
 
@@ -383,5 +368,5 @@ def _smoke_row(group: str, parts: Sequence[tuple[str, Json]]) -> SmokeRow:
     for key, part in parts:
         failed = [f"{check['name']}: {check['detail']}" for check in part["checks"] if check["ok"] is not True]
         if part["ok"] is not True:
-            reasons.append(f"{key.rpartition('/')[2]}: {_why(failed or ['failed'])}")
+            reasons.append(f"{key.removeprefix('smoke/')}: {_why(failed or ['failed'])}")
     return SmokeRow(group, sum(part["ok"] is True for _, part in parts), len(parts), reasons)

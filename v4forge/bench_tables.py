@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from v4forge import bench_rows
-from v4forge.bench_rows import MAYBE, AcceptanceRow, Offline, QualityRow, standing
-from v4forge.headline import COMMANDS, SURE
+from v4forge.bench_rows import SURE, UNKNOWN, AcceptanceRow, Offline, QualityRow, standing
 from v4forge.intervals import Estimate
-from v4forge.shown import Cell, Section, Table, columns, number, p_value, percent
+from v4forge.results import BENCHES
+from v4forge.shown import NONE, Cell, Section, Table, columns, ends, number, p_value, percent, points
 from v4forge.speed import NO, YES
 
 Json = Mapping[str, Any]
-TITLES = {
-    "speed": "Speed by concurrency",
-    "draft": "Drafts accepted by workload",
-    "quality": "Quality",
-    "tools": "Tool calls and conversations",
-}
 SAID = {"speed": "Where drafts stop paying, by tokens a second", "tools": "What was lost"}
-DIGITS_SHOWN = 200  # of a setting; a longer one is in the result file
+SETTINGS_SHOWN = 200  # characters of a line of settings; the result file has them all
 
 
 def section(bench: str, result: Json | None) -> Section:
     """The section of a bench; of one that was not measured only the command."""
-    title, command = TITLES[bench], COMMANDS[bench]
+    title, command = BENCHES[bench].title, BENCHES[bench].command
     if result is None:
         return Section(bench, title, command, measured=False)
     readers: dict[str, Callable[[], tuple[list[Table], list[str]]]] = {
@@ -60,21 +53,20 @@ def marked(title: str, result: Json) -> str:
 
 def _speed(result: Json) -> tuple[list[Table], list[str]]:
     rows, drift = bench_rows.speed_rows(result), bench_rows.drift(result)
-    none = Cell("–", mark="dim")
     found: list[list[Cell]] = []
     for row in rows:
         heading = Cell(row.shape.replace("x", " tokens in, ") + " out")
         if [heading] not in found:
             found.append([heading])
         line = [
-            Cell(f"{row.concurrency} at once", f"{row.failed} of {row.requests} failed" if row.failed else ""),
+            Cell(f"{row.concurrency} at once"),
             Cell(f"k={row.drafts}" if row.drafts else "none"),
             Cell(f"{row.tpot_ms[0]:,.2f}", f"p99 {row.tpot_ms[1]:,.2f}"),
             Cell(f"{row.ttft_ms[0]:,.0f}", f"p99 {row.ttft_ms[1]:,.0f}"),
             number(row.output_tok_s, 1),
             number(row.goodput_request_s),
-            _gain(row.gain.tpot_speedup, row.gain.faster) if row.gain else none,
-            _gain(row.gain.throughput_ratio, row.gain.pays) if row.gain else none,
+            _gain(row.gain.tpot_speedup, row.gain.faster) if row.gain else NONE,
+            _gain(row.gain.throughput_ratio, row.gain.pays) if row.gain else NONE,
             number(None if row.acceptance is None else 100 * row.acceptance, 1, "%"),
         ]
         found.append(line)
@@ -94,8 +86,7 @@ def _speed(result: Json) -> tuple[list[Table], list[str]]:
 
 def _gain(ratio: Estimate, beyond: str) -> Cell:
     """beyond: yes, no, or unclear, whether it is above 1 beyond noise."""
-    ends = "" if math.isnan(ratio.low) else f"{ratio.low:.2f} to {ratio.high:.2f}"
-    return Cell(f"{ratio.value:.2f}x", ends, {YES: "good", NO: "bad"}.get(beyond, ""))
+    return Cell(f"{ratio.value:.2f}x", ends(ratio, ".2f"), {YES: "good", NO: "bad"}.get(beyond, ""))
 
 
 def _draft(rows: Sequence[AcceptanceRow], offline: Offline | None) -> tuple[list[Table], list[str]]:
@@ -105,8 +96,7 @@ def _draft(rows: Sequence[AcceptanceRow], offline: Offline | None) -> tuple[list
         counts = Cell(f"{row.accepted:,}", f"of {row.draft_tokens:,}")
         line = [Cell(row.title), number(row.prompts, 0), counts, percent(row.acceptance)]
         if offline:
-            apart = offline.differences.get(row.workload, MAYBE)
-            line.append(_points(apart))
+            line.append(points(offline.differences.get(row.workload, UNKNOWN)))
         overall.append([*line, *map(percent, _filled(row.by_position, len(places)))])
         given.append([Cell(row.title), *map(percent, _filled(row.given_earlier, len(places)))])
     if offline:
@@ -135,19 +125,12 @@ def _draft(rows: Sequence[AcceptanceRow], offline: Offline | None) -> tuple[list
     ], said
 
 
-def _points(value: Estimate) -> Cell:
-    if math.isnan(value.value):
-        return Cell("–", mark="dim")
-    ends = "" if math.isnan(value.low) else f"{100 * value.low:+.1f} to {100 * value.high:+.1f}"
-    return Cell(f"{100 * value.value:+.1f}", ends)
-
-
 def _longest(rows: Sequence[AcceptanceRow]) -> int:
     return max((len(row.by_position) for row in rows), default=0)
 
 
 def _filled(values: Sequence[Estimate], length: int) -> list[Estimate]:
-    return [*values[:length], *[MAYBE] * (length - len(values))]
+    return [*values[:length], *[UNKNOWN] * (length - len(values))]
 
 
 def _quality(rows: Sequence[QualityRow], comparable: bool) -> tuple[list[Table], list[str]]:
@@ -155,18 +138,18 @@ def _quality(rows: Sequence[QualityRow], comparable: bool) -> tuple[list[Table],
     for row in rows:
         error = "" if row.se is None else f" ±{row.se:.2f}"
         line = [
-            Cell(row.title, row.metric),
+            Cell(row.title, "" if row.metric in row.title else row.metric),
             Cell(f"{row.questions:,}", f"{row.invalid} without an answer" if row.invalid else ""),
             Cell(f"{row.value:.2f}{error}", "; ".join(row.differs)),
         ]
-        original = row.original
+        original = row.figure.original if row.figure else None
         if original is None:
-            line += [Cell("–", mark="dim"), Cell("")]
+            line += [NONE, Cell("")]
         elif not comparable:
             line += [Cell("not comparable", mark="dim"), Cell("")]
         else:
             line.append(Cell(f"{original.value:.2f}" + (f" ±{original.se:.2f}" if original.se else "")))
-            line.append(_difference(row))
+            line.append(difference(row))
         found.append(line)
     heads = columns("<task", "questions", "ours, %", "published, %", "difference, points")
     note = (
@@ -183,7 +166,8 @@ def _quality(rows: Sequence[QualityRow], comparable: bool) -> tuple[list[Table],
     return [Table("quality", "Tasks of lm-eval", heads, found, note if tested else "± is the standard error.")], said
 
 
-def _difference(row: QualityRow) -> Cell:
+def difference(row: QualityRow) -> Cell:
+    """Ours minus the published in points, ± its standard error, with p; green or red beyond noise."""
     if row.delta is None or row.delta_se is None or row.p is None:
         return Cell("not tested", "no standard error", "dim")
     mark = ("bad" if row.delta < 0 else "good") if row.p < SURE else ""
@@ -245,4 +229,4 @@ def provenance(result: Json) -> Iterator[tuple[str, str]]:
 def _listed(values: Json) -> str:
     """{"a": 1, "b": None} -> a=1; nested ones as JSON would have them, cut where they are long."""
     said = ", ".join(f"{name}={value}" for name, value in values.items() if value is not None) or "none"
-    return said if len(said) <= DIGITS_SHOWN else f"{said[:DIGITS_SHOWN]}… (all of it is in the result file)"
+    return said if len(said) <= SETTINGS_SHOWN else f"{said[:SETTINGS_SHOWN]}… (all of it is in the result file)"

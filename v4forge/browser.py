@@ -1,4 +1,4 @@
-"""A page in headless Chromium, as a person would see it: its texts, styles and errors, clicks, pictures.
+"""A page in headless Chromium, as a person would see it: its texts, styles and errors, clicks.
 
 The page may be hostile: it reaches no network and no file, runs in Chromium's sandbox (as root there is none) with a
 fresh profile, and everything that it does ends at a limit.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Error, Page, Route, sync_playwright
+from playwright.sync_api import Error, Locator, Page, Route, sync_playwright
 
 from v4forge.errors import UserError
 
@@ -36,16 +36,21 @@ ARGUMENTS = (
 )
 NO_PROXY = "http://127.0.0.1:9"  # the discard port, where nothing listens
 PLACE = "http://page.invalid/"
+# Of the caller's environment; the rest may hold keys.
+VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "FONTCONFIG_FILE", "FONTCONFIG_PATH")
+START_LIMIT_S = 60.0
 LIMIT_S = 30.0
-WAIT_MS = 2000  # for an element that is clicked to be there and visible
+WAIT_MS = 2000  # for an element that is clicked to be visible
+LOOK = "look at the page in a browser"
 MOST = 100  # messages and addresses that are kept
 
-# Elements with a text of their own that is wider or higher than its box shows, or outside of the page.
+# Elements with a text of their own that is wider or higher than its box shows, or outside of the page; not those that
+# are made a pixel small, for screen readers alone.
 CUT = """() => [...document.querySelectorAll('body *')].filter(element => {
   const own = [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim());
   if (!own || element.closest('svg, script, style, noscript')) return false;
   const style = getComputedStyle(element), box = element.getBoundingClientRect();
-  if (style.display === 'none' || style.visibility === 'hidden' || !box.width || !box.height) return false;
+  if (style.display === 'none' || style.visibility === 'hidden' || box.width < 2 || box.height < 2) return false;
   const clips = ['hidden', 'clip'].includes(style.overflowX) || ['hidden', 'clip'].includes(style.overflowY);
   const cut = clips &&
     (element.scrollWidth > element.clientWidth + 1 || element.scrollHeight > element.clientHeight + 1);
@@ -89,18 +94,20 @@ class Opened:
     def style(self, selector: str, name: str) -> str:
         """The computed style of the first one, colours as rgb(…)."""
         with self.answering():
-            found = self.page.locator(selector).first
+            found = self._first(selector)
             return str(found.evaluate("(e, name) => getComputedStyle(e).getPropertyValue(name)", name, timeout=WAIT_MS))
 
     def click(self, selector: str) -> None:
         """Clicks the first one, as soon as it can be."""
         with self.answering():
-            self.page.locator(selector).first.click(timeout=WAIT_MS)
+            self._first(selector).click(timeout=WAIT_MS)
 
-    def fill(self, selector: str, text: str) -> None:
-        """Types into the first one, or chooses in it."""
-        with self.answering():
-            self.page.locator(selector).first.fill(text, timeout=WAIT_MS)
+    def _first(self, selector: str) -> Locator:
+        """The page is loaded: what is not there now is not waited for."""
+        found = self.page.locator(selector)
+        if not found.count():
+            raise PageError(f"no such element: {selector}", LOOK)
+        return found.first
 
     def evaluate(self, script: str) -> Any:
         """The JSON value of a JavaScript expression or function."""
@@ -110,11 +117,6 @@ class Opened:
     def cut_off(self) -> list[str]:
         """Texts that do not fit: cut by their box, or outside of the page where nothing scrolls."""
         return [str(text) for text in self.evaluate(CUT)]
-
-    def picture(self, path: Path) -> None:
-        """Writes a PNG of the whole page."""
-        with self.answering():
-            self.page.screenshot(path=path, full_page=True, animations="disabled")
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -126,7 +128,7 @@ class Opened:
                 fact = f"the page did not come to rest within {self.limit_s:.0f} s"
             else:
                 fact = f"the page does not do it: {error.message.splitlines()[0]}"
-            raise PageError(fact, "look at the page in a browser") from None
+            raise PageError(fact, LOOK) from None
 
 
 def program() -> str:
@@ -151,8 +153,8 @@ def version() -> str:
 def open_page(source: str | Path, width: int = 1280, height: int = 900, limit_s: float = LIMIT_S) -> Iterator[Opened]:
     """The page of an HTML text or file, loaded, in a window of so many pixels; as long as the block lasts.
 
-    limit_s: for the block and all in it. Raises UserError when there is no Chromium, PageError when the page does not
-    come to an end of loading.
+    limit_s: for the block and all in it, once Chromium has started. Raises UserError when there is no Chromium, or it
+    does not start; PageError when the page does not come to an end of loading.
     """
     executable = program()
     try:
@@ -167,7 +169,6 @@ def open_page(source: str | Path, width: int = 1280, height: int = 900, limit_s:
         ended = threading.Event()
         watchdog = threading.Timer(limit_s, _end, (profile, ended))
         watchdog.daemon = True
-        watchdog.start()
         try:
             try:
                 context = playwright.chromium.launch_persistent_context(
@@ -180,12 +181,13 @@ def open_page(source: str | Path, width: int = 1280, height: int = 900, limit_s:
                     viewport={"width": width, "height": height},
                     accept_downloads=False,
                     service_workers="block",
-                    timeout=limit_s * 1000,
-                    env={**os.environ, "HOME": profile},
+                    timeout=START_LIMIT_S * 1000,
+                    env={**{name: os.environ[name] for name in VARIABLES if name in os.environ}, "HOME": profile},
                 )
             except Error as error:
                 fact = f"{executable} does not start: {error.message.splitlines()[0]}"
                 raise UserError(fact, f"{executable} --headless --dump-dom about:blank") from None
+            watchdog.start()
             opened = Opened(context.pages[0], limit_s, ended=ended)
             _listen(opened, html)
             with opened.answering():

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from v4forge.bench_rows import WORKLOADS, standing
+from v4forge.bench_rows import SURE, WORKLOADS, standing
 from v4forge.errors import UserError
 from v4forge.intervals import LEVEL, Figure, quantile, ratio
 from v4forge.quality import difference
 from v4forge.results import Result
-from v4forge.speed import drift_of
+from v4forge.speed import drift_of, excess
 
-SURE = 0.05
 DRAWS = 4000
 SEED = 0  # of the bootstrap: the same files give the same figures
 # What a run was asked, and what it was asked of. Where these differ is said; `url` is only a place.
@@ -166,8 +165,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 # Speed: name, where it is in a part, unit, whether higher is better.
 SPEEDS = (
-    ("ms/token", "tpot_ms", "ms", False),
-    ("ms to first", "ttft_ms", "ms", False),
+    ("TPOT ms", "tpot_ms", "ms", False),
+    ("TTFT ms", "ttft_ms", "ms", False),
     ("tok/s", "output_tok_s", "tok/s", True),
 )
 
@@ -176,15 +175,14 @@ def _speed(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
     paired = a["hashes"] == b["hashes"]
     for key in (key for key in keys if not a["parts"][key].get("again")):
         one, other = a["parts"][key], b["parts"][key]
-        where = f"{one['input_tokens']}/{one['output_tokens']}, c={one['concurrency']}, k={one['drafts']}"
         drifts = [drift for each in (a, b) if (drift := drift_of(each["parts"], one["drafts"]))]
         for name, metric, unit, higher in SPEEDS:
             change, error, freedom = _log_change(one, other, metric, paired)
             margin = quantile(freedom) * error
             low, high = (None if math.isnan(margin) else 100 * math.expm1(change + side * margin) for side in (-1, 1))
-            drifted = max((abs(each["throughput" if higher else "tpot"]) for each in drifts), default=0.0)
+            drifted = max((excess(each["throughput" if higher else "tpot"]) for each in drifts), default=0.0)
             yield Delta(
-                metric=f"{where}: {name}",
+                metric=f"{key}: {name}",
                 a=_value(one, metric),
                 b=_value(other, metric),
                 unit=unit,

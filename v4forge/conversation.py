@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from v4forge import endpoints
-from v4forge.endpoints import Endpoint, form_of, short
+from v4forge.endpoints import Endpoint, form_of
 from v4forge.errors import UserError
 
 PATH = "/v1/chat/completions"
@@ -23,7 +23,7 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class Speaker:
-    """Who is asked, and how: `limit_s` for one answer, `max_tokens` of it at most. It counts nothing between turns."""
+    """Who is asked, and how: `limit_s` for one answer, `max_tokens` of it at most."""
 
     at: Endpoint
     model: str
@@ -77,18 +77,12 @@ def reply(speaker: Speaker, messages: Sequence[Mapping[str, Any]], tools: Sequen
 
 def _ask(speaker: Speaker, body: Mapping[str, Any]) -> Reply:
     try:
-        text = endpoints.fetch(speaker.at, PATH, body, speaker.limit_s)
+        answer = endpoints.ask(speaker.at, PATH, body, speaker.limit_s)
     except UserError as error:
         if "HTTP 400" in error.fact and any(words in error.fact for words in TOO_LONG):
             hint = 'serve with a longer context: make serve SET="max-model-len=8192"'
             raise TooLong(f"the conversation is longer than the server takes: {error.fact}", hint) from None
         raise
-    try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(
-            f"{PATH} answered {short(text)}, not JSON", f"{endpoints.LOGS}: is vLLM behind {speaker.at.url}?"
-        ) from None
     with form_of(f"POST {PATH}"):
         choice = answer["choices"][0]
         message = choice["message"]

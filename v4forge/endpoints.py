@@ -58,9 +58,9 @@ def metrics(at: Endpoint) -> Reading:
     return exposition.read(fetch(at, "/metrics"), time.time())
 
 
-def ask(at: Endpoint, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """The JSON that a replica answers. Raises UserError for anything else."""
-    text = fetch(at, path, body)
+def ask(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_s: float | None = None) -> Any:
+    """The JSON that a replica answers, as fetch() asks. Raises UserError for anything else."""
+    text = fetch(at, path, body, limit_s)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -13,7 +13,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -60,13 +60,7 @@ VARIABLES = {
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
 }
 MARKERS = ("o", "s", "^", "D", "v")
-DASHES: tuple[Any, ...] = (
-    (0, (4, 2)),
-    "solid",
-    "solid",
-    "solid",
-    "solid",
-)  # the first is what others are compared with
+NO_DRAFTS: Any = (0, (4, 2))  # dashes of what others are compared with
 LABEL_WIDTH, LABEL_LINES = 9, 2
 NORMAL_95 = 1.96
 CROWDED = 4.0  # an interval so many times as long as the others leaves the picture, to both sides
@@ -178,6 +172,31 @@ def label(text: str, width: int = LABEL_WIDTH, lines: int = LABEL_LINES) -> str:
     return "\n".join(wrapped[:lines]) + ("…" if len(wrapped) > lines else "")
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A figure of points of the speed bench, as it is drawn."""
+
+    name: str  # in published keys
+    title: str
+    unit: str
+    note: str
+    value: Callable[[SpeedRow], float]
+    quartiles: Callable[[SpeedRow], tuple[float, float] | None] = lambda row: None
+
+
+METRICS = (
+    Metric(
+        *("tpot_ms", "Time a token", "ms a token", "milliseconds, median and quartiles of the requests"),
+        value=lambda row: row.tpot_ms[0],
+        quartiles=lambda row: row.quartiles_ms,
+    ),
+    Metric(
+        *("output_tok_s", "Tokens a second", "tok/s", "of all requests together"),
+        value=lambda row: row.output_tok_s,
+    ),
+)
+
+
 def speed(rows: Sequence[SpeedRow], with_published: bool) -> list[Drawing]:
     """For each shape the time a token and the tokens a second, by concurrency, a line a k.
 
@@ -186,61 +205,70 @@ def speed(rows: Sequence[SpeedRow], with_published: bool) -> list[Drawing]:
     drawings = []
     for shape in dict.fromkeys(row.shape for row in rows):
         some = [row for row in rows if row.shape == shape]
-        shown = shape.replace("x", " in, ") + " out"
-        kinds: tuple[tuple[str, str, str, Callable[[SpeedRow], float], str], ...] = (
-            ("tpot_ms", "ms a token", f"Time a token, {shown}", lambda row: row.tpot_ms[0], "medians and quartiles"),
-            ("output_tok_s", "tok/s", f"Tokens a second, {shown}", lambda row: row.output_tok_s, "of all requests"),
-        )
-        for metric, unit, title, value, what in kinds:
-            svg = _by_concurrency(f"speed-{metric}-{shape}", title, unit, metric, some, value, with_published)
-            drawings.append(Drawing(f"speed-{metric}-{shape}", title, svg, f"{unit}, {what}, by requests at once"))
+        for metric in METRICS:
+            name = f"speed-{metric.name}-{shape}"
+            title = f"{metric.title}, {shape.replace('x', ' in, ')} out"
+            drawings.append(
+                Drawing(name, title, _by_concurrency(name, title, metric, some, with_published), metric.note)
+            )
     return drawings
 
 
-def _by_concurrency(
-    name: str,
-    title: str,
-    unit: str,
-    metric: str,
-    rows: Sequence[SpeedRow],
-    value: Callable[[SpeedRow], float],
-    with_published: bool,
-) -> str:
+def _by_concurrency(name: str, title: str, metric: Metric, rows: Sequence[SpeedRow], with_published: bool) -> str:
     with matplotlib.rc_context(SETTINGS):
         drawn = Drawn()
         concurrencies = sorted({row.concurrency for row in rows})
         drafts = sorted({row.drafts for row in rows})
-        about, highest, hollow = [], 0.0, False
-        for k in drafts:
+        about, heights, hollow = [], [0.0], False
+        for number, k in enumerate(drafts):
             line = sorted((row for row in rows if row.drafts == k), key=lambda row: row.concurrency)
-            offset = 0.07 * (drafts.index(k) - (len(drafts) - 1) / 2)
+            offset = 0.07 * (number - (len(drafts) - 1) / 2)
             x = [concurrencies.index(row.concurrency) + offset for row in line]
-            y = [value(row) for row in line]
-            style = DASHES[k % len(DASHES)]
-            drawn.axes.plot(x, y, color=SERIES[k % len(SERIES)], linestyle=style, zorder=3, clip_on=False)
-            named = f"k={k}" if k else "no drafts"
-            for at, height, row in zip(x, y, line, strict=True):
-                drawn.mark(at, height, k, f"{named}, {row.concurrency} at once: {height:,.2f} {unit}")
-                if metric == "tpot_ms" and row.quartiles_ms:
-                    drawn.bar([at, at], row.quartiles_ms, k)
-                    highest = max(highest, row.quartiles_ms[1])
-                figure = published.by_key().get(f"speed/k{k}/{row.shape}/c{row.concurrency}/{metric}")
-                if with_published and figure and figure.original:
-                    tip = f"published, {named}, {row.concurrency} at once: {figure.shown(figure.original.value)}"
-                    drawn.mark(at, figure.original.value, k, tip, hollow=True)
-                    highest, hollow = max(highest, figure.original.value), True
-            highest = max(highest, *y)
-            about.append(
-                f"{named}: " + ", ".join(f"{v:,.2f} at {row.concurrency}" for v, row in zip(y, line, strict=True))
-            )
+            heights += _line(drawn, metric, k, x, line)
+            if with_published:
+                originals = _originals(drawn, metric, k, x, line)
+                heights, hollow = heights + originals, hollow or bool(originals)
+            figures = ", ".join(f"{metric.value(row):,.2f} at {row.concurrency}" for row in line)
+            about.append(f"{_drafts(k)}: {figures}")
         drawn.axes.set_xticks(range(len(concurrencies)), [str(c) for c in concurrencies])
         drawn.axes.set_xlim(-0.4, len(concurrencies) - 0.6)
         drawn.axes.set_xlabel("requests at once", color=TEXT, labelpad=3)
-        _upwards(drawn, highest, lambda tick: f"{tick:,g}")
-        entries = [(f"k={k}" if k else "no drafts", k, False) for k in drafts]
+        _upwards(drawn, max(heights), lambda tick: f"{tick:,g}")
+        entries = [(_drafts(k), k, False) for k in drafts]
         drawn.legend([*entries, *([("published", 0, True)] if hollow else [])])
         drawn.frame(left=50, right=12, top=30, bottom=40)
-        return drawn.svg(name, title, f"{unit} by requests at once. " + "; ".join(about))
+        return drawn.svg(name, title, f"{metric.unit} by requests at once. " + "; ".join(about))
+
+
+def _drafts(k: int) -> str:
+    return f"k={k}" if k else "no drafts"
+
+
+def _line(drawn: Drawn, metric: Metric, k: int, x: Sequence[float], rows: Sequence[SpeedRow]) -> list[float]:
+    """The points of one k, joined, with their quartiles; how high it all reaches."""
+    y = [metric.value(row) for row in rows]
+    drawn.axes.plot(
+        *(x, y), color=SERIES[k % len(SERIES)], linestyle="solid" if k else NO_DRAFTS, zorder=3, clip_on=False
+    )
+    reached = list(y)
+    for at, height, row in zip(x, y, rows, strict=True):
+        drawn.mark(at, height, k, f"{_drafts(k)}, {row.concurrency} at once: {height:,.2f} {metric.unit}")
+        if quartiles := metric.quartiles(row):
+            drawn.bar([at, at], quartiles, k)
+            reached.append(quartiles[1])
+    return reached
+
+
+def _originals(drawn: Drawn, metric: Metric, k: int, x: Sequence[float], rows: Sequence[SpeedRow]) -> list[float]:
+    """What was published of the same points, hollow."""
+    found = []
+    for at, row in zip(x, rows, strict=True):
+        figure = published.by_key().get(f"speed/k{k}/{row.shape}/c{row.concurrency}/{metric.name}")
+        if figure and figure.original:
+            found.append(figure.original.value)
+            tip = f"published, {_drafts(k)}, {row.concurrency} at once: {figure.shown(figure.original.value)}"
+            drawn.mark(at, figure.original.value, k, tip, hollow=True)
+    return found
 
 
 def _upwards(drawn: Drawn, highest: float, shown: Callable[[float], str]) -> None:
@@ -261,12 +289,12 @@ def acceptance(rows: Sequence[AcceptanceRow], deep: Offline | None, with_publish
     known = [row.published.value if row.published else None for row in rows]
     drawings = []
     for name, title, groups, originals, note in (
-        ("draft-all", "Accepted, of all drafts", of_all, known if with_published else [], "with all before it"),
-        ("draft-given", "Accepted, where all earlier drafts were", given, [], "each by itself"),
+        ("draft-all", "Accepted, of all drafts", of_all, known if with_published else [], "only with all before it"),
+        ("draft-given", "Accepted, where all earlier drafts were", given, [], "of those whose earlier ones were"),
     ):
         if any(estimates for _, estimates in groups):
             svg = _by_workload(name, title, groups, originals)
-            drawings.append(Drawing(name, title, svg, f"%, 95% intervals; draft i {note}"))
+            drawings.append(Drawing(name, title, svg, f"95% intervals; draft i {note}"))
     return drawings
 
 
@@ -305,37 +333,18 @@ def _by_workload(
 
 def quality(rows: Sequence[QualityRow]) -> list[Drawing]:
     """Differences from the published figures with 95% intervals; nothing where none was tested."""
-    tested = [row for row in rows if row.delta is not None and row.delta_se is not None]
+    tested = [(row, row.delta, NORMAL_95 * row.delta_se) for row in rows if row.delta is not None and row.delta_se]
     if not tested:
         return []
     title = "Ours minus the published, points"
     with matplotlib.rc_context(SETTINGS):
         drawn = Drawn(height=44 + ROW * len(tested))
-        about = []
-        reaches = [abs(row.delta or 0.0) + NORMAL_95 * (row.delta_se or 0.0) for row in tested]
+        reaches = [abs(delta) + margin for _, delta, margin in tested]
         edge = 1.08 * max(min(max(reaches), CROWDED * statistics.median(reaches)), 1e-3)
-        for number, row in enumerate(tested):
-            assert row.delta is not None and row.delta_se is not None
-            margin, y = NORMAL_95 * row.delta_se, len(tested) - 1 - number
-            low, high = row.delta - margin, row.delta + margin
-            ends = f"{row.delta:+.2f} ({low:+.2f} to {high:+.2f})"
-            about.append(f"{row.title}: {ends}")
-            drawn.bar([max(low, -edge), min(high, edge)], [y, y], 1)
-            for beyond, edges, marker in ((low < -edge, -edge, "<"), (high > edge, edge, ">")):
-                if beyond:
-                    drawn.axes.plot([edges], [y], marker=marker, color=SERIES[1], markersize=6, clip_on=False)
-            if abs(row.delta) <= edge:
-                drawn.mark(row.delta, y, 1, f"{row.title}: {ends}")
-            for x, text, side in ((0.0, label(row.title, 26, 1), "left"), (1.0, ends, "right")):
-                drawn.axes.text(
-                    *(x, y + 0.27, text),
-                    transform=drawn.axes.get_yaxis_transform(),
-                    color=TEXT,
-                    va="bottom",
-                    ha=side,
-                    fontsize=9.5,
-                    bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1.5},
-                )
+        about = [
+            _difference(drawn, row.title, delta, margin, y, edge)
+            for y, (row, delta, margin) in zip(reversed(range(len(tested))), tested, strict=True)
+        ]
         drawn.axes.axvline(0, color=TEXT, linewidth=1, zorder=1)
         drawn.axes.set_xlim(-edge, edge)
         drawn.axes.set_ylim(-0.5, len(tested) - 0.2)
@@ -346,7 +355,34 @@ def quality(rows: Sequence[QualityRow]) -> list[Drawing]:
         drawn.axes.set_axisbelow(True)
         drawn.frame(left=14, right=14, top=8, bottom=28)
         svg = drawn.svg("quality-delta", title, "; ".join(about))
-    return [Drawing("quality-delta", title, svg, "95% intervals; right of 0 ours is better")]
+    return [
+        Drawing(
+            "quality-delta", title, svg, "95% intervals, with an arrow where one goes on; right of 0 ours is better"
+        )
+    ]
+
+
+def _difference(drawn: Drawn, title: str, delta: float, margin: float, y: int, edge: float) -> str:
+    """One line: an interval, cut at both edges with an arrow there, under its name and figures; said in words."""
+    low, high = delta - margin, delta + margin
+    figures = f"{delta:+.2f} ({low:+.2f} to {high:+.2f})"
+    drawn.bar([max(low, -edge), min(high, edge)], [y, y], 1)
+    for beyond, at, marker in ((low < -edge, -edge, "<"), (high > edge, edge, ">")):
+        if beyond:
+            drawn.axes.plot([at], [y], marker=marker, color=SERIES[1], markersize=6, clip_on=False)
+    if abs(delta) <= edge:
+        drawn.mark(delta, y, 1, f"{title}: {figures}")
+    for x, text, side in ((0.0, label(title, 26, 1), "left"), (1.0, figures, "right")):
+        drawn.axes.text(
+            *(x, y + 0.27, text),
+            transform=drawn.axes.get_yaxis_transform(),
+            color=TEXT,
+            va="bottom",
+            ha=side,
+            fontsize=9.5,
+            bbox={"facecolor": CARD, "edgecolor": "none", "pad": 1.5},
+        )
+    return f"{title}: {figures}"
 
 
 def of(bench: str, result: Json) -> list[Drawing]:

@@ -9,21 +9,24 @@ from typing import Any
 
 from v4forge import bench_rows, published
 from v4forge.bench_rows import PUBLISHED_REPLICA, Standing, standing
-from v4forge.shown import NOT_MEASURED, Cell, Table, columns, p_value
+from v4forge.bench_tables import difference
+from v4forge.results import BENCHES
+from v4forge.shown import NONE, NOT_MEASURED, Cell, Table, columns, ends
 
 Json = Mapping[str, Any]
-SURE = 0.05  # a two-sided p below it is called a difference
+NOTHING = Cell("")
+MAKING = "make artifact"  # measures what the pipeline takes
 
 
 @dataclass(frozen=True)
 class Found:
-    """Ours of one published figure. `note` says under which other conditions."""
+    """Ours of one published figure. `note` says how sure it is, or under which other conditions; `against` is its
+    difference from the original, None where that is plain subtraction."""
 
     value: float
     note: str = ""
     se: float | None = None
-    against: str = ""  # the difference from the original, tested
-    mark: str = ""
+    against: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,6 @@ def pipeline(run: Json, manifest: Json | None) -> Pipeline:
     )
 
 
-COMMANDS = {
-    "speed": "make bench-speed",
-    "draft": "make bench-draft",
-    "quality": "make bench-quality",
-    "tools": "make bench-tools",
-    "pipeline": "make artifact",
-}
-
-
 def table(results: Mapping[str, Json], made: Pipeline) -> Table:
     """One row a published figure, in the file's order, under its conditions. results: of each bench its file."""
     standings = {bench: standing(result) for bench, result in results.items()}
@@ -81,8 +75,10 @@ def table(results: Mapping[str, Json], made: Pipeline) -> Table:
         columns("<", "ours", "published original", "difference", "<siblings"),
         rows,
         note=(
-            "A difference is tested only where both sides have a standard error: ours minus the original in points, "
-            "± its standard error, two-sided. Siblings are other artifacts or other machines."
+            "A difference is ours minus the original, in percent of it or, where the figure is a share or a count, in "
+            "points. Those with ± the standard error are tested, two-sided; of the others no noise was published. "
+            "Siblings are other artifacts, machines or prompts. Published in: "
+            f"{'; '.join(published.pages())}."
         ),
     )
 
@@ -95,34 +91,47 @@ def measures_published(results: Mapping[str, Json], made: Pipeline) -> bool:
 def _ours(
     figure: published.Figure, measured: Mapping[str, Found], at: Standing | None, made: Pipeline
 ) -> tuple[Cell, Cell]:
-    nothing = Cell("")
+    """Ours, and its difference from the original."""
     if figure.bench == "pipeline":
-        known, other = made.bytes is not None, "" if made.flash else "another model"
+        known, other, command = made.bytes is not None, "" if made.flash else "another model", MAKING
     else:
-        known, other = at is not None, at.short if at and not at.published_model else ""
-    if not known:
-        return Cell(NOT_MEASURED, COMMANDS[figure.bench], "dim"), nothing
-    if other:
-        return Cell("not comparable", other, "dim"), nothing
+        other = at.short if at and not at.published_model else ""
+        known, command = at is not None, BENCHES[figure.bench].command
+    if known and other:
+        return Cell("not comparable", other, "dim"), NOTHING
     found = measured.get(figure.key)
-    if found is None:
-        return Cell(NOT_MEASURED, COMMANDS[figure.bench], "dim"), nothing
+    if not known or found is None:
+        return Cell(NOT_MEASURED, command, "dim"), NOTHING
     trial = at.short if at and at.trial is not None else ""
     note = "; ".join(part for part in (trial, found.note) if part)
-    return Cell(figure.shown(found.value, found.se), note), Cell(found.against, mark=found.mark)
+    against = NOTHING if trial else found.against or _subtracted(figure, found.value)
+    return Cell(figure.shown(found.value, found.se), note), against
+
+
+def _subtracted(figure: published.Figure, value: float) -> Cell:
+    """Ours minus the original, of which nobody can say whether it is noise."""
+    if figure.original is None:
+        return NOTHING
+    delta = value - figure.original.value
+    if not delta:
+        return Cell("0", mark="dim")
+    if figure.is_share:
+        return Cell(f"{delta:+.{figure.digits}f}", mark="dim")
+    return Cell(f"{100 * delta / figure.original.value:+.1f}%", mark="dim")
 
 
 def _original(figure: published.Figure) -> Cell:
     if figure.original is None:
-        return Cell("–", mark="dim")
+        return NONE
     value = figure.original
     counts = f"{value.counts[0]:,} of {value.counts[1]:,}" if value.counts else ""
-    return Cell(figure.shown(value.value, value.se), "; ".join(part for part in (value.note, counts) if part))
+    note = "; ".join(part for part in (value.note, counts) if part)
+    return Cell(figure.shown(value.value, value.se), note, tip=value.source)
 
 
 def _siblings(figure: published.Figure) -> Cell:
     said = [f"{figure.shown(each.value, each.se)}, {each.who}" for each in figure.siblings]
-    return Cell("; ".join(said))
+    return Cell("; ".join(said), tip="; ".join(each.source for each in figure.siblings))
 
 
 def _measured(bench: str, result: Json) -> dict[str, Found]:
@@ -133,20 +142,20 @@ def _measured(bench: str, result: Json) -> dict[str, Found]:
 def _of_speed(result: Json) -> dict[str, Found]:
     target = result["target"]
     deployed = {name: target.get(name) for name in PUBLISHED_REPLICA}
-    note = ""
+    note, against = "", None
     if deployed != PUBLISHED_REPLICA:
+        against = NOTHING
         replicas, parallel = deployed["replicas"], deployed["tensor_parallel"]
         note = f"other conditions: {replicas or '?'} replicas of TP={parallel or '?'}"
     found = {}
     for row in bench_rows.speed_rows(result):
         at = f"k{row.drafts}/{row.shape}/c{row.concurrency}"
-        found[f"speed/{at}/tpot_ms"] = Found(row.tpot_ms[0], note)
-        found[f"speed/{at}/output_tok_s"] = Found(row.output_tok_s, note)
+        found[f"speed/{at}/tpot_ms"] = Found(row.tpot_ms[0], note, against=against)
+        found[f"speed/{at}/output_tok_s"] = Found(row.output_tok_s, note, against=against)
         if row.gain is not None:
             speedup = row.gain.tpot_speedup
-            ends = "" if math.isnan(speedup.low) else f"{speedup.low:.2f} to {speedup.high:.2f}"
-            said = "; ".join(part for part in (ends, note) if part)
-            found[f"speedup/{at}/tpot_ms"] = Found(speedup.value, said)
+            said = "; ".join(part for part in (ends(speedup, ".2f"), note) if part)
+            found[f"speedup/{at}/tpot_ms"] = Found(speedup.value, said, against=against)
     return found
 
 
@@ -155,24 +164,17 @@ def _of_draft(result: Json) -> dict[str, Found]:
     found = {}
     for row in bench_rows.acceptance_rows(result):
         first = row.by_position[0] if row.by_position else row.acceptance
-        if math.isnan(first.value):
-            continue
-        ends = "" if math.isnan(first.low) else f"{100 * first.low:.1f} to {100 * first.high:.1f}"
-        found[f"draft/{row.workload}"] = Found(100 * first.value, ends)
+        if not math.isnan(first.value):
+            found[f"draft/{row.workload}"] = Found(100 * first.value, ends(first, ".1f", 100))
     return found
 
 
 def _of_quality(result: Json) -> dict[str, Found]:
-    keys = {figure.title: figure.key for figure in published.figures() if figure.bench == "quality"}
     found = {}
     for row in bench_rows.quality_rows(result):
-        if row.title not in keys:
-            continue
-        against = mark = ""
-        if row.delta is not None and row.delta_se is not None and row.p is not None:
-            against = f"{row.delta:+.2f} ±{row.delta_se:.2f}, {p_value(row.p)}"
-            mark = ("bad" if row.delta < 0 else "good") if row.p < SURE else ""
-        found[keys[row.title]] = Found(row.value, "; ".join(row.differs), row.se, against, mark)
+        if row.figure is not None:
+            against = difference(row) if row.p is not None else NOTHING
+            found[row.figure.key] = Found(row.value, "; ".join(row.differs), row.se, against)
     return found
 
 
@@ -180,22 +182,23 @@ def _of_tools(result: Json) -> dict[str, Found]:
     rows = bench_rows.conversations(result)
     found = {}
     if rows.tools:
-        found["tools/total"] = Found(rows.score, "" if rows.most == 30 else f"of {rows.most}, not all were run")
+        found["tools/total"] = _counted(rows.score, rows.most, bench_rows.TOOL_POINTS)
     for row in rows.smoke:
-        found[f"smoke/{row.group}"] = Found(row.passed, _partly(row.of, bench_rows.SMOKE_SIZES.get(row.group)))
+        found[f"smoke/{row.group}"] = _counted(row.passed, row.of, bench_rows.SMOKE_SIZES.get(row.group, row.of))
     return found
 
 
-def _partly(of: int, whole: int | None) -> str:
-    return "" if whole in (None, of) else f"of {of}, not all were run"
+def _counted(value: int, of: int, whole: int) -> Found:
+    return Found(value) if of == whole else Found(value, f"of {of}, not all were run", against=NOTHING)
 
 
 def _of_pipeline(made: Pipeline) -> dict[str, Found]:
-    found = {"pipeline/intermediate": Found(0, "none is written")}
+    """Times are of other machines than the published ones, so that nothing is subtracted."""
+    found = {"pipeline/intermediate": Found(0, "none is written", against=NOTHING)}
     if made.calibrate_s is not None:
-        found["pipeline/calibrate"] = Found(made.calibrate_s / 3600, made.calibrated)
+        found["pipeline/calibrate"] = Found(made.calibrate_s / 3600, made.calibrated, against=NOTHING)
     if made.postprocess_s is not None:
-        found["pipeline/postprocess"] = Found(made.postprocess_s / 60)
+        found["pipeline/postprocess"] = Found(made.postprocess_s / 60, against=NOTHING)
     if made.bytes is not None:
         found["pipeline/bytes"] = Found(made.bytes / 1e9)
     return found

@@ -5,7 +5,7 @@ observation: errors are those of a ratio of sums over sequences, by linearizatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -39,6 +39,12 @@ class Estimate:
 
     def json(self) -> dict[str, float | None]:
         return {k: None if math.isnan(v) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def of(cls, told: Mapping[str, float | None]) -> Estimate:
+        """What json() has written. Raises KeyError or TypeError for anything else."""
+        ends = (told[end] for end in ("value", "low", "high"))
+        return cls(*(math.nan if end is None else float(end) for end in ends))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
-"""Load on a server: prompts of random tokens, and `vllm bench serve` of a host's program or of the image, which sends
-them and takes the times."""
+"""Load on a server: `vllm bench serve` of a host's program or of the image, which sends prompts and takes the times."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
 import signal
 import subprocess
@@ -16,16 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from v4forge import containers, endpoints, jobs
 from v4forge.endpoints import LOGS, Endpoint
 from v4forge.errors import UserError
 from v4forge.files import read_json, write_text
 from v4forge.jobs import Job
 
-# A draw of tokens that cannot be written as a text of as many tokens is repaired so often, then drawn anew.
-REPAIRS, DRAWS = 100, 20
 PROMPTS, RESULT, LOG = "prompts.jsonl", "result.json", "client.log"
 # For the client: nothing is looked up elsewhere, and what stands between here and the network is not for a server that
 # is measured; a name and password for its host would take the place of the key.
@@ -123,62 +117,6 @@ class Load:
             *(f"--{name}" for name in (*switches, "save-result", "save-detailed")),
             *("--goodput", *goodput),
         ]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer, and the tokens that prompts are drawn from: all but the special ones and those that are no whole
-    characters."""
-
-    tokenizer: Tokenizer
-    drawable: Sequence[int]
-
-
-def vocabulary(folder: Path) -> Vocabulary:
-    """The tokens of what is in a folder. Raises UserError where there is no tokenizer."""
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises Exception itself
-        hint = "name the folder of what is served: --artifact <folder>"
-        raise UserError(f"{path} is no tokenizer, which prompts are made with: {error}", hint) from None
-    special = set(tokenizer.get_added_tokens_decoder())
-    every = range(tokenizer.get_vocab_size(with_added_tokens=True))
-    texts = zip(every, tokenizer.decode_batch([[number] for number in every]), strict=True)
-    return Vocabulary(
-        tokenizer, [each for each, text in texts if text and "\ufffd" not in text and each not in special]
-    )
-
-
-def random_prompts(words: Vocabulary, tokens: int, count: int, seed: str) -> list[str]:
-    """`count` different texts of drawn tokens that a server reads as exactly `tokens`, with those that it puts before.
-
-    Raises UserError where there are no such texts.
-    """
-    length = tokens - words.tokenizer.num_special_tokens_to_add(False)
-    source = random.Random(seed)
-    found: dict[str, None] = {}
-    for _ in range(DRAWS * count if words.drawable and length > 0 else 0):
-        text = _text_of(words, length, source)
-        if text is not None:
-            found[text] = None
-        if len(found) == count:
-            return list(found)
-    fact = f"{count} different prompts of exactly {tokens} tokens cannot be made with this tokenizer"
-    raise UserError(fact, "ask for longer prompts: --shapes 256x256")
-
-
-def _text_of(words: Vocabulary, length: int, source: random.Random) -> str | None:
-    """A text of `length` tokens. Drawn tokens that stand beside each other may be read as fewer: it is filled up until
-    it is read as long as it should be. None when that does not come about."""
-    ids = source.choices(words.drawable, k=length)
-    for _ in range(REPAIRS):
-        text = str(words.tokenizer.decode(ids, skip_special_tokens=False))
-        read = words.tokenizer.encode(text, add_special_tokens=False).ids
-        if len(read) == length:
-            return text
-        ids = read[:length] + source.choices(words.drawable, k=max(0, length - len(read)))
-    return None
 
 
 def lines(prompts: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ A plain value stands for itself, exactly (`45` is also 45.0, never "45"). A tabl
     number: 17.8, within: 0.1    a number near it
     date: 2027-03-17             this day, in any usual form
     time: "14:15"                this time of day, in any usual form
-    set: [a, b]                  a list of these, in any order
     unless_absent: false         this, or left out
 """
 
@@ -125,17 +124,6 @@ def _time(table: Table) -> Matcher:
     return Matcher(f"the time {table['time']}", lambda given: minute_of(given) == wanted)
 
 
-def _set(table: Table) -> Matcher:
-    values = checked(table, {"set": list})["set"]
-
-    def equal(given: Any) -> bool:
-        if not isinstance(given, list) or len(given) != len(values):
-            return False
-        return all(any(same(value, each) for each in given) for value in values)
-
-    return Matcher(f"{json.dumps(values, ensure_ascii=False)} in any order", equal)
-
-
 def _unless_absent(table: Table) -> Matcher:
     wanted = checked(table, {"unless_absent": object})["unless_absent"]
     return Matcher(
@@ -150,7 +138,6 @@ FORMS: dict[str, Callable[[Table], Matcher]] = {
     "number": _number,
     "date": _date,
     "time": _time,
-    "set": _set,
     "unless_absent": _unless_absent,
 }
 

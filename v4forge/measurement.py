@@ -81,9 +81,9 @@ def begin(
         for path in reversed(files(folder, bench)):
             earlier = read_json(path)
             if earlier.get("complete") is False and identity(earlier) == identity(content):
-                measurement = Measurement(path, {**earlier, "failures": {}})
-                measurement.content["commands"] = [*earlier["commands"], command]
-                measurement.content["versions"] = content["versions"]
+                commands = [*earlier["commands"], command]
+                versions = content["versions"] | {"v4forge": _both(earlier, content)}
+                measurement = Measurement(path, {**earlier, "failures": {}, "commands": commands, "versions": versions})
                 measurement._write()
                 return measurement
     started = now()
@@ -106,6 +106,12 @@ def identity(content: Json) -> dict[str, Any]:
             value = {key: each for key, each in value.items() if key not in PLACES.get(name, ())}
         found[name] = value
     return found
+
+
+def _both(earlier: Json, later: Json) -> str | None:
+    """The commits that measured, in the order in which they did."""
+    found = [each["versions"].get("v4forge") for each in (earlier, later)]
+    return ", ".join(dict.fromkeys(name for each in found if each for name in each.split(", "))) or None
 
 
 def measured(
@@ -145,11 +151,12 @@ def files(folder: Path, bench: str) -> list[Path]:
 
 
 def newest(folder: Path, bench: str) -> dict[str, Any] | None:
-    """The content of the newest result file: of whole measurements, then of unfinished ones, then of trials; None where
-    there is none that can be read."""
+    """The content of the newest result file: of whole measurements, then of unfinished ones, then of trials, and only
+    then of those without a part; None where there is none that can be read."""
     found = [content for path in files(folder, bench) if (content := read_json(path)).get("bench") == bench]
     return max(found, key=_worth, default=None)
 
 
-def _worth(content: Json) -> tuple[bool, bool, str]:
-    return content.get("trial") is None, content.get("complete") is True, str(content.get("started", ""))
+def _worth(content: Json) -> tuple[bool, bool, bool, str]:
+    whole = content.get("trial") is None, content.get("complete") is True
+    return bool(content.get("parts")), *whole, str(content.get("started", ""))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from v4forge import matching
 from v4forge.browser import Opened, PageError, open_page
 from v4forge.endpoints import short
-from v4forge.strict_yaml import Table, checked
+from v4forge.strict_yaml import Table, checked, only_true
 
 LIMIT_S = 30.0
 
@@ -98,7 +98,7 @@ def _click(table: Table, _tools: Sequence[str]) -> Step:
 
 
 def _fits(table: Table, _tools: Sequence[str]) -> Step:
-    _true(table, "fits")
+    only_true(table, "fits")
 
     def judge(opened: Opened) -> tuple[bool, str]:
         cut = opened.cut_off()
@@ -108,7 +108,7 @@ def _fits(table: Table, _tools: Sequence[str]) -> Step:
 
 
 def _quiet(table: Table, _tools: Sequence[str]) -> Step:
-    _true(table, "quiet")
+    only_true(table, "quiet")
 
     def judge(opened: Opened) -> tuple[bool, str]:
         opened.count("html")  # messages under way have come before its answer
@@ -116,11 +116,6 @@ def _quiet(table: Table, _tools: Sequence[str]) -> Step:
         return not said, short(said[0]) if said else "nothing"
 
     return Step("no error, nothing asked of the network", judge)
-
-
-def _true(table: Table, name: str) -> None:
-    if not checked(table, {name: bool})[name]:
-        raise table.fault(name, "can only be true")
 
 
 STEPS: dict[str, Callable[[Table, Sequence[str]], Step]] = {

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).parent / "data" / "published.toml"
-ORIGINAL = "the published original"
 
 
 @dataclass(frozen=True)
 class Value:
-    """What somebody published, in the figure's unit. `who` is ORIGINAL or names a sibling and its machine."""
+    """What somebody published, in the figure's unit. `who` names a sibling and its machine, '' the original."""
 
     who: str
     value: float
@@ -42,6 +41,11 @@ class Figure:
         """What measures ours: speed, draft, quality, tools or pipeline."""
         return {"speedup": "speed", "smoke": "tools"}.get(head := self.key.partition("/")[0], head)
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it is percent of something, or a count of so many."""
+        return self.unit == "%" or self.unit.startswith("of ")
+
     def shown(self, value: float, se: float | None = None) -> str:
         """A value of this figure with its unit, and ± its standard error; a whole number as what it is."""
         error = "" if se is None else f" ±{se:.2f}"
@@ -62,6 +66,12 @@ def by_key() -> dict[str, Figure]:
     return {figure.key: figure for figure in figures()}
 
 
+def pages() -> list[str]:
+    """Where the figures are from."""
+    sources = tomllib.loads(FILE.read_text(encoding="utf-8"))["sources"]
+    return [str(page) for page in sources.values()]
+
+
 def _figure(entry: dict[str, Any], data: dict[str, Any]) -> Figure:
     original = entry.get("original")
     return Figure(
@@ -71,14 +81,14 @@ def _figure(entry: dict[str, Any], data: dict[str, Any]) -> Figure:
         digits=entry["digits"],
         subject=data["subjects"][entry["conditions"]],
         conditions=data["conditions"][entry["conditions"]],
-        original=_value(original, data, ORIGINAL) if original else None,
-        siblings=tuple(_value(each, data, each["name"]) for each in entry.get("siblings", ())),
+        original=_value(original, data) if original else None,
+        siblings=tuple(_value(each, data) for each in entry.get("siblings", ())),
     )
 
 
-def _value(entry: dict[str, Any], data: dict[str, Any], who: str) -> Value:
+def _value(entry: dict[str, Any], data: dict[str, Any]) -> Value:
     return Value(
-        who=who,
+        who=entry.get("name", ""),
         value=entry["value"],
         se=entry.get("se"),
         counts=tuple(entry["counts"]) if "counts" in entry else None,

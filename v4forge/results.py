@@ -11,7 +11,22 @@ from typing import Any, TypeVar
 from v4forge import measurement
 from v4forge.errors import UserError
 
-BENCHES = ("speed", "draft", "quality", "tools")
+
+@dataclass(frozen=True)
+class Bench:
+    """`title`: what its part of the report is called; `command` makes its result."""
+
+    title: str
+    command: str
+
+
+# In the order of the report.
+BENCHES = {
+    "speed": Bench("Speed by concurrency", "make bench-speed"),
+    "draft": Bench("Drafts accepted by workload", "make bench-draft"),
+    "quality": Bench("Quality", "make bench-quality"),
+    "tools": Bench("Tool calls and conversations", "make bench-tools"),
+}
 # What every result file has, and of which kind.
 HEAD: dict[str, type | tuple[type, ...]] = {
     "complete": bool,
@@ -68,7 +83,7 @@ def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
 
 def again(path: Path, bench: str) -> str:
     """What to do about a result file that cannot be used."""
-    return f"move {path.name} out of the folder, then measure again: make bench-{bench}"
+    return f"move {path.name} out of the folder, then measure again: {BENCHES[bench].command}"
 
 
 def load(path: Path) -> Result:

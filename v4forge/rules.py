@@ -26,7 +26,7 @@ from typing import Any
 from v4forge import matching
 from v4forge.endpoints import short
 from v4forge.matching import Matcher
-from v4forge.strict_yaml import Fault, Table, checked, rows
+from v4forge.strict_yaml import Fault, Table, checked, only_true, rows
 
 ANSWERED = "answered"
 
@@ -90,11 +90,11 @@ class Wanted:
         return f"{call}: {', '.join(other)} otherwise" if other else f"{call}"
 
 
-def wanted(table: Any, line: int, tools: Sequence[str]) -> Wanted:
-    """Raises Fault."""
+def wanted(table: Any, line: int, tools: Sequence[str], more: Mapping[str, type] | None = None) -> Wanted:
+    """The call that a rule describes; more: further fields that the rule reads. Raises Fault."""
     if not isinstance(table, Table):
         raise Fault(line, f"{table!r} is not a call: {{tool, arguments}}")
-    checked(table, {"tool": str}, {"arguments": dict, "least": int, "most": int})
+    checked(table, {"tool": str}, {"arguments": dict, **(more or {})})
     known(table, "tool", [table["tool"]], tools)
     return Wanted(table["tool"], matching.matchers(table.get("arguments", Table())))
 
@@ -112,7 +112,7 @@ def _listed(calls: Sequence[Call]) -> str:
 
 def _calls(table: Table, tools: Sequence[str]) -> Rule:
     inner = checked(table, {"calls": dict})["calls"]
-    call = wanted(inner, table.line, tools)
+    call = wanted(inner, table.line, tools, {"least": int, "most": int})
     most = inner.get("most")
     least = inner.get("least", 1)
     if least < 1 or (most is not None and most < least):
@@ -187,7 +187,7 @@ def _at_most(table: Table, _tools: Sequence[str]) -> Rule:
 
 
 def _well_formed(table: Table, _tools: Sequence[str]) -> Rule:
-    _true(table, "well_formed")
+    only_true(table, "well_formed")
 
     def judge(run: Run) -> tuple[bool, str]:
         faulty = [f"{call}: {call.fault}" for call in run.calls if call.fault]
@@ -197,13 +197,8 @@ def _well_formed(table: Table, _tools: Sequence[str]) -> Rule:
 
 
 def _answered(table: Table, _tools: Sequence[str]) -> Rule:
-    _true(table, "answered")
+    only_true(table, "answered")
     return Rule("ends with an answer", lambda run: (run.ended == ANSWERED, run.ended))
-
-
-def _true(table: Table, name: str) -> None:
-    if not checked(table, {name: bool})[name]:
-        raise table.fault(name, "can only be true")
 
 
 def _answer_matches(table: Table, _tools: Sequence[str]) -> Rule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,8 @@ DETAIL_CHARACTERS = 300
 NOBODY = "65534:65534"
 
 # Runs the program given as first argument as the main module, then prints the second: a program that ends early, with
-# whatever exit code, has not passed.
+# whatever exit code, has not passed. One that looks for the mark and prints it itself would; no scorer within the
+# program's own process could tell.
 LAUNCHER = """
 import sys
 source, mark = sys.argv[1:]
@@ -109,9 +111,11 @@ def options(image: str, program: str, mark: str) -> dict[str, Any]:
         "image": image,
         "entrypoint": ["python3", "-s", "-B", "-c", LAUNCHER],
         "command": [program, mark],
-        "labels": {LABEL: str(os.getpid())},
+        "labels": {LABEL: owner()},
         "user": NOBODY,
-        "environment": {"HOME": "/tmp", "PYTHONHASHSEED": "0"},
+        # An image for CUDA asks for all GPUs, which a daemon whose runtime is NVIDIA's would give.
+        "environment": {"HOME": "/tmp", "PYTHONHASHSEED": "0", "NVIDIA_VISIBLE_DEVICES": "void"},
+        "healthcheck": {"test": ["NONE"]},
         "working_dir": "/tmp",
         "hostname": "sandbox",
         "network_mode": "none",
@@ -144,15 +148,14 @@ def _run(engine: Engine, image: str, program: str, limit_s: float) -> Verdict:
         try:
             return _watch(container, mark, limit_s)
         finally:
-            with suppress(DockerException, RequestException):
-                container.remove(force=True)
+            _remove(container)
     except (DockerException, RequestException) as error:
         raise UserError(f"the docker daemon refuses a program's container: {error}", "docker info") from None
 
 
 def _watch(container: Container, mark: str, limit_s: float) -> Verdict:
-    begun = time.monotonic()
     container.start()
+    begun = time.monotonic()  # a daemon with much to do starts it late, which is not the program's fault
     while not (late := time.monotonic() - begun > limit_s):
         container.reload()
         if container.status == "exited":
@@ -165,18 +168,22 @@ def _watch(container: Container, mark: str, limit_s: float) -> Verdict:
     state: Mapping[str, Any] = container.attrs["State"]
     if state["OOMKilled"]:
         return Verdict("memory", f"it wanted more than {MEMORY_BYTES >> 20} MiB", elapsed_s)
-    if state["ExitCode"] == 0 and said.endswith(mark):
+    if state["ExitCode"] == 0 and mark in said:
         return Verdict("passed", "", elapsed_s)
     detail = said.strip()[-DETAIL_CHARACTERS:]
     return Verdict("failed", detail or f"it ended early, with {state['ExitCode']}", elapsed_s)
+
+
+def _remove(container: Container) -> None:
+    with suppress(DockerException, RequestException):
+        container.remove(force=True, v=True)  # with volumes that its image declares
 
 
 def _remove_leftovers(engine: Engine) -> None:
     """Removes the containers of runs that were killed, which nobody stops."""
     for container in _containers(engine):
         if not _lives(container.labels.get(LABEL, "")):
-            with suppress(DockerException, RequestException):
-                container.remove(force=True)
+            _remove(container)
 
 
 def _containers(engine: Engine) -> Iterable[Container]:
@@ -184,10 +191,19 @@ def _containers(engine: Engine) -> Iterable[Container]:
     return found
 
 
-def _lives(pid: str) -> bool:
+def owner(pid: int | None = None) -> str:
+    """Whose a container is: this process, or that of another number, on this host."""
+    return f"{pid or os.getpid()}@{socket.gethostname()}"
+
+
+def _lives(named: str) -> bool:
+    """Whether an owner may still be there: of those of other hosts, which may share the daemon, nobody knows."""
+    pid, _, host = named.partition("@")
+    if host != socket.gethostname():
+        return True
     try:
         os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from v4forge.intervals import Estimate
 
@@ -14,11 +14,16 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure as it is shown; `note` below it says of what or how sure, `mark` is good, bad or dim."""
+    """A figure as it is shown; `note` below it says of what or how sure, `mark` is good, bad or dim, `tip` says
+    where it is from when one points at it."""
 
     text: str
     note: str = ""
     mark: str = ""
+    tip: str = ""
+
+
+NONE = Cell("–", mark="dim")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,6 @@ class Drawing:
     title: str
     svg: str
     note: str = ""
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Section:
     tables: Sequence[Table] = ()
     drawings: Sequence[Drawing] = ()
     failures: Sequence[tuple[str, str, str]] = ()  # part, fact, hint
-    provenance: Sequence[tuple[str, str]] = field(default=())
+    provenance: Sequence[tuple[str, str]] = ()
     measured: bool = True
 
 
@@ -71,17 +75,28 @@ def columns(*titles: str) -> list[Column]:
     return [Column(title.removeprefix("<"), not title.startswith("<")) for title in titles]
 
 
-def percent(value: Estimate, digits: int = 1) -> Cell:
+def ends(value: Estimate, form: str, scale: float = 1.0) -> str:
+    """An interval as low to high, in this format; '' where there is none."""
+    return "" if math.isnan(value.low) else f"{scale * value.low:{form}} to {scale * value.high:{form}}"
+
+
+def percent(value: Estimate) -> Cell:
     """A share with its interval below it."""
     if math.isnan(value.value):
-        return Cell("–", mark="dim")
-    ends = "" if math.isnan(value.low) else f"{100 * value.low:.{digits}f} to {100 * value.high:.{digits}f}"
-    return Cell(f"{100 * value.value:.{digits}f}%", ends)
+        return NONE
+    return Cell(f"{100 * value.value:.1f}%", ends(value, ".1f", 100))
+
+
+def points(value: Estimate) -> Cell:
+    """A difference of shares with its interval below it."""
+    if math.isnan(value.value):
+        return NONE
+    return Cell(f"{100 * value.value:+.1f}", ends(value, "+.1f", 100))
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> Cell:
     """A figure; a dash where there is none."""
-    return Cell("–", mark="dim") if value is None or math.isnan(value) else Cell(f"{value:,.{digits}f}{unit}")
+    return NONE if value is None or math.isnan(value) else Cell(f"{value:,.{digits}f}{unit}")
 
 
 def p_value(p: float) -> str:
@@ -100,10 +115,8 @@ def _markdown_cell(cell: Cell) -> str:
 
 def _markdown_row(row: Sequence[Cell], width: int) -> list[str]:
     if len(row) < width:
-        return [
-            f"**{_plain(row[0].text)}**" + (f" ({_plain(row[0].note)})" if row[0].note else ""),
-            *[" "] * (width - 1),
-        ]
+        note = f" ({_plain(row[0].note)})" if row[0].note else ""
+        return [f"**{_plain(row[0].text)}**{note}", *[" "] * (width - 1)]
     return [_markdown_cell(cell) or " " for cell in row]
 
 
@@ -117,6 +130,12 @@ def markdown_table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown_titled(table: Table, level: int) -> str:
+    """A table under a heading of this level, and its note."""
+    lines = [f"{'#' * level} {_plain(table.title)}", "", markdown_table(table)]
+    return "\n".join([*lines, *([f"{_plain(table.note)}\n"] if table.note else [])])
+
+
 def markdown_section(section: Section, level: int = 2) -> str:
     """A section without its drawings: marks, sentences, tables, what failed, where the figures come from."""
     heading = "#" * level
@@ -124,9 +143,7 @@ def markdown_section(section: Section, level: int = 2) -> str:
     if not section.measured:
         return "\n".join([*lines, f"Not measured: `{section.command}`.", ""])
     lines += [f"**{_plain(mark)}.**\n" for mark in section.marks]
-    for table in section.tables:
-        lines += [f"{heading}# {_plain(table.title)}", "", markdown_table(table)]
-        lines += [f"{_plain(table.note)}\n"] if table.note else []
+    lines += [markdown_titled(table, level + 1) for table in section.tables]
     if section.said:
         lines += [f"{_plain(section.said_title)}:\n"] if section.said_title else []
         lines += [*(f"- {_plain(sentence)}" for sentence in section.said), ""]

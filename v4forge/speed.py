@@ -127,8 +127,8 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Comparison:
     """What `drafts` gain at a point against none. `tpot_speedup` and `throughput_ratio` are above 1 where they gain;
-    the drifts are the largest relative change of either server between its first point and that point again, None
-    where that was not measured."""
+    the drifts are the largest change of either server between its first point and that point again, as the factor by
+    which the larger figure exceeds the smaller, less 1; None where that was not measured."""
 
     drafts: int
     shape: str
@@ -184,11 +184,16 @@ def compare(parts: Mapping[str, Json], seed: int) -> list[Comparison]:
                 part["concurrency"],
                 tpot,
                 throughput,
-                max((abs(drift["tpot"]) for drift in drifts), default=None),
-                max((abs(drift["throughput"]) for drift in drifts), default=None),
+                max((excess(drift["tpot"]) for drift in drifts), default=None),
+                max((excess(drift["throughput"]) for drift in drifts), default=None),
             )
         )
     return found
+
+
+def excess(change: float) -> float:
+    """By how much the larger of two figures exceeds the smaller: a third less is as far as a half more."""
+    return max(1 + change, 1 / (1 + change)) - 1
 
 
 _PLACE = ("input_tokens", "output_tokens", "concurrency")
@@ -257,6 +262,8 @@ class Stop:
         how = f"{self.there.value:.2f} x the throughput"
         if not math.isnan(self.there.low):
             how += f", {self.there.low:.2f} to {self.there.high:.2f}"
+        if self.there.value > 1:
+            how += ": no gain beyond noise"
         if not self.pays:
             most = f"{listed(self.measured)} at a time" if len(self.measured) > 1 else f"{self.at} at a time"
             return f"{who} pays at none of {most} ({how} at {self.at})"

@@ -117,6 +117,12 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def only_true(table: Table, field: str) -> None:
+    """Of a table whose one field is a switch that is left out when it is off. Raises Fault for anything but true."""
+    if not checked(table, {field: bool})[field]:
+        raise table.fault(field, "can only be true")
+
+
 def rows(table: Table, field: str, kind: type = dict) -> list[Any]:
     """The list in a field, all of one type. Raises Fault."""
     for row in table[field]:

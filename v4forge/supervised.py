@@ -139,7 +139,8 @@ class Supervised:
         except OSError:
             return
         say("serve: no request is left, stopping the replicas")
-        self._server().shutdown()
+        with suppress(xmlrpc.client.Fault, OSError):  # of a stop that was cut off, it is shutting down already
+            self._server().shutdown()
         while self._answers(Faults.SHUTDOWN_STATE):  # what it says while it ends its processes
             time.sleep(0.2)
 

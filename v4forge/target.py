@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,8 @@ from v4forge.starting import CERTIFICATE, SUMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")
+SETTLE_S = 5.0  # in which requests leave the queue whose client has left
+BETWEEN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,15 @@ class Target:
         readings = [endpoints.metrics(each) for each in self.endpoints]
         return not any((each.running or 0) + (each.waiting or 0) for each in readings)
 
+    def wait_until_idle(self, limit_s: float = SETTLE_S) -> None:
+        """Raises UserError when requests of other clients run or wait there, which would be measured too."""
+        end_s = time.monotonic() + limit_s
+        while not self.idle():
+            if time.monotonic() > end_s:
+                fact = f"other requests run at {self.url}, and would be measured too"
+                raise UserError(fact, "stop the other clients, then run the same command again")
+            time.sleep(BETWEEN_S)
+
 
 def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | None = None) -> Target:
     """The model served at `url`, http://host:port.
@@ -66,32 +78,57 @@ def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | N
     if plan and plan.url != url:
         plan = None
     place = artifact or (Path(plan.artifact) if plan else Path(root) if root else None)
-    facts: dict[str, Any] = {
+    facts = {
         "url": url,
         "model": model,
         "max_model_len": length,
         "vllm": _version(plan.endpoints[0] if plan else at),
+        "artifact": artifact_facts(place) if place else None,
+        **_deployment(plan),
+    }
+    return Target(url, model, plan.endpoints if plan else [at], facts, key)
+
+
+def planned(plan: Plan, vllm: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """What look() will say of servers that a bench is about to start, one after the other, with other drafts each.
+
+    vllm: its version; options: the operator's settings, without the drafts.
+    """
+    length = str(plan.serving.value("max-model-len"))
+    return {
+        "url": plan.url,
+        "model": plan.serving.model,
+        "max_model_len": int(length) if length.isdigit() else None,
+        "vllm": vllm,
+        "artifact": artifact_facts(Path(plan.artifact)),
+        **_deployment(plan),
+        "drafts": None,
+        "options": dict(options),
+    }
+
+
+def _deployment(plan: Plan | None) -> dict[str, Any]:
+    """What a deployment is; nothing where it is not known."""
+    return {
         "replicas": plan.replicas if plan else None,
         "tensor_parallel": plan.serving.tensor_parallel if plan else None,
         "drafts": plan.serving.drafts if plan else None,
         "profile": plan.profile if plan else None,
         "backend": plan.backend if plan else None,
         "options": plan.overrides if plan else None,
-        "artifact": artifact_facts(place) if place else None,
-        "image": image(plan),
+        "image": _image(plan),
     }
-    return Target(url, model, plan.endpoints if plan else [at], facts, key)
 
 
 def artifact_facts(folder: Path) -> dict[str, Any] | None:
     """Which artifact is in a folder, and what verify said of it; None where the folder cannot be read here.
 
-    `certificate` is ok, failed, stale (of other files) or missing; `deep` what `verify --deep` measured.
+    `certificate` is ok, failed, stale (of other files) or missing.
     """
     if not (folder / "config.json").is_file():
         return None
     sums = folder / SUMS
-    digest = hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else None
+    digest = sha256_of(sums) if sums.is_file() else None
     certificate = read_json(folder / CERTIFICATE)
     if not certificate:
         verdict = "missing"
@@ -99,15 +136,13 @@ def artifact_facts(folder: Path) -> dict[str, Any] | None:
         verdict = "stale"
     else:
         verdict = "ok" if certificate.get("ok") is True else "failed"
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     shape = read_json(folder / "config.json")
-    size = {name: shape.get(name) for name in ("num_hidden_layers", "hidden_size", "n_routed_experts")}
     return {
         "folder": str(folder),
         "sums_sha256": digest,
-        "config_sha256": config,
+        "config_sha256": sha256_of(folder / "config.json"),
         "certificate": verdict,
-        **size,
+        **{name: shape.get(name) for name in ("num_hidden_layers", "hidden_size", "n_routed_experts")},
     }
 
 
@@ -119,7 +154,7 @@ def _version(at: Endpoint) -> str | None:
         return None
 
 
-def image(plan: Plan | None) -> dict[str, Any] | None:
+def _image(plan: Plan | None) -> dict[str, Any] | None:
     """The image that a deployment runs in."""
     if not plan or plan.runtime != "docker":
         return None

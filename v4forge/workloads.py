@@ -1,4 +1,4 @@
-"""The prompts that drafts are counted on: code to go on with, chats, openings of prose, and random tokens.
+"""The prompts of the benches: code to go on with, chats, openings of prose, and random tokens, as ids or as a text.
 
 data/prompts/<workload>.jsonl, written for this project: {"id", "kind", "text"} a line, or {"id", "kind", "messages"}.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from v4forge.errors import UserError
-from v4forge.files import read_json
 
 FOLDER = Path(__file__).parent / "data" / "prompts"
 RANDOM = "random"
@@ -23,6 +24,8 @@ WORKLOADS = (RANDOM, *WRITTEN)
 PROMPT_TOKENS = 256
 ANSWER_TOKENS = 256
 RANDOM_PROMPTS = 60
+# A draw of tokens that cannot be written as a text of as many tokens is repaired so often, then drawn anew.
+REPAIRS, DRAWS = 100, 20
 
 
 @dataclass(frozen=True)
@@ -60,34 +63,72 @@ def _prompt(where: str, line: str) -> Prompt:
         raise UserError(f"{where} is not a prompt", f"write {form}") from None
 
 
-def drawn(count: int, tokens: int, vocabulary: Sequence[int], seed: int) -> list[Prompt]:
-    """Prompts of so many tokens of the vocabulary, each equally likely. The answer goes on over the end of the text,
-    because behind noise it may come at once. More of them begin with the same ones."""
+def drawn(ids: Sequence[int], seed: int) -> list[Prompt]:
+    """RANDOM_PROMPTS prompts of PROMPT_TOKENS of these ids, each equally likely. The answer goes on over the end of the
+    text, because behind noise it may come at once."""
     draw = random.Random(seed)
     return [
         Prompt(
             f"{RANDOM}/{number}",
             RANDOM,
             "/v1/completions",
-            {"prompt": [draw.choice(vocabulary) for _ in range(tokens)], "ignore_eos": True},
+            {"prompt": draw.choices(ids, k=PROMPT_TOKENS), "ignore_eos": True},
         )
-        for number in range(count)
+        for number in range(RANDOM_PROMPTS)
     ]
 
 
-def vocabulary(artifact: Path) -> list[int]:
-    """The ids that stand for text: those of the tokenizer without the control tokens added to it, and without what only
-    pads the embedding. Raises UserError where the folder has no tokenizer.json."""
-    file = artifact / "tokenizer.json"
-    told = read_json(file)
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and the tokens that prompts are drawn from: all but the special ones and those that are no whole
+    characters."""
+
+    tokenizer: Tokenizer
+    drawable: Sequence[int]
+
+
+def vocabulary(folder: Path) -> Vocabulary:
+    """The tokens of the tokenizer in a folder. Raises UserError where there is none."""
+    path = folder / "tokenizer.json"
     try:
-        added = {int(each["id"]) for each in told["added_tokens"]}
-        ids = sorted({int(number) for number in told["model"]["vocab"].values()} - added)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        ids = []
-    if not ids:
-        raise UserError(
-            f"{file} does not tell the vocabulary, from which random prompts are drawn",
-            "pass the folder of the artifact that is served, --artifact DIR, or --workloads code chat prose",
-        )
-    return ids
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises Exception itself
+        hint = "name the folder of what is served: --artifact <folder>"
+        raise UserError(f"{path} is no tokenizer, which prompts are made with: {error}", hint) from None
+    special = set(tokenizer.get_added_tokens_decoder())
+    every = range(tokenizer.get_vocab_size(with_added_tokens=True))
+    texts = zip(every, tokenizer.decode_batch([[number] for number in every]), strict=True)
+    return Vocabulary(
+        tokenizer, [each for each, text in texts if text and "\ufffd" not in text and each not in special]
+    )
+
+
+def random_prompts(words: Vocabulary, tokens: int, count: int, seed: str) -> list[str]:
+    """`count` different texts of drawn tokens that a server reads as exactly `tokens`, with those that it puts before.
+
+    Raises UserError where there are no such texts.
+    """
+    length = tokens - words.tokenizer.num_special_tokens_to_add(False)
+    source = random.Random(seed)
+    found: dict[str, None] = {}
+    for _ in range(DRAWS * count if words.drawable and length > 0 else 0):
+        text = _text_of(words, length, source)
+        if text is not None:
+            found[text] = None
+        if len(found) == count:
+            return list(found)
+    fact = f"{count} different prompts of exactly {tokens} tokens cannot be made with this tokenizer"
+    raise UserError(fact, "ask for longer prompts: --shapes 256x256")
+
+
+def _text_of(words: Vocabulary, length: int, source: random.Random) -> str | None:
+    """A text of `length` tokens. Drawn tokens that stand beside each other may be read as fewer: it is filled up until
+    it is read as long as it should be. None when that does not come about."""
+    ids = source.choices(words.drawable, k=length)
+    for _ in range(REPAIRS):
+        text = str(words.tokenizer.decode(ids, skip_special_tokens=False))
+        read = words.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(read) == length:
+            return text
+        ids = read[:length] + source.choices(words.drawable, k=max(0, length - len(read)))
+    return None

@@ -41,13 +41,12 @@ BAD = {
     "no function": "I would rather not.",
     "an early end": "```python\nimport sys\ndef calm_spells(*_):\n    sys.exit(0)\n```",
     "another file": "```python\ndef calm_spells(*_):\n    return open('/etc/shadow').read()\n```",
-    "no end": "```python\ndef calm_spells(*_):\n    while True: pass\n```",
 }
 
 
-def part_of(engine: Engine, image: str, answer: str) -> dict[str, Any]:
+def part_of(engine: Engine, image: str, answer: str, limit_s: float = 8) -> dict[str, Any]:
     def run(programs: Sequence[str]) -> list[tuple[bool, str]]:
-        return [(each.passed, each.detail) for each in sandbox.score(engine, image, programs, limit_s=5)]
+        return [(each.passed, each.detail) for each in sandbox.score(engine, image, programs, limit_s=limit_s)]
 
     return smoke.part(PROMPT, lambda _text: Reply(answer), run)
 
@@ -62,6 +61,11 @@ def test_a_function_that_is_right_passes_every_case(engine: Engine, image: str) 
 def test_a_function_that_is_wrong_fails(engine: Engine, image: str, answer: str) -> None:
     part = part_of(engine, image, answer)
     assert not part["ok"] and part["checks"][0]["ok"]
+
+
+def test_a_function_without_an_end_fails(engine: Engine, image: str) -> None:
+    part = part_of(engine, image, "```python\ndef calm_spells(*_):\n    while True: pass\n```", limit_s=1)
+    assert not any(check["ok"] for check in part["checks"][1:])
 
 
 def test_the_perfect_player_wins_all_of_the_bench(image: str, tmp_path: Path) -> None:

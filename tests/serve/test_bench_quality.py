@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import completions_stand_in as stand_in
+import openai_stand_in as stand_in
 import pytest
 import quality_data
 from conftest import ROOT, SERVE_ENVIRONMENT, Served, wait_until
@@ -24,6 +24,8 @@ from v4forge import containers, endpoints, image_base, images, quality
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 TRIAL = ("--limit", "2", "--max-tokens", "16")
 GSM8K = ("--tasks", "gsm8k")
+TWENTY_SEVEN = " There are 27 of them.\n#### 27"
+fruit = stand_in.saying(TWENTY_SEVEN)
 
 
 @pytest.fixture(scope="session")
@@ -109,95 +111,87 @@ def test_programs_of_the_model_are_judged_and_kept_with_their_verdict(measured: 
     assert all(sample["program"].startswith("def add_") and sample["outcome"] for sample in samples)
 
 
-def test_the_share_of_right_programs_is_pass_at_1(data: Path, python_image: str, tmp_path: Path) -> None:
-    def add_two(handler: stand_in.Handler, _: dict[str, Any]) -> None:
-        handler.complete("    return x + 2\n```\nThis is right for one of the four.")
+def right_or_not(handler: stand_in.Handler, body: stand_in.Body) -> None:
+    """The one of four functions that adds 2, the one of six sums that is 27."""
+    text = "    return x + 2\n```\nThis is right for one of the four." if "def add_" in body["prompt"] else TWENTY_SEVEN
+    stand_in.saying(text)(handler, body)
 
-    options = ("--tasks", "humaneval_instruct", "--sandbox-image", python_image, "--limit", 4)
-    with stand_in.serving(add_two) as server:
-        done = bench(tmp_path, "--url", server.url, "--datasets", data, *options)
+
+def test_right_answers_and_programs_count_and_the_key_reaches_the_server_alone(
+    data: Path, python_image: str, tmp_path: Path
+) -> None:
+    options = ("--tasks", "gsm8k", "humaneval_instruct", "--sandbox-image", python_image, "--limit", 6)
+    with stand_in.serving(right_or_not) as server:
+        done = bench(tmp_path, "--url", server.url, "--datasets", data, *options, key="sesame-oil")
     assert done.returncode == 0, done.stdout + done.stderr
-    part = result(tmp_path)["parts"]["humaneval_instruct"]
-    assert part["outcomes"] == {"failed": 3, "passed": 1}
-    assert part["metrics"]["pass@1"] == {"value": 0.25, "se": 0.25}
-
-
-def test_without_an_image_no_program_is_run_and_the_other_tasks_are_measured(data: Path, tmp_path: Path) -> None:
-    with stand_in.serving(stand_in.fruit) as server:
-        tasks = ("--tasks", "gsm8k", "humaneval_instruct", "--sandbox-image", "no-such-image")
-        done = bench(tmp_path, "--url", server.url, "--datasets", data, *TRIAL, *tasks)
-    assert done.returncode == 1
-    assert set(result(tmp_path)["parts"]) == {"gsm8k"}
-    assert "run in containers only" in result(tmp_path)["failures"]["humaneval_instruct"]["fact"]
-
-
-def test_right_answers_count_with_their_standard_error(data: Path, tmp_path: Path) -> None:
-    with stand_in.serving(stand_in.fruit) as server:
-        done = bench(tmp_path, "--url", server.url, "--datasets", data, *GSM8K, "--limit", 6, "--max-tokens", 16)
-    assert done.returncode == 0, done.stdout + done.stderr
-    strict = result(tmp_path)["parts"]["gsm8k"]["metrics"]["strict"]
-    assert strict == {"value": pytest.approx(1 / 6), "se": pytest.approx(quality.share(1, 6)["se"])}
+    sums, programs = (result(tmp_path)["parts"][name] for name in ("gsm8k", "humaneval_instruct"))
+    assert sums["metrics"]["strict"] == {"value": pytest.approx(1 / 6), "se": pytest.approx(quality.share(1, 6)["se"])}
+    assert programs["outcomes"] == {"failed": 3, "passed": 1}
+    assert programs["metrics"]["pass@1"] == {"value": 0.25, "se": 0.25}
     assert {body["temperature"] for body in server.asked} == {0}
-    assert all(body["prompt"].count("Question:") == 9 for body in server.asked)
-
-
-def test_the_key_reaches_the_server_and_no_file(data: Path, tmp_path: Path) -> None:
-    with stand_in.serving(stand_in.fruit) as server:
-        done = bench(tmp_path, "--url", server.url, "--datasets", data, *GSM8K, *TRIAL, key="sesame-oil")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert [body["prompt"].count("Question:") for body in server.asked if "def add_" not in body["prompt"]] == [9] * 6
     assert server.keys == {"Bearer sesame-oil"}
     assert "sesame" not in done.stdout + done.stderr
     assert not any(b"sesame" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(
-    ("answer", "fact"),
-    [
-        (stand_in.broken, "the server answered HTTP 500"),
-        (stand_in.page, "the server answered something else than JSON"),
-        (stand_in.garbage, "the server answered something else than JSON"),
-        (stand_in.other_json, "the server answered JSON that is no completion"),
-        (stand_in.broken_off, "the server broke a connection off"),
-        (stand_in.late(60), "an answer did not come in time"),
-    ],
-)
-def test_a_server_that_fails_is_told_in_time(answer: stand_in.Answer, fact: str, data: Path, tmp_path: Path) -> None:
-    with stand_in.serving(answer) as server:
-        options = (*GSM8K, *TRIAL, "--request-timeout", 3)
-        done = bench(tmp_path, "--url", server.url, "--datasets", data, *options)
-    assert done.returncode == 1
-    failure = result(tmp_path)["failures"]["gsm8k"]
-    assert fact in failure["fact"] and "make serve-logs" in failure["hint"]
-    assert "Traceback" not in done.stdout + done.stderr
-    assert len(server.asked) <= 2 * quality.table().attempts
+def test_without_an_image_no_program_is_asked_for(data: Path, tmp_path: Path) -> None:
+    with stand_in.serving(fruit) as server:
+        tasks = ("--tasks", "humaneval_instruct", "--sandbox-image", "no-such-image")
+        done = bench(tmp_path, "--url", server.url, "--datasets", data, *TRIAL, *tasks)
+    assert done.returncode == 1 and not server.asked
+    assert "run in containers only" in result(tmp_path)["failures"]["humaneval_instruct"]["fact"]
 
 
-def test_a_server_that_dies_leaves_what_was_measured_and_the_same_again_completes_it(
+FAULTS = {
+    "500": (stand_in.broken, "the server answered HTTP 500"),
+    "garbage": (stand_in.garbage, "the server answered something else than JSON"),
+    "stall": (stand_in.late(60, fruit), "an answer did not come in time"),
+}
+
+
+def test_a_server_that_fails_is_told_in_time(data: Path, tmp_path: Path) -> None:
+    def run(name: str) -> tuple[subprocess.CompletedProcess[str], int]:
+        with stand_in.serving(FAULTS[name][0]) as server:
+            options = ("--datasets", data, *GSM8K, *TRIAL, "--request-timeout", 2)
+            return bench(tmp_path / name, "--url", server.url, *options), len(server.asked)
+
+    with ThreadPoolExecutor() as pool:  # mostly they wait before they ask again
+        runs = dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))
+    for name, (done, asked) in runs.items():
+        assert done.returncode == 1, name
+        failure = result(tmp_path / name)["failures"]["gsm8k"]
+        assert FAULTS[name][1] in failure["fact"] and "make serve-logs" in failure["hint"]
+        assert "Traceback" not in done.stdout + done.stderr
+        assert asked <= 2 * quality.table().attempts
+
+
+def test_a_server_that_dies_leaves_the_answers_that_came_and_the_same_again_completes_them(
     data: Path, tmp_path: Path
 ) -> None:
-    options = ("--datasets", data, *TRIAL, "--tasks", "gsm8k", "mmlu_pro", "aime24", "--request-timeout", 5)
-    with stand_in.serving(stand_in.dying(after=4)) as server:
+    options = ("--datasets", data, *TRIAL, "--tasks", "mmlu_pro", "--request-timeout", 5)
+    with stand_in.serving(stand_in.dying(2, fruit)) as server:
         port = server.server_port
         done = bench(tmp_path, "--url", server.url, *options)
     assert done.returncode == 1, done.stdout + done.stderr
-    first = result(tmp_path)
-    assert set(first["parts"]) == {"gsm8k"}
-    assert first["failures"]["mmlu_pro"]["fact"].startswith("the server")
-    with stand_in.serving(stand_in.fruit, port) as server:
+    assert result(tmp_path)["failures"]["mmlu_pro"]["fact"].startswith("the server")
+    with stand_in.serving(fruit, port) as server:
         done = bench(tmp_path, "--url", server.url, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     second = result(tmp_path)
-    assert second["complete"] and second["parts"]["gsm8k"] == first["parts"]["gsm8k"]
+    assert second["complete"]
     assert second["parts"]["mmlu_pro"]["answers_of_earlier_runs"] >= 1
     assert len(second["commands"]) == 2
 
 
-def test_a_killed_bench_goes_on_and_asks_no_answered_question_again(data: Path, tmp_path: Path) -> None:
+def test_a_killed_bench_takes_lm_eval_along_and_asks_no_answered_question_again(data: Path, tmp_path: Path) -> None:
     options = ("--datasets", data, *GSM8K, "--limit", 6, "--max-tokens", 16, "--concurrency", 2)
-    with stand_in.serving(stand_in.late(2)) as server:
+    with stand_in.serving(stand_in.late(1, fruit)) as server:
         with subprocess.Popen(command(tmp_path, "--url", server.url, *options), cwd=ROOT) as runner:
             wait_until(lambda: len(server.asked) >= 4 or runner.poll() is not None, 300)
+            assert lm_evals(tmp_path)
             runner.kill()
+        wait_until(lambda: not lm_evals(tmp_path), 20)
         asked = len(server.asked)
         assert not result(tmp_path)["parts"]
         done = bench(tmp_path, "--url", server.url, *options)
@@ -206,17 +200,6 @@ def test_a_killed_bench_goes_on_and_asks_no_answered_question_again(data: Path, 
     assert part["questions"] == 6
     assert part["answers_of_earlier_runs"] >= 2
     assert len(server.asked) - asked == 6 - part["answers_of_earlier_runs"]
-
-
-def test_lm_eval_ends_with_a_bench_that_is_killed(data: Path, tmp_path: Path) -> None:
-    with stand_in.serving(stand_in.late(120)) as server:
-        with subprocess.Popen(
-            command(tmp_path, "--url", server.url, "--datasets", data, *GSM8K, *TRIAL), cwd=ROOT
-        ) as runner:
-            wait_until(lambda: bool(server.asked) or runner.poll() is not None, 300)
-            assert lm_evals(tmp_path)
-            runner.kill()
-        wait_until(lambda: not lm_evals(tmp_path), 20)
 
 
 def lm_evals(reports: Path) -> list[str]:
@@ -231,26 +214,11 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nobody(tmp_path: Path) -> N
     assert not (tmp_path / "reports").exists()
 
 
-def without_test_split(folder: Path) -> None:
-    (folder / "gsm8k/test.jsonl").unlink()
-
-
-def without_a_field(folder: Path) -> None:
-    (folder / "gsm8k/test.jsonl").write_text('{"answer": "#### 1"}\n')
-
-
-def torn(folder: Path) -> None:
-    (folder / "gsm8k/test.jsonl").write_text('{"question": "How')
-
-
-@pytest.mark.parametrize("damage", [without_test_split, without_a_field, torn])
-def test_local_copies_that_are_damaged_are_told_without_a_traceback(
-    damage: Callable[[Path], None], data: Path, tmp_path: Path
-) -> None:
+def test_local_copies_that_are_damaged_are_told_without_a_traceback(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    damage(tmp_path / "data")
-    with stand_in.serving(stand_in.fruit) as server:
+    (tmp_path / "data/gsm8k/test.jsonl").write_text('{"question": "How')
+    with stand_in.serving(fruit) as server:
         done = bench(tmp_path / "reports", "--url", server.url, "--datasets", tmp_path / "data", *GSM8K, *TRIAL)
     assert done.returncode == 1
     said = done.stdout + done.stderr
-    assert "gsm8k" in said and "hint: " in said and "Traceback" not in said
+    assert "the data files cannot be read" in said and "hint: " in said and "Traceback" not in said
