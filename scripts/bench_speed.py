@@ -220,9 +220,9 @@ def measure_own(arguments: argparse.Namespace) -> int:
     key = serve.read_key(arguments.api_key_file)
     drafts = sorted(set(arguments.drafts or DRAFTS))
     plan = plan_for(arguments, drafts[0])
+    check_fits(arguments, plan.serving.max_model_len)
     bench = prepared(arguments, Path(plan.artifact))
     about = target.planned(plan, bench.client.version(bench.folder), dict(arguments.set))
-    check_fits(arguments, about["max_model_len"])
     opened = bench.begin(about, drafts)
     for k in drafts:
         missing = [point.key for point in bench.points(k) if opened.part(point.key) is None]

@@ -63,6 +63,12 @@ class Serving:
         return int(self.value(TENSOR_PARALLEL) or 1)
 
     @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and answer together; None where vLLM decides."""
+        length = str(self.value("max-model-len"))
+        return int(length) if length.isdigit() else None
+
+    @property
     def drafts(self) -> int:
         """k, the drafts a step; 0 without speculation."""
         return int(self.value(DRAFTS) or 0) if self.value(DRAFT_METHOD) else 0

@@ -94,11 +94,10 @@ def planned(plan: Plan, vllm: str, options: Mapping[str, str]) -> dict[str, Any]
 
     vllm: its version; options: the operator's settings, without the drafts.
     """
-    length = str(plan.serving.value("max-model-len"))
     return {
         "url": plan.url,
         "model": plan.serving.model,
-        "max_model_len": int(length) if length.isdigit() else None,
+        "max_model_len": plan.serving.max_model_len,
         "vllm": vllm,
         "artifact": artifact_facts(Path(plan.artifact)),
         **_deployment(plan),
