@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from v4forge.endpoints import LOGS
 from v4forge.errors import UserError
 from v4forge.intervals import Estimate, quantile
 
@@ -106,10 +105,10 @@ def _check_whole(result: Json, point: Point, requests: int) -> None:
     if result["failed"] or result["completed"] != requests:
         failed = requests - int(result["completed"])
         first = errors[0].splitlines()[-1] if errors else "without an error"
-        raise UserError(f"{failed} of {requests} requests failed, the first with: {first[:200]}", LOGS)
+        raise UserError(f"{failed} of {requests} requests failed, the first with: {first[:200]}", "make serve-logs")
     if short := [length for length in result["output_lens"] if length != point.output_tokens]:
         fact = f"{len(short)} of {requests} answers have not {point.output_tokens} tokens, the first has {short[0]}"
-        raise UserError(fact, f"{LOGS}: did the server break off, or does it not know ignore_eos?")
+        raise UserError(fact, "make serve-logs: did the server break off, or does it not know ignore_eos?")
     if other := [read for read in result["input_lens"] if abs(read - point.input_tokens) > OWN_TOKENS]:
         fact = f"the server read {other[0]} tokens in a prompt of {point.input_tokens}"
         raise UserError(fact, "its tokenizer is another one: --artifact <folder of what is served>")
