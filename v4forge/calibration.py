@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,12 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
     ):
         previous: Layer | None = None
         kept: list[Future[None]] = []
-        upcoming = [Layer(run, index, writer, index in todo) for index in reversed(visited)]
-        upcoming[-1].reserve()
-        while upcoming:
-            layer = upcoming.pop()
+        coming = [Layer(run, index, writer, index in todo) for index in visited]
+        coming[0].reserve()
+        for layer, following in zip_longest(coming, coming[1:]):
             index = layer.index
-            if upcoming:
-                upcoming[-1].reserve()
+            if following is not None:
+                following.reserve()
             attended = layer.attend(reader, hf_config, streams, batches, rotary)
             streams = layer.mix(attended, reader, float(hf_config.swiglu_limit), last=index == todo[-1])
             del attended
