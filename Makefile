@@ -84,6 +84,8 @@ serve_plan = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/
 serve_start = $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) $(if $(TIMEOUT),--timeout '$(TIMEOUT)') \
 	$(if $(API_KEY_FILE),--api-key-file '$(API_KEY_FILE)')
 bench = .venv/bin/python -m scripts.bench
+# What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
+longest = max-model-len=40960
 bench_plan = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_plan) $(serve_start) --seed '$(SEED)' \
 	$(if $(URL),--url '$(URL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
 
@@ -189,7 +191,7 @@ bench: env ## Everything below about ARTIFACT, served by itself, then the report
 	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
 	trap 'exit 130' INT TERM; $(if $(URL),,trap '$(MAKE) serve-stop' EXIT;) \
 	try bench-speed; \
-	if $(if $(URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))'); \
+	if $(if $(URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
 	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
 	try report; \
 	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }

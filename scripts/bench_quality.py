@@ -169,8 +169,8 @@ def prepare(args: argparse.Namespace, tasks: list[Task], data: Mapping[str, Mapp
 def environment_of(args: argparse.Namespace) -> Environment:
     """Where lm-eval runs: the serving image, or the folder of programs that serves without docker."""
     work = (args.reports / WORK).absolute()
-    if (args.runtime or ("docker" if args.backend == "cuda" else "host")) == "host":
-        return Environment(work, Path(args.program or serve.PROGRAMS[args.backend]).absolute())
+    if folder := benching.programs(args):
+        return Environment(work, folder)
     reads = [args.datasets.absolute()] if args.datasets else []
     return Environment(work, engine=containers.connect(), image=images.resolve("serve"), reads=reads)
 

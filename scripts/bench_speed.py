@@ -26,7 +26,7 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge import load, measurement, speed, target, workloads
+from v4forge import images, load, measurement, speed, target, workloads
 from v4forge.errors import UserError
 from v4forge.exposition import Counts
 from v4forge.files import make_folder
@@ -200,10 +200,8 @@ def client_of(arguments: argparse.Namespace) -> Client:
     plan = plan_for(arguments, 0) if not arguments.url else None
     if plan:
         return Client(plan.program, plan.image)
-    runtime = arguments.runtime or ("docker" if arguments.backend == "cuda" else "host")
-    if runtime == "docker":
-        return Client(image=serve.images.resolve("serve"))
-    return Client(os.path.abspath(arguments.program or serve.PROGRAMS[arguments.backend]))
+    folder = benching.programs(arguments)
+    return Client(str(folder)) if folder else Client(image=images.resolve("serve"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -61,6 +61,17 @@ def check_stopped(arguments: argparse.Namespace) -> None:
         raise UserError(fact, "make serve-stop, then again; or measure that one: --url URL")
 
 
+def programs(arguments: argparse.Namespace) -> Path | None:
+    """The folder of vllm's and lm-eval's programs on this machine, None where they are in the serving image: as the
+    deployment runs that is measured, unless the arguments say where."""
+    running = replicas.load(arguments.folder)
+    if running and not (arguments.runtime or arguments.program):
+        return Path(running.program) if running.runtime == "host" else None
+    if (arguments.runtime or ("docker" if arguments.backend == "cuda" else "host")) == "docker":
+        return None
+    return Path(os.path.abspath(arguments.program or serve.PROGRAMS[arguments.backend]))
+
+
 @contextmanager
 def served(arguments: argparse.Namespace, **more: Any) -> Iterator[Target]:
     """What is measured: what --url names, or else the deployment that runs in --folder, or else a deployment of the
