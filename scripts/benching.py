@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
     serve.add_plan(serving)
     serve.add_start(serving)
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """The options of scripts.serve for a server of a bench's own, kept in `folder`."""
-
-    arguments: argparse.Namespace
-    folder: Path
 
 
 def check(arguments: argparse.Namespace) -> None:

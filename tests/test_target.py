@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from v4forge import target
+from v4forge import checkout, target
 from v4forge.errors import UserError
 from v4forge.replicas import Plan
 
@@ -126,8 +126,10 @@ def test_the_served_folder_is_the_artifact_where_it_is_here(tmp_path: Path, url:
 def test_the_machine_and_the_commit_are_told() -> None:
     machine = target.machine()
     assert machine["cpus"] >= 1 and machine["memory_gib"] > 1 and machine["cpu"]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=target.ROOT).stdout.strip()
-    assert (target.revision() or "").removesuffix("-dirty") == head
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout.ROOT
+    ).stdout.strip()
+    assert (target.versions()["v4forge"] or "").removesuffix("-dirty") == head
 
 
 def test_files_and_values_have_digests(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import IO
 
 from docker import DockerClient
 
-from v4forge import attestation, image_seal, images, pins, sbom
+from v4forge import attestation, checkout, image_seal, images, pins, sbom
 from v4forge.errors import UserError
 from v4forge.images import Image
 
@@ -80,12 +80,7 @@ def default_lane(image: Image) -> str:
 def revision() -> str:
     """The commit that is checked out, with -dirty where an image's files differ from it; unknown without git."""
     names = [*images.PROJECT, *images.BUILD_ONLY, *(image.dockerfile for image in images.IMAGES.values())]
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *names])
-    done = [subprocess.run(["git", *command], cwd=images.ROOT, capture_output=True, text=True) for command in commands]
-    if any(result.returncode for result in done):
-        return "unknown"
-    commit, changes = (result.stdout.strip() for result in done)
-    return f"{commit}-dirty" if changes else commit
+    return checkout.revision("--", *names) or "unknown"
 
 
 def context(root: Path, dockerfile: str, out: IO[bytes]) -> None:

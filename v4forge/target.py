@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from v4forge import containers, endpoints, exposition, gpus, replicas
+from v4forge import checkout, containers, endpoints, exposition, gpus, replicas
 from v4forge.endpoints import Endpoint, ask
 from v4forge.errors import UserError
 from v4forge.exposition import Counts
@@ -22,7 +21,6 @@ from v4forge.files import read_json
 from v4forge.replicas import Plan
 from v4forge.starting import CERTIFICATE, SUMS
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")
 SETTLE_S = 5.0  # in which requests leave the queue whose client has left
 BETWEEN_S = 0.05
@@ -189,7 +187,7 @@ def _cpu() -> str:
 def versions(target: Mapping[str, Any] | None = None) -> dict[str, str | None]:
     """What measured: this checkout, Python; and the server's vLLM, as `target` tells."""
     return {
-        "v4forge": revision(),
+        "v4forge": checkout.revision("--untracked-files=no"),
         "python": platform.python_version(),
         "vllm": (target or {}).get("vllm"),
         **{package: _installed(package) for package in PACKAGES},
@@ -201,21 +199,6 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def revision() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ from it; None where git does not tell."""
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip() or None if said.returncode == 0 else None
 
 
 def sha256_of(value: Any) -> str:
