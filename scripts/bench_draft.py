@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, target: Target) -> int:
     sampling = Sampling(args.tokens, args.temperature, args.seed, args.thinking)
     opened = benching.begin(args, target, settings(args, k), vars(sampling), hashes(prompts))
     before = dict(zip(prompts, accumulate(map(len, prompts.values()), initial=0), strict=False))
-    with steps("draft", sum(map(len, prompts.values()))) as progress:
+    with steps("draft", sum(map(len, prompts.values())), "prompts") as progress:
 
         def one(workload: str) -> Mapping[str, Any]:
             def step(number: int) -> None:

@@ -220,7 +220,7 @@ def measure(
         hashes |= {f"{name}/{file}": digest for file, digest in about.get("sha256", {}).items()}
     opened = benching.begin(args, at, settings, sampling, hashes, {"lm_eval": prepared.lm_eval})
     by_name = {task.name: task for task in tasks}
-    with steps("quality", len(tasks)) as progress:
+    with steps("quality", len(tasks), "tasks", resumes=True) as progress:
 
         def one(name: str) -> dict[str, Any]:
             number = list(by_name).index(name)

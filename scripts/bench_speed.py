@@ -127,7 +127,7 @@ class Bench:
         def one(key: str) -> Mapping[str, Any]:
             return {**self.point(at, points[key]), "server_since": since}
 
-        with steps(f"speed, k={drafts}", len(points)) as progress:
+        with steps(f"speed, k={drafts}", len(points), "points", resumes=True) as progress:
             measurement.measured(opened, list(points), one, progress)
 
     def point(self, at: Target, point: Point) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         bench = Bench(arguments, suite, prompts, at)
         opened = begin(bench, keys)
         try:
-            with steps("tools", len(keys)) as progress:
+            with steps("tools", len(keys), "scenarios", resumes=True) as progress:
                 measurement.measured(opened, keys, bench.part, progress)
         finally:
             summarize(opened, suite, prompts, keys)

@@ -1,17 +1,32 @@
-"""What the programs share on the command line: the parser's form and progress with an ETA."""
+"""What the programs share on the command line: the parser's form and progress with rate, ETA and memory."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from v4forge import events
+from v4forge.errors import UserError
+from v4forge.progress import Pace, Standing
 
 QUIET_S = 10.0  # without a terminal, a line at most this often
+TOLD_S = 1.0  # an event of progress at most this often
+BAR_WIDTHS = range(10, 31)
+# What a narrow terminal shows last and leaves out first.
+DISPENSABLE = ("memory", "doing", "rate")
+
+_on_screen = threading.Lock()  # held by the stage that has the bar: there is one
 
 
 def parser_for(stage: str, doc: str | None, **options: object) -> argparse.ArgumentParser:
@@ -25,32 +40,87 @@ def parser_for(stage: str, doc: str | None, **options: object) -> argparse.Argum
 
 
 @contextmanager
-def steps(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Progress over `total` steps on stderr: call the value with (steps finished, what is being done).
+def steps(what: str, total: int, unit: str = "", resumes: bool = False) -> Iterator[Callable[[int, str], None]]:
+    """Progress over `total` steps on stderr: call the value, from any thread, with (steps finished, what comes next).
 
-    A bar with an ETA on a terminal; elsewhere a line every ten seconds, with the same facts.
+    On a terminal a bar, and one line that stays; elsewhere a line every ten seconds, and a last one where it took
+    longer than that. The same facts go to the run's events, under the name of the stage that the program runs as, which
+    is what the line says too. Rate and ETA are by the steps of this run: those that are
+    finished when it first says so do not count. `resumes`: whether the same command goes on where this one is stopped,
+    which is what Ctrl-C then says.
     """
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda finished, doing: bar.update(task, completed=finished, description=f"{what}: {doing}")
-        return
-    started = said = time.monotonic()
+    follow = _Follow(Pace(os.environ.get(events.STAGE) or what, total, unit))
+    follow.tell("start")
+    try:
+        with follow.shown():
+            yield follow.advance
+    except KeyboardInterrupt:
+        follow.tell("interrupted")
+        print(follow.pace.standing().stopped(resumes), file=sys.stderr, flush=True)
+        raise
+    except BaseException as error:
+        follow.tell("failed", fact=error.fact if isinstance(error, UserError) else repr(error))
+        raise
+    follow.pace.end()
+    follow.tell("end")
+    last = follow.pace.standing()
+    if last.begun is not None and (follow.on_terminal or last.elapsed_s >= QUIET_S):
+        print(last.ended(), file=sys.stderr, flush=True)
 
-    def line(finished: int, doing: str) -> None:
-        nonlocal said
+
+class _Follow:
+    """One stage's progress on its way to the screen, the log and the events."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+        self.on_terminal = sys.stderr.isatty()
+        self._has_bar = False
+        self._said = self._told = time.monotonic()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar, where there is a terminal that no other stage has one on."""
+        with ExitStack() as held:
+            if self.on_terminal and _on_screen.acquire(blocking=False):
+                held.callback(_on_screen.release)
+                self._has_bar = True
+                console = Console(stderr=True)
+                # What the program prints meanwhile appears above the bar.
+                live = Live(get_renderable=lambda: bar(self.pace.standing(), console.width), console=console)
+                live.transient = True
+                held.enter_context(live)
+            yield
+
+    def advance(self, finished: int, doing: str) -> None:
+        self.pace.advance(finished, doing)
         now = time.monotonic()
-        if now - said >= QUIET_S:
-            said = now
-            eta = f", {(now - started) / finished * (total - finished):.0f} s left" if finished else ""
-            print(f"{what}: {finished}/{total} done, {doing}{eta}", file=sys.stderr, flush=True)
+        with self._lock:
+            tell, say = now - self._told >= TOLD_S, not self._has_bar and now - self._said >= QUIET_S
+            self._told = now if tell else self._told
+            self._said = now if say else self._said
+        if tell:
+            self.tell("progress")
+        if say:
+            print(self.pace.standing().line(), file=sys.stderr, flush=True)
 
-    yield line
+    def tell(self, event: str, **more: object) -> None:
+        events.emit(event, self.pace.what, **self.pace.standing().facts(), **more)
+
+
+def bar(standing: Standing, width: int) -> Table:
+    """A line of at most `width` columns: what, a bar, how far, how fast, how long; less where that is too long."""
+    parts = dict(standing.parts())
+    for name in ("", *DISPENSABLE):
+        parts.pop(name, None)
+        words = "  ".join(text for text in parts.values() if text)
+        room = width - len(standing.what) - len(words) - 4
+        if room >= BAR_WIDTHS.start:
+            break
+    table = Table.grid(padding=(0, 2))
+    pieces: list[Text | ProgressBar] = [Text(standing.what), Text(words, no_wrap=True, overflow="ellipsis")]
+    if room >= BAR_WIDTHS.start:
+        size = min(room, BAR_WIDTHS.stop)
+        pieces.insert(1, ProgressBar(total=max(1, standing.total), completed=standing.done, width=size))
+    table.add_row(*pieces)
+    return table

@@ -26,7 +26,7 @@ def main() -> None:
     source.validate(upstream(source.config))  # before every byte is read for the digests
     cache = arguments.out.parent / ".stamps" / "digests.json"
     mark = digest_of(source_digests(arguments.source, source.shard_names, cache))
-    with steps("dequant", source.config.num_hidden_layers + 2) as advance:
+    with steps("dequant", source.config.num_hidden_layers + 2, "shards", resumes=True) as advance:
         dequantize(source, arguments.out, mark, advance)
     print(f"{arguments.out}: BF16 with the MTP block, {len(source.config.layers)} layers")
 

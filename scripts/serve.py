@@ -167,12 +167,12 @@ def up(arguments: argparse.Namespace) -> None:
                 say(f"serve: replica{number} on GPU {','.join(group)}")
     try:
         runtime.start()
-        with steps("serve", plan.replicas) as progress:
+        with steps("serve", plan.replicas, "replicas") as progress:
             starting.wait(runtime, arguments.timeout, progress)
         expected = Expected(
             plan.serving.model, plan.serving.drafts > 0, plan.serving.tensor_parallel, arguments.min_acceptance
         )
-        with steps("probe", plan.replicas) as progress:
+        with steps("probe", plan.replicas, "replicas") as progress:
             checks = probe.probe(plan.endpoints, expected, lambda number: runtime.log(plan.names[number]), progress)
         say("\n".join(probe.lines(checks)))
         failed = [check for check in checks if not check.ok and kind(check) not in arguments.allow]

@@ -97,7 +97,7 @@ def main() -> int:
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
     tokens = chosen_tokens(arguments, source) if source else []  # before anything that takes long
     # progress is in MiB; running the models is shown as as much again
-    with steps("verify", 2 * size if tokens else size) as advance:
+    with steps("verify", 2 * size if tokens else size, "MiB") as advance:
 
         def compare(source: Checkpoint, artifact: Checkpoint) -> list[evaluation.Quality]:
             count = evaluation.step_count([source, artifact])
@@ -114,7 +114,7 @@ def main() -> int:
             arguments.artifact,
             source,
             digests,
-            lambda done, of: advance(size * done // max(of, 1), "MiB"),
+            lambda done, of: advance(size * done // max(of, 1), ""),
             arguments.expect,
             not arguments.no_hash,
             compare if tokens else None,
