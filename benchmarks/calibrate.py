@@ -26,13 +26,14 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import flash_layers
-from benchmarks.machine import ceilings, forget, machine
+from benchmarks.machine import ceilings, machine
 from benchmarks.peer import against_peer
 from benchmarks.timeline import busy, drawn, timeline
 from scripts.cli import parser_for
 from v4forge import calibration, layers, layout, model, plan
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
+from v4forge.disk import forget
 from v4forge.errors import run_main
 from v4forge.files import write_json, write_text
 from v4forge.layer_rows import READING, WRITING, mean_losses

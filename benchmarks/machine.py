@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from v4forge import gptq
+from v4forge import disk, gptq
 
 DISK_BYTES = 4 << 30
-CHUNK_BYTES = 16 << 20
 
 
 def timed(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
@@ -55,7 +54,8 @@ def ceilings(device: torch.device, folder: Path, small: bool) -> dict[str, float
     with gptq.tf32():
         found["tf32 TFLOP/s"] = flops / timed(lambda: a @ a, device) / 1e12
     found["copy GB/s"] = copy_speed(1 << 24 if small else 1 << 32, device)
-    return found | disk_speed(folder, DISK_BYTES // 64 if small else DISK_BYTES)
+    speed = disk.measure(folder, DISK_BYTES // 64 if small else DISK_BYTES)
+    return found | {"disk write GB/s": speed.write_bytes_s / 1e9, "disk read GB/s": speed.read_bytes_s / 1e9}
 
 
 def copy_speed(size: int, device: torch.device) -> float:
@@ -63,34 +63,6 @@ def copy_speed(size: int, device: torch.device) -> float:
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / timed(lambda: target.copy_(source), device) / 1e9
-
-
-def disk_speed(folder: Path, size: int) -> dict[str, float]:
-    """Sequential GB/s of one file: written and flushed, then read with nothing of it in the page cache."""
-    path = folder / "disk-speed.tmp"
-    chunk = os.urandom(CHUNK_BYTES)
-    start = time.perf_counter()
-    with open(path, "wb") as file:
-        for _ in range(size // CHUNK_BYTES):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    written = time.perf_counter() - start
-    forget(path)
-    start = time.perf_counter()
-    with open(path, "rb", buffering=0) as file:
-        while file.read(CHUNK_BYTES):
-            pass
-    read = time.perf_counter() - start
-    path.unlink()
-    return {"disk write GB/s": size / written / 1e9, "disk read GB/s": size / read / 1e9}
-
-
-def forget(path: Path) -> None:
-    """Drops a file from the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

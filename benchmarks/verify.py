@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from benchmarks import flash_layers
-from benchmarks.machine import forget, machine
+from benchmarks.machine import machine
 from benchmarks.timeline import busy
 from scripts.cli import parser_for
 from v4forge import evaluation, plan, verification
 from v4forge.checkpoint import Checkpoint
+from v4forge.disk import forget
 from v4forge.errors import run_main
 from v4forge.files import write_json
 from v4forge.stamps import Digests

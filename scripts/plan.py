@@ -1,98 +1,307 @@
-"""Says what a run needs before it starts: disk by folder, memory, and with --layer-seconds how long it takes.
+"""Says what a run needs before it starts: its stages in order, disk at the peak, memory, hours, and money.
 
-    python -m scripts.plan --profile flash --work /scratch/flash --gpus 8 --layer-seconds 7
+    python -m scripts.plan --profile flash --work /scratch/flash --gpus 8 --price 30
 
-Reads config.json only. Exit code 1 when what is still to be written does not fit where --work lies.
+Looks at config.json and at names and sizes of files; measures the disk below --work for a few seconds. Exit code 1 when
+what is still to be written does not fit where --work lies.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import math
+import textwrap
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import plan
-from v4forge.errors import run_main
-from v4forge.layout import load_config
+from v4forge import disk, estimate, events, measured, plan, progress, whole_run
+from v4forge.errors import UserError, run_main
+from v4forge.estimate import Estimate, Given, Together
+from v4forge.progress import duration
 from v4forge.stages import PROFILES
 
-FLASH = PROFILES["flash"]
+MEASURE_BYTES = 1 << 30
+TEXT_WIDTH = 100
+FILE_WIDTH = 400  # of tables where there is no terminal: nothing is wrapped
 
 
-def disk_table(parts: list[plan.Part]) -> Table:
-    """The parts and their sum, in GB."""
-    rows = [(part.whole_bytes, part.present_bytes, part.missing_bytes) for part in parts]
-    sums = [sum(column) for column in zip(*rows, strict=True)]
-    digits = 1 if sums[0] > 1e9 else 3
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("folder", "holds"):
-        table.add_column(name, overflow="fold")
-    for name in ("GB", "there", "to write"):
-        table.add_column(name, justify="right")
-    names = [(part.folder, part.holds) for part in parts]
-    for (folder, holds), row in zip([*names, ("together", "")], [*rows, sums], strict=True):
-        if folder == "together":
-            table.add_section()
-        table.add_row(folder, holds, *(f"{size / 1e9:,.{digits}f}" for size in row))
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A stage of the plan. Memory in bytes, None where it is not known; seconds with the assumptions of `basis`."""
+
+    step: plan.Step
+    gpu_bytes: int | None
+    host_bytes: int | None
+    estimate: Estimate
+
+    @property
+    def seconds(self) -> float | None:
+        """For the sum: what the basis assumes, where nothing better is known."""
+        return self.estimate.assumed_s if self.estimate.seconds is None else self.estimate.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is said. room_bytes: what must be free for it, at least."""
+
+    title: str
+    rows: list[Row]
+    room_bytes: int
+    total: Together
+    disk_basis: str
+
+    @property
+    def fullest(self) -> plan.Step:
+        return max((row.step for row in self.rows), key=lambda step: step.held_bytes)
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The runner's settings, as scripts.stage has them for the same options."""
+    profile = arguments.profile or "flash"
+    values = dataclasses.asdict(PROFILES[profile])
+    values["work"] = str(arguments.work or Path("scratch") / profile)
+    given = {key: getattr(arguments, key) for key in ("source", "samples", "seq_len") if getattr(arguments, key)}
+    values |= {"profile": profile, "gpus": arguments.gpus, **given}
+    values["source"] = str(values["source"] or f"{values['work']}/upstream")
+    return values
+
+
+def given_of(arguments: argparse.Namespace) -> Given:
+    """What the user says, and what is measured here now."""
+    speed, basis = None, "as given"
+    if arguments.read_gbps or arguments.write_gbps:
+        known = disk.known(arguments.work) if arguments.work else None
+        other = known or measured.disk()
+        read, write = (other.read_bytes_s, other.write_bytes_s) if other else (0.0, 0.0)
+        speed = disk.Speed((arguments.write_gbps or 0) * 1e9 or write, (arguments.read_gbps or 0) * 1e9 or read)
+    elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk.known(arguments.work):
+        speed, basis = measure(arguments.work), "measured now"
+    network = arguments.network_gbps * 1e9 if arguments.network_gbps else None
+    return Given(speed, basis, network, arguments.layer_seconds)
+
+
+def measure(work: Path) -> disk.Speed | None:
+    """The disk below a folder that may not be there yet; it is not made for this. None where that is not possible."""
+    if plan.free_bytes(work) < 2 * MEASURE_BYTES:
+        return None
+    try:
+        if work.is_dir():
+            return disk.measured(work)
+        return disk.measure(next(path for path in work.absolute().parents if path.exists()), MEASURE_BYTES)
+    except UserError:
+        return None
+
+
+def made(arguments: argparse.Namespace) -> Plan:
+    values = settings_of(arguments)
+    work, names = Path(values["work"]), estimate.names_of(values["profile"])
+    config = plan.config_of(Path(values["source"])) if not arguments.source else plan.load_config(arguments.source)
+    sizes = plan.sizes_of(config)
+    given = given_of(arguments)
+    steps = plan.steps(names, config, sizes, values)
+    estimates = estimate.of_run(names, values, work, arguments.gpus, given)
+    share = math.ceil(values["samples"] / arguments.gpus)
+    memory = memory_of(values["profile"])
+    memory["calibrate"] = (
+        None if values["profile"] == "tiny" else plan.gpu_bytes(config, share, values["seq_len"]),
+        memory.get("calibrate", (None, None))[1]
+        or plan.host_bytes(config, sizes, values["samples"], values["seq_len"], arguments.gpus),
+    )
+    rows = [Row(step, *memory.get(step.stage, (None, None)), each) for step, each in zip(steps, estimates, strict=True)]
+    model = arguments.source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
+    gpus = f"{arguments.gpus} GPU{'s' * (arguments.gpus > 1)}, {share} x {values['seq_len']} tokens each"
+    where = gpus if values["profile"] == "flash" else "on CPUs"
+    return Plan(
+        title=f"{model}, {values['samples']} x {values['seq_len']} tokens, {where}, in {work}",
+        rows=rows,
+        room_bytes=plan.room_needed(steps, names, config, sizes, values),
+        total=estimate.together({row.step.stage: row.seconds for row in rows}),
+        disk_basis="" if values["profile"] == "tiny" else estimate.disk_of(work, given)[1],
+    )
+
+
+def memory_of(profile: str) -> dict[str, tuple[int | None, int | None]]:
+    """stage -> bytes of a GPU and of the host that were measured."""
+    if profile == "tiny":
+        stages = measured.pipeline().get("stages", {})
+        return {name: (None, found.get("peak_host_bytes")) for name, found in stages.items()}
+    found = measured.verify()
+    return {"verify": (None, found.host_bytes)} if found else {}
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def memory(count: int | None) -> str:
+    return "" if count is None else progress.size(count)
+
+
+def stage_table(found: Plan, price: float | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    there = {row.step.stage: "done" if row.estimate.basis == "done" else row.step.there for row in found.rows}
+    if any(there.values()):
+        table.add_column("there", overflow="fold")
+    for name in ("to write", "on disk", "a GPU", "host", "time", *(["cost"] if price else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        step, each = row.step, row.estimate
+        idle = each.seconds == 0
+        told = "" if idle else "unknown" if each.seconds is None else duration(each.seconds)
+        cost = [] if not price else ["" if not each.seconds else money(each.seconds, price)]
+        written = size(step.writes_bytes) if step.writes_bytes and not idle else ""
+        needs = ["", ""] if idle else [memory(row.gpu_bytes), memory(row.host_bytes)]
+        start = [step.stage, there[step.stage]] if any(there.values()) else [step.stage]
+        table.add_row(*start, written, size(step.held_bytes) if step.held_bytes else "", *needs, told, *cost)
     return table
 
 
-def time_lines(time: plan.LayerTime) -> list[str]:
-    """The arithmetic of LayerTime."""
-    slower = "disk" if time.disk_s > time.compute_s else "compute"
+def money(seconds: float, price: float) -> str:
+    return f"{seconds / 3600 * price:,.2f}"
+
+
+def conclusions(found: Plan, price: float | None) -> list[str]:
+    """Disk, time and money of the whole run."""
+    names = [row.step.stage for row in found.rows]
+    leaves = found.rows[-1].step.held_bytes
+    lines = [
+        f"disk   {size(found.fullest.held_bytes)} at the fullest, in {found.fullest.stage}; {size(leaves)} stay;"
+        f" {size(found.room_bytes)} must be free"
+    ]
+    total = found.total
+    assumed = [row.step.stage for row in found.rows if row.estimate.seconds is None and row.estimate.assumed_s]
+    text = f"{'at least ' if total.unknown else ''}{duration(total.seconds)}"
+    if total.unknown and not total.seconds:
+        text = "unknown"
+    if total.unknown:
+        text += f"; nobody has measured {', '.join(total.unknown)}"
+    if price:
+        text += f"; {money(total.seconds, price)} at {price:,.2f} an hour"
+    if assumed:
+        rate = estimate.ASSUMED_NETWORK_BYTES_S / 1e6
+        text += f"; {', '.join(assumed)} with {rate:,.0f} MB/s, unless --network-gbps says other"
+    lines.append(f"time   {text}")
+    ahead = [row.step.stage for row in found.rows if row.seconds]
+    if pair := estimate.overlapping([name for name in names if name in ahead]):
+        lines.append(f"       {pair[1]} begins on the first files of {pair[0]}: of the two the longer one counts")
+    return lines
+
+
+def bases(found: Plan) -> list[str]:
+    """What each figure rests on."""
+    width = max(len(row.step.stage) for row in found.rows)
+    told = {row.step.stage: row.estimate.basis for row in found.rows if row.estimate.basis != "done"}
+    if found.disk_basis:
+        told["disk"] = found.disk_basis
+    indent = " " * (width + 4)
     return [
-        f"a layer, disk:    read {time.read_bytes / 1e9:.1f} GB in {time.read_s:.1f} s"
-        f" + write {time.write_bytes / 1e9:.1f} GB in {time.write_s:.1f} s = {time.disk_s:.1f} s",
-        f"a layer, compute: {time.compute_s:.1f} s",
-        f"calibrate:        {time.layers} layers x {time.layer_s:.1f} s ({slower}) = {time.total_s / 60:.1f} min",
+        textwrap.fill(f"  {name:<{width}}  {text}", TEXT_WIDTH, subsequent_indent=indent) for name, text in told.items()
     ]
 
 
-def main() -> None:
-    parser = parser_for("plan", __doc__)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--source", type=Path, metavar="DIR", help="an upstream checkpoint; its config.json is enough")
-    model.add_argument("--profile", choices=["flash"], help="DeepSeek-V4-Flash as published, nothing downloaded yet")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder to be; its free space is compared")
-    for name, default, text in (
-        ("--samples", FLASH.samples, "calibration samples"),
-        ("--seq-len", FLASH.seq_len, "tokens in a sample"),
-        ("--gpus", 1, "GPUs that share the samples"),
-    ):
-        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    for name, does in (("--read-gbps", "reads"), ("--write-gbps", "writes")):
-        text = f"gigabytes that the disk {does} a second (default: %(default)s)"
-        parser.add_argument(name, type=float, default=5.0, metavar="GB", help=text)
-    parser.add_argument(
-        "--layer-seconds", type=float, metavar="S", help="measured compute of a layer on these GPUs; adds the time"
-    )
-    args = parser.parse_args()
-    if min(args.samples, args.seq_len, args.gpus) < 1:
-        parser.error("--samples, --seq-len and --gpus are at least 1")
-    if not (args.read_gbps > 0 and args.write_gbps > 0):
-        parser.error("--read-gbps and --write-gbps are more than 0")
-    if args.layer_seconds is not None and not args.layer_seconds >= 0:
-        parser.error("--layer-seconds is not negative")
+def last_run(work: Path) -> list[str]:
+    """The last run here: what was estimated beside what it took."""
+    history = events.read(events.file_of(work))
+    run = whole_run.view(history, time.time(), lambda stages: whole_run.lives(work, stages))
+    if run is None:
+        return []
+    took = {each.stage: each.elapsed_s for each in run.stages if each.state == whole_run.DONE and each.elapsed_s}
+    lines = estimate.compared([Estimate(each.stage, each.estimate_s, "") for each in run.stages], took)
+    return ["the last run here, " + lines[0], *lines[1:]] if lines else []
 
-    config = load_config(args.source) if args.source else plan.flash_config()
-    sizes = plan.sizes_of(config)
-    tokens = args.samples, args.seq_len
-    parts = plan.disk_parts(config, sizes, *tokens, args.source, args.work)
-    Console().print(disk_table(parts))
-    share = math.ceil(args.samples / args.gpus)
-    gpu, host = plan.gpu_bytes(config, share, args.seq_len), plan.host_bytes(config, sizes, *tokens, args.gpus)
-    print(f"memory of each GPU: {gpu / 2**30:.1f} GiB, with {share} x {args.seq_len} tokens")
-    print(f"memory of the host: {host / 2**30:.1f} GiB")
-    if args.layer_seconds is not None:
-        time = plan.layer_time(config, sizes, *tokens, args.read_gbps, args.write_gbps, args.layer_seconds)
-        print("", *time_lines(time), sep="\n")
-    if args.work:
-        plan.require_space(parts, args.work)
-        print(f"\n{args.work}: {plan.free_bytes(args.work) / 1e9:,.1f} GB free, enough")
+
+def as_json(found: Plan, price: float | None, free_bytes: int | None) -> str:
+    """The same for programs: bytes and seconds."""
+    stages = [
+        {
+            **dataclasses.asdict(row.step),
+            "gpu_bytes": row.gpu_bytes,
+            "host_bytes": row.host_bytes,
+            "seconds": row.estimate.seconds,
+            "assumed_s": row.estimate.assumed_s,
+            "basis": row.estimate.basis,
+        }
+        for row in found.rows
+    ]
+    content: Mapping[str, Any] = {
+        "title": found.title,
+        "stages": stages,
+        "disk": {
+            "peak_bytes": found.fullest.held_bytes,
+            "peak_in": found.fullest.stage,
+            "must_be_free_bytes": found.room_bytes,
+            "free_bytes": free_bytes,
+            "speed": found.disk_basis,
+        },
+        "total_s": found.total.seconds,
+        "unknown": list(found.total.unknown),
+        "cost": found.total.seconds / 3600 * price if price else None,
+    }
+    return json.dumps(content, indent=1)
+
+
+def parse() -> argparse.Namespace:
+    parser = parser_for("plan", __doc__)
+    add = parser.add_argument
+    add("--profile", choices=sorted(PROFILES), help="flash: DeepSeek-V4-Flash as published, nothing downloaded yet")
+    add("--source", type=Path, metavar="DIR", help="an upstream checkpoint that is here; its config.json is enough")
+    add("--work", type=Path, metavar="DIR", help="folder to be; its free space is compared (scratch/<profile>)")
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs that share the samples (default: %(default)s)")
+    add("--samples", type=int, metavar="N", help="calibration samples (default: the profile's)")
+    add("--seq-len", type=int, metavar="N", help="tokens in a sample (default: the profile's)")
+    add("--price", type=float, metavar="P", help="of an hour of the machine, in any currency; adds the cost")
+    for name, does in (
+        ("--read-gbps", "the disk reads"),
+        ("--write-gbps", "the disk writes"),
+        ("--network-gbps", "the download brings"),
+    ):
+        add(name, type=float, metavar="GB", help=f"10^9 bytes that {does} a second (default: measured)")
+    add("--layer-seconds", type=float, metavar="S", help="compute of a layer on these GPUs (default: from benchmarks)")
+    add("--no-measure", dest="measure", action="store_false", help="do not measure the disk below --work")
+    add("--json", action="store_true", help="print it as JSON")
+    arguments = parser.parse_args()
+    if not (arguments.profile or arguments.source):
+        parser.error("one of --profile and --source is needed")
+    for name in ("gpus", "samples", "seq_len"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    for name in ("price", "read_gbps", "write_gbps", "network_gbps", "layer_seconds"):
+        if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} is more than 0")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    found = made(arguments)
+    free = plan.free_bytes(arguments.work) if arguments.work else None
+    if arguments.json:
+        print(as_json(found, arguments.price, free))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        print(found.title)
+        console.print(stage_table(found, arguments.price))
+        print(*conclusions(found, arguments.price), sep="\n")
+        print("\nwhat the times rest on:", *bases(found), sep="\n")
+        if arguments.work and (lines := last_run(arguments.work)):
+            print("", *lines, sep="\n")
+    if arguments.work:
+        plan.require_room(found.room_bytes, arguments.work)
+        if not arguments.json:
+            print(f"\n{arguments.work}: {plan.free_bytes(arguments.work) / 1e9:,.1f} GB free, enough")
 
 
 if __name__ == "__main__":

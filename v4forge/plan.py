@@ -1,4 +1,4 @@
-"""What a run needs before it starts, from config.json alone: bytes on disk by folder, memory, and time a layer."""
+"""What a run needs before it starts, from config.json alone: bytes on disk stage by stage, memory, and time a layer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from v4forge import layout
+from v4forge.codec import Shape
 from v4forge.errors import UserError
 from v4forge.layers import layer_file
-from v4forge.layout import Config, TensorSpec
-from v4forge.recipe import ALIASES
+from v4forge.layout import COMPRESS_RATIOS, Config, TensorSpec, load_config
+from v4forge.recipe import ALIASES, rule_for
 
 # config.json of deepseek-ai/DeepSeek-V4-Flash's first release
 FLASH_CONFIG = Path(__file__).with_name("flash_config.json")
@@ -37,14 +39,6 @@ def shard_of(name: str) -> str:
     return "mtp" if parts[0] == "mtp" and name not in ALIASES else "root"
 
 
-def bytes_by_shard(specs: Mapping[str, TensorSpec]) -> Counter[str]:
-    """shard_of's names -> bytes of their tensors, without headers."""
-    sizes: Counter[str] = Counter()
-    for name, spec in specs.items():
-        sizes[shard_of(name)] += math.prod(spec.shape) * spec.dtype.itemsize
-    return sizes
-
-
 def layer_bytes(by_shard: Mapping[str, int]) -> int:
     """Bytes of all decoder layers together."""
     return sum(size for shard, size in by_shard.items() if shard.startswith("layers."))
@@ -59,8 +53,65 @@ class Sizes:
 
 
 def sizes_of(config: Config) -> Sizes:
-    """The sizes that the layout of upstream and of the artifact give."""
-    return Sizes(bytes_by_shard(layout.upstream(config)), bytes_by_shard(layout.artifact(config)))
+    """The sizes that the layout of upstream and of the artifact give. Layers of one kind have one size."""
+    upstream: Counter[str] = Counter()
+    artifact: Counter[str] = Counter()
+    groups = {"root": layout.root_parameters(config), "mtp": layout.mtp_parameters(config)}
+    for shard, parameters in groups.items():
+        upstream[shard], artifact[shard] = stored_bytes(parameters)
+    shapes = dict(layout.root_parameters(config))
+    for original in ALIASES.values():
+        artifact["root"] += spec_bytes(layout.stored(original, shapes[original], rule_for(original).artifact))
+    kinds: dict[tuple[int, bool], tuple[int, int]] = {}
+    for layer in config.layers:
+        kind = config.compress_ratios[layer], layer < config.num_hash_layers
+        if kind not in kinds:
+            kinds[kind] = stored_bytes(layout.layer_parameters(config, layer))
+        upstream[f"layers.{layer}"], artifact[f"layers.{layer}"] = kinds[kind]
+    return Sizes(upstream, artifact)
+
+
+def stored_bytes(parameters: Iterable[tuple[str, Shape]]) -> tuple[int, int]:
+    """Bytes of logical tensors upstream, and in the artifact."""
+    upstream = artifact = 0
+    for name, shape in parameters:
+        rule = rule_for(name)
+        upstream += spec_bytes(layout.stored(name, shape, rule.source))
+        artifact += spec_bytes(layout.stored(name, shape, rule.artifact))
+    return upstream, artifact
+
+
+def spec_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of stored tensors, without headers."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+
+
+def config_of(source: Path) -> Config:
+    """The config of a source, DeepSeek-V4-Flash's published one where it has none yet."""
+    return load_config(source) if (source / "config.json").is_file() else flash_config()
+
+
+def has_flash_layers(config: Config) -> bool:
+    """Whether a layer is as large as DeepSeek-V4-Flash's, however many there are."""
+    flash, own = ({**vars(each)} for each in (flash_config(), config))
+    for free in ("raw", "num_hidden_layers", "compress_ratios", "num_hash_layers", "vocab_size"):
+        del flash[free], own[free]
+    return flash == own
+
+
+def attention_of(config: Config, layer: int) -> str:
+    """Its kind, as a layer's report calls it."""
+    return COMPRESS_RATIOS[config.compress_ratios[layer]]
+
+
+def missing_layers(config: Config, folder: Path) -> list[int]:
+    """The layers whose files are not in calibrate's folder. Whether those that are still count, calibrate finds out."""
+    return [layer for layer in config.layers if not layer_file(folder, layer).is_file()]
+
+
+def arrived_bytes(upstream: Path) -> int:
+    """Bytes of a download's shards, whole ones and parts."""
+    return _present_bytes([*upstream.glob("*.safetensors"), *upstream.glob(".fetch/incoming/**/*")])
 
 
 def streams_bytes(config: Config, samples: int, seq_len: int) -> int:
@@ -82,28 +133,10 @@ class Part:
         return max(0, self.whole_bytes - self.present_bytes)
 
 
-def disk_parts(
-    config: Config, sizes: Sizes, samples: int, seq_len: int, source: Path | None, work: Path | None
-) -> list[Part]:
-    """What lies on disk at the worst moment. `source` is the upstream checkpoint, complete or still to be downloaded;
-    `work` holds `layers` and `artifact`, and `upstream` when there is no `source`.
-
-    Only file sizes are looked at. The artifact's layers are hard links to `layers`: its own are the root and the MTP
-    block. Hidden states are kept for resuming; the new ones are whole before the old ones go.
-    """
-    upstream = source or (work / "upstream" if work else None)
-    shards = list(upstream.glob("*.safetensors")) if upstream else []
-    return [
-        Part(str(source or "upstream"), "the source", sizes.upstream.total(), _present_bytes(shards)),
-        *calibration_parts(config, work / "layers" if work else None, samples, seq_len),
-        Part("artifact", "root and MTP block; links to layers", sizes.artifact.total() - layer_bytes(sizes.artifact)),
-    ]
-
-
 def calibration_parts(config: Config, folder: Path | None, samples: int, seq_len: int) -> list[Part]:
     """What calibrate writes into its `--work`, `folder`; no samples where no hidden states are kept."""
     finished = [layer_file(folder, i) for i in config.layers] if folder else []
-    whole = layer_bytes(bytes_by_shard(layout.artifact(config)))
+    whole = layer_bytes(sizes_of(config).artifact)
     return [
         Part("layers", f"{config.num_hidden_layers} finished layers", whole, _present_bytes(finished)),
         Part("layers", "hidden states, old and new", 2 * streams_bytes(config, samples, seq_len)),
@@ -122,13 +155,87 @@ def free_bytes(work: Path) -> int:
 
 def require_space(parts: Sequence[Part], work: Path) -> None:
     """Raises UserError, with how much is missing, when what `parts` still lack does not fit where `work` lies."""
-    needed, free = sum(part.missing_bytes for part in parts), free_bytes(work)
+    require_room(sum(part.missing_bytes for part in parts), work)
+
+
+def require_room(needed: int, work: Path) -> None:
+    """Raises UserError, with how much is missing, when so many more bytes do not fit where `work` lies."""
+    free = free_bytes(work)
     if needed > free:
         raise UserError(
             f"{work} has {free / 1e9:,.1f} GB free, the run writes {needed / 1e9:,.1f} GB:"
             f" {(needed - free) / 1e9:,.1f} GB are missing",
             "free that much there, or pass --work on a larger disk",
         )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stage does to the disk. there: what of its output is there; writes_bytes: what it still writes and leaves;
+    held_bytes: what of the run lies on the disk while it runs, at most."""
+
+    stage: str
+    there: str
+    writes_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Of a stage: bytes that it leaves, those that are there, how that is said, and bytes that it needs meanwhile."""
+
+    whole: int = 0
+    present: int = 0
+    there: str = ""
+    meanwhile: int = 0
+
+
+def steps(names: Sequence[str], config: Config, sizes: Sizes, values: Mapping[str, Any]) -> list[Step]:
+    """The stages with what they write, in order. `values`: the runner's settings. The artifacts' layers are hard links,
+    so they count where calibrate writes them. Data sets, caches and reports are not in it."""
+    held = 0
+    found = []
+    for name in names:
+        output = _output(name, config, sizes, values)
+        found.append(
+            Step(name, output.there, max(0, output.whole - output.present), held + output.whole + output.meanwhile)
+        )
+        held += output.whole
+    return found
+
+
+def room_needed(
+    steps: Sequence[Step], names: Sequence[str], config: Config, sizes: Sizes, values: Mapping[str, Any]
+) -> int:
+    """Free bytes that the run needs: what it holds at its peak, without what is there already."""
+    present = sum(_output(name, config, sizes, values).present for name in names)
+    return max(0, max(step.held_bytes for step in steps) - present)
+
+
+def _output(name: str, config: Config, sizes: Sizes, values: Mapping[str, Any]) -> _Output:
+    work = Path(values["work"])
+    if name == "fetch":
+        if values["source"] != f"{values['work']}/upstream":
+            return _Output(there="not needed")
+        whole, present = sizes.upstream.total(), arrived_bytes(work / "upstream")
+        return _Output(whole, min(whole, present), f"{present / 1e9:,.1f} GB" if present else "")
+    if name in ("calibrate", "rtn"):
+        folder = work / ("layers" if name == "calibrate" else "layers-rtn")
+        files = [layer_file(folder, layer) for layer in config.layers]
+        count = len(files) - len(missing_layers(config, folder))
+        there = f"{count}/{len(files)} layers" if count else ""
+        # Hidden states are kept to resume from; the new ones are whole before the old ones go.
+        kept = 2 * streams_bytes(config, values["samples"], values["seq_len"])
+        if name == "rtn" or count == len(files):
+            kept = 0
+        return _Output(layer_bytes(sizes.artifact), _present_bytes(files), there, kept)
+    if name in ("postprocess", "postprocess-rtn"):
+        folder = work / ("artifact" if name == "postprocess" else "artifact-rtn")
+        total = config.num_hidden_layers + 2
+        own = [folder / f"model-{number:05}-of-{total:05}.safetensors" for number in (total - 1, total)]
+        present = _present_bytes(own)
+        return _Output(sizes.artifact.total() - layer_bytes(sizes.artifact), present, "its shards" if present else "")
+    return _Output()
 
 
 def gpu_bytes(config: Config, samples: int, seq_len: int) -> int:
