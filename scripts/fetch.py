@@ -1,47 +1,103 @@
-"""Downloads the upstream checkpoint at the revision that versions.env pins. Run it again to resume."""
+"""Downloads the upstream checkpoint at the revision that versions.env pins, every file checked against the hub's own
+hash; or takes it from a folder, without a network. Run it again to go on where it stopped: nothing comes twice.
+
+Calibration may begin while it runs: it waits for a shard that is not here yet.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from scripts.cli import parser_for
-from v4forge import pins
+from scripts.cli import parser_for, steps
+from v4forge import arriving, fetching, hub, offline, pins
 from v4forge.errors import UserError, run_main
+from v4forge.fetching import MIB, Fetch, Todo
+from v4forge.files import check_writable
+from v4forge.partial import path_of
+from v4forge.stamps import Digests
+
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+FORMS = {
+    "download": "a download of hf, whose hashes every file is checked against",
+    "snapshot": "a snapshot of the hub's cache, whose hashes every file is checked against",
+    "plain": "a plain folder: no hashes of the hub are known, only the structure is checked",
+}
 
 
-def fetch(repo: str, revision: str, out: Path, workers: int) -> None:
-    """Fills `out` with the files of a hub repository at a commit. Raises UserError when that is not possible."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+def shown(count: int) -> str:
+    """A number of bytes, for people."""
+    unit, size = next(((unit, size) for unit, size in UNITS if count >= size), UNITS[-1])
+    return f"{count / size:,.1f} {unit}"
 
-    again = "check the network and run again, it resumes: make fetch PROFILE=flash"
-    try:
-        snapshot_download(repo, revision=revision, local_dir=out, max_workers=workers)
-    except RevisionNotFoundError:
-        raise UserError(f"{repo} has no revision {revision}", "correct FLASH_REVISION in versions.env") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{repo} is not on the hub, or not for you", "hf auth login, or correct FLASH_REPO") from None
-    except HfHubHTTPError as error:
-        raise UserError(f"the hub refused {repo}: {str(error).splitlines()[0]}", again) from None
-    except (OSError, httpx.HTTPError) as error:
-        raise UserError(f"{repo} could not be downloaded: {error}", again) from None
+
+def described(source: hub.Hub | offline.Offline) -> str:
+    if isinstance(source, hub.Hub):
+        return f"{source.repo} at {source.revision[:12]}"
+    return f"{source.folder} ({FORMS[source.form]})"
+
+
+def plan_lines(todo: Todo, out: Path) -> list[str]:
+    """What is there and what would come, a line a file."""
+    state = {each.name: "is here" for each in todo.here}
+    state |= {each.name: "is here, to be checked" for each in todo.unsure}
+    state |= {each.name: "is another file here, to be replaced" for each in todo.wrong}
+    lines = []
+    for name, each in todo.plan.files.items():
+        path = path_of(out, each)
+        part = f"{shown(path.stat().st_size)} of it are here" if path.is_file() else "to come"
+        lines.append(f"  {name:<44} {shown(each.bytes):>10}  {state.get(name, part)}")
+    return lines
 
 
 def main() -> None:
-    parser = parser_for("fetch", __doc__, epilog="Needs 160 GB on disk. HF_TOKEN and HF_ENDPOINT are honoured.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--repo", default=pins.read()["FLASH_REPO"], help="hub repository (default: %(default)s)")
-    parser.add_argument(
-        "--revision", default=pins.read()["FLASH_REVISION"], help="commit, 40 hex digits (default: %(default)s)"
+    parser = parser_for("fetch", __doc__, epilog="HF_TOKEN, HF_ENDPOINT and the proxy variables are honoured.")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint")
+    add(
+        "--from",
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help="take it from this folder: of `hf download --local-dir`, of the hub's cache, or with plain files",
     )
-    parser.add_argument("--workers", type=int, default=8, help="files at a time (default: %(default)s)")
+    add("--repo", default=pins.read()["FLASH_REPO"], help="hub repository (default: %(default)s)")
+    add("--revision", default=pins.read()["FLASH_REVISION"], help="commit, 40 hex digits (default: %(default)s)")
+    add("--workers", type=int, default=8, metavar="N", help="files at a time (default: %(default)s)")
+    add("--dry-run", action="store_true", help="say what would come and what is there, and stop")
     args = parser.parse_args()
+    if args.workers < 1:
+        parser.error("argument --workers: it must be at least 1")
     if not re.fullmatch(r"[0-9a-f]{40}", args.revision):
-        shown = args.revision or "none"
-        raise UserError(f"the revision is not a commit: {shown}", "set FLASH_REVISION in versions.env to 40 hex digits")
-    fetch(args.repo, args.revision, args.out, args.workers)
+        given = args.revision or "none"
+        raise UserError(f"the revision is not a commit: {given}", "set FLASH_REVISION in versions.env to 40 hex digits")
+    if args.folder and args.folder.resolve() == args.out.resolve():
+        raise UserError(f"{args.out} is both where from and where to", "choose another --out, or leave out --from")
+    source: hub.Hub | offline.Offline = hub.Hub(args.repo, args.revision)
+    if args.folder:
+        source = offline.looked_at(args.folder, args.repo, args.revision)
+    digests = Digests(args.out.parent / ".stamps" / "digests.json")
+    if args.dry_run:
+        todo = fetching.looked_over(source, args.out, digests)
+        print("\n".join([summary(source, todo), *plan_lines(todo, args.out)]))
+        return
+    check_writable(args.out)
+    with arriving.marked(args.out) as mark_ready:
+        todo = fetching.looked_over(source, args.out, digests)
+        print(summary(source, todo), flush=True)
+        run = Fetch(source, args.out, args.workers, digests, lambda line: print(line, flush=True))
+        with steps("fetch", todo.total_bytes // MIB, "MiB", resumes=True) as progress:
+            run.run(todo, progress, mark_ready)
+    checked = "" if isinstance(source, offline.Offline) and source.form == "plain" else ", each with the hub's hash"
+    print(f"{len(todo.plan.files)} files, {shown(todo.total_bytes)}{checked}: {args.out}")
+
+
+def summary(source: hub.Hub | offline.Offline, todo: Todo) -> str:
+    """One line: what, how much of it is there, what is not wanted."""
+    coming = sum(each.bytes for each in todo.missing)
+    count = len(todo.plan.files)
+    line = f"{described(source)}: {count} files, {shown(todo.total_bytes)}, of which {shown(coming)} to come"
+    return f"{line}; not needed: {', '.join(todo.skipped)}" if todo.skipped else line
 
 
 if __name__ == "__main__":

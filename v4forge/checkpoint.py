@@ -1,4 +1,7 @@
-"""Sharded safetensors checkpoints: a reader over the index that checks before it reads, and an atomic shard writer."""
+"""Sharded safetensors checkpoints: a reader over the index that checks before it reads, and an atomic shard writer.
+
+Shards that a living fetch has yet to bring are known by their headers; reading one of their tensors waits (`arriving`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from v4forge import arriving
+from v4forge.arriving import INDEX
 from v4forge.codec import FORMATS, CodecError
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, sync_folder, write_json, writing
 from v4forge.layout import Config, TensorSpec, load_config, stored_name
 from v4forge.recipe import rule_for
 
-INDEX = "model.safetensors.index.json"
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
 DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -164,6 +168,8 @@ class Checkpoint:
             "source": f"restore the file in {self.directory}; python -m scripts.fetch downloads what is missing",
             "artifact": f"make it again: python -m scripts.postprocess --out {self.directory} …",
         }[form]
+        if arriving.is_coming(self.directory / INDEX):
+            arriving.wait_until_ready(self.directory)
         try:
             self.weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
             if not all(s == Path(s).name and s.endswith(".safetensors") for s in self.weight_map.values()):
@@ -175,6 +181,7 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
         self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
+        self._coming = {shard for shard, file in self._shards.items() if isinstance(file, arriving.Shard)}
         self._held: Mapping[str, Tensor] = {}
         self._places: dict[str, dict[str, Any]] = {}
         self._names = {shard: set(file.keys()) for shard, file in self._shards.items()}
@@ -188,7 +195,7 @@ class Checkpoint:
     def _open(self, shard: str) -> Any:
         path = self.directory / shard
         try:
-            return safe_open(path, framework="pt")
+            return arriving.Shard(path) if arriving.is_coming(path) else safe_open(path, framework="pt")
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing", self._hint) from None
         except (SafetensorError, OSError, ValueError) as error:
@@ -220,13 +227,36 @@ class Checkpoint:
         path = self.directory / shard
         if shard not in self._places:
             try:
-                with open(path, "rb") as file:
-                    size = int.from_bytes(file.read(8), "little")
-                    self._places[shard] = json.loads(file.read(size)) | {"": 8 + size}
+                head = arriving.read_head(arriving.with_header(path))
+                self._places[shard] = json.loads(head[8:]) | {"": len(head)}
             except (OSError, ValueError) as error:
                 raise UserError(f"shard {path} cannot be read: {error}", self._hint) from None
         header = self._places[shard]
         return str(path), header[""] + header[name]["data_offsets"][0]
+
+    def arrived(self, names: Iterable[str], given_up: Callable[[], bool]) -> bool:
+        """Waits for every shard of the blocks (a layer, the MTP block, the root) that these tensors belong to; False
+        when `given_up` says so. Raises UserError when a shard is missing and no fetch lives.
+
+        By blocks and not by tensors, so that all ranks wait for the same and none in a collective for another's shard.
+        """
+        if not self._coming:
+            return True
+        blocks = set(map(_block, names))
+        needed = {shard for block in blocks for shard in self._block_shards[block]}
+        for shard in sorted(needed & self._coming):
+            if not arriving.wait_for(self.directory / shard, given_up):
+                return False
+            self._coming.discard(shard)
+        return True
+
+    @cached_property
+    def _block_shards(self) -> dict[str, set[str]]:
+        """By block, the shards that hold its tensors."""
+        found: dict[str, set[str]] = {}
+        for name, shard in self.weight_map.items():
+            found.setdefault(_block(name), set()).add(shard)
+        return found
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """The same checkpoint with some stored tensors already read: `raw` returns these."""
@@ -298,6 +328,12 @@ class Checkpoint:
             )
         for name, spec in expected.items():
             self.check(name, self.spec(name), spec)
+
+
+def _block(name: str) -> str:
+    """`layers.3` or `mtp.0` of a tensor's name, '' for the root's."""
+    parts = name.split(".", 2)
+    return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else ""
 
 
 def matches(found: TensorSpec, expected: TensorSpec) -> bool:

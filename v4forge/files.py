@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +41,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
     sync_folder(path.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` the same file as `source`, or a copy on another file system; whole or not at all."""
+    if target.exists() and target.samefile(source):
+        return
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
+                raise
+            shutil.copyfile(source, temporary)
 
 
 def sync_folder(directory: Path) -> None:
@@ -97,3 +113,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def changed_json(path: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file, to be changed in the block and then written. Of processes that change the same file
+    at the same time, each waits for the one before."""
+    make_folder(path.parent)
+    with writing(path), open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = read_json(path)
+        yield content
+        write_json(path, content)

@@ -10,6 +10,7 @@ from typing import Any
 KINDS = {"w1": "w1 (gate)", "w2": "w2 (down)", "w3": "w3 (up)"}
 EXPERTS_LISTED = 10  # of a layer, in the table of experts that saw too few tokens
 READING, WRITING = ("read",), ("write", "hidden states")  # spans of a layer that computing does not wait for
+ASIDE = (*READING, *WRITING, "fetch")  # what is not computing; fetch: waiting for a shard that was still downloading
 
 Json = Mapping[str, Any]
 
@@ -105,7 +106,7 @@ def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
     for report in sorted(layers, key=lambda report: report["layer"]):
         ranks = report["run"]
         spent = [rank["seconds"] for rank in ranks]
-        computing = [{what: s for what, s in each.items() if what not in (*READING, *WRITING)} for each in spent]
+        computing = [{what: s for what, s in each.items() if what not in ASIDE} for each in spent]
         most = max(computing, key=lambda each: sum(each.values()))
         rows.append(
             CostRow(
@@ -138,7 +139,7 @@ def summary(report: Json) -> str:
         lost = mean_losses(report)
         line += f"; lost {lost['gptq']:.3%}, round-to-nearest {lost['rtn']:.3%}"
     used = report["run"]
-    busy = sum(s for what, s in used[0]["seconds"].items() if what not in (*READING, *WRITING))
+    busy = sum(s for what, s in used[0]["seconds"].items() if what not in ASIDE)
     gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))
     memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
     return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"

@@ -28,33 +28,64 @@ Record = dict[str, dict[str, Any]]
 
 
 class Digests:
-    """sha256 of files, remembered in a JSON file. Hard links share an entry: the inode is what was read."""
+    """sha256 of files, remembered in a JSON file. Hard links share an entry: the inode is what was read.
+
+    Several processes may use one file at a time: each adds what it has learnt.
+    """
 
     def __init__(self, cache_file: Path) -> None:
         self.cache_file = cache_file
-        self._by_path: dict[str, list[Any]] = read_json(cache_file)
-        self._by_inode = {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
-        self._changed = False
+        self._by_path: dict[str, list[Any]] = {}
+        self._by_inode: dict[tuple[int, int, int], str] = {}
+        self._own: dict[str, list[Any]] = {}  # what the file does not have yet
+        self.reload()
+
+    def reload(self) -> None:
+        """Takes in what other processes have learnt."""
+        found = read_json(self.cache_file)
+        self._by_path = {**found, **self._own}
+        self._by_inode |= {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
 
     def of(self, paths: Sequence[Path]) -> dict[Path, str]:
         """path -> sha256 in hex. Raises OSError for a path that cannot be read."""
         keys = {path: _identity(path) for path in paths}
+        if any(key not in self._by_inode for key in keys.values()):
+            self.reload()  # another process may know them
         unknown = {key: path for path, key in keys.items() if key not in self._by_inode}
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             self._by_inode.update(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
         for path, key in keys.items():
-            entry = [*key, self._by_inode[key]]
-            if self._by_path.get(str(path)) != entry:
-                self._by_path[str(path)] = entry
-                self._changed = True
+            self._remember(path, key, self._by_inode[key])
         return {path: self._by_inode[key] for path, key in keys.items()}
 
+    def known(self, path: Path) -> str | None:
+        """The sha256 of a file as it is now, if it needs no reading; None also when there is no such file."""
+        try:
+            return self._by_inode.get(_identity(path))
+        except OSError:
+            return None
+
+    def learn(self, path: Path, sha256: str) -> None:
+        """Takes the digest of a file from who has just read it all, or written it."""
+        key = _identity(path)
+        self._by_inode[key] = sha256
+        self._remember(path, key, sha256)
+
+    def _remember(self, path: Path, key: tuple[int, int, int], sha256: str) -> None:
+        entry = [*key, sha256]
+        if self._by_path.get(str(path)) != entry:
+            self._by_path[str(path)] = self._own[str(path)] = entry
+
     def save(self) -> None:
-        """Writes the cache, without the files that are gone."""
-        if self._changed:
-            kept = {path: entry for path, entry in self._by_path.items() if os.path.exists(path)}
-            write_json(self.cache_file, kept)
-            self._changed = False
+        """Writes what is new into the cache, which loses the files that are gone."""
+        if not self._own:
+            return
+        own, self._own = self._own, {}
+        self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.cache_file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = read_json(self.cache_file) | own
+            write_json(self.cache_file, {path: entry for path, entry in found.items() if os.path.exists(path)})
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from v4forge import arriving
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError
 from v4forge.layout import TensorSpec
@@ -121,6 +123,8 @@ class Reader:
             torch.cuda.set_device(self._device.index or 0)  # of this thread: pinned memory is a context's
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for layer, names in self._groups:
+                if not self._arrived(layer, names):
+                    return
                 slots, size = {}, 0
                 for name in names:
                     spec = self._checkpoint.spec(name)
@@ -137,6 +141,14 @@ class Reader:
                 self._fill(buffer, slots, pool)
                 self._watch.add(layer, "read", "read", start, size)
                 self._ready.put(Group(buffer, slots))
+
+    def _arrived(self, layer: int, names: Sequence[str]) -> bool:
+        """Waits for shards that fetch has yet to bring; False when the reader is closed meanwhile."""
+        start = self._watch.now()
+        arrived = self._checkpoint.arrived(names, lambda: self._closed)
+        if self._watch.now() - start >= arriving.POLL_S:
+            self._watch.add(layer, "fetch", "read", start, 0)
+        return arrived
 
     def _fill(self, buffer: Tensor, slots: dict[str, tuple[int, TensorSpec]], pool: ThreadPoolExecutor) -> None:
         view = buffer.numpy().data
@@ -155,7 +167,9 @@ class Reader:
 
 
 def open_file(path: str) -> int:
-    """A file descriptor for reading; UserError where there is none."""
+    """A file descriptor for reading; UserError where there is none. Waits for a file that fetch has yet to bring."""
+    if arriving.is_coming(Path(path)):
+        arriving.wait_for(Path(path))
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:

@@ -1,0 +1,170 @@
+"""make fetch from folders, without a network: what hf downloads, what its cache holds, and any folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fetched import (
+    REPO,
+    assert_same,
+    error,
+    fetched,
+    said,
+    serving_upstream,
+    shards,
+    write_upstream,
+)
+from hub_stand_in import MAIN, Hub
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+
+from v4forge import arriving, files
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_upstream(tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.fixture
+def served(upstream: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serving_upstream(upstream, monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def downloaded(served: Hub, tmp_path: Path) -> Path:
+    """What `hf download --local-dir` leaves."""
+    folder = tmp_path / "downloaded"
+    snapshot_download(REPO, revision=MAIN, local_dir=folder, endpoint=served.url, token=False)
+    return folder
+
+
+@pytest.fixture
+def snapshot(served: Hub, upstream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the hub's cache holds of a repository."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for path in upstream.rglob("*.*"):
+        name = path.relative_to(upstream).as_posix()
+        hf_hub_download(REPO, name, revision=MAIN, cache_dir=tmp_path / "hub", endpoint=served.url, token=False)
+    return tmp_path / "hub" / "models--some--model"
+
+
+@pytest.fixture(autouse=True)
+def without_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of huggingface_hub's own downloads, which make the folders of these tests."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+def test_a_download_of_hf_is_linked_and_checked(
+    downloaded: Path, upstream: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (downloaded / "my notes.txt").write_text("not of the hub")
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", downloaded) == 0
+    assert_same(out, upstream)
+    assert all((out / name).samefile(downloaded / name) for name in shards(upstream))
+    plan = arriving.plan(out)
+    assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
+    assert "each with the hub's hash" in said(capsys)
+
+
+@pytest.mark.parametrize("where", ["", f"snapshots/{MAIN}"])
+def test_a_snapshot_of_the_cache_is_linked_and_checked(
+    snapshot: Path, upstream: Path, tmp_path: Path, no_network: None, where: str
+) -> None:
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", snapshot / where) == 0
+    assert {path.name for path in out.glob("*.*")} - {".fetch"} == {path.name for path in upstream.glob("*.*")}
+    for name in shards(upstream):
+        assert not (out / name).is_symlink() and (out / name).read_bytes() == (upstream / name).read_bytes()
+    plan = arriving.plan(out)
+    assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
+
+
+def test_of_a_plain_folder_only_the_structure_is_checked_and_that_is_said(
+    upstream: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", upstream) == 0
+    assert_same(out, upstream)
+    assert "no hashes of the hub are known, only the structure is checked" in said(capsys)
+    plan = arriving.plan(out)
+    assert plan is not None and (plan.repo, plan.revision) == (None, None)
+    assert fetched(out, "--from", upstream) == 0
+
+
+def test_on_another_file_system_files_are_copied(
+    upstream: Path, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(files.os, "link", refused)
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", upstream) == 0
+    assert_same(out, upstream)
+    assert not any((out / name).samefile(upstream / name) for name in shards(upstream))
+    before = (out / shards(upstream)[0]).stat().st_ino
+    assert fetched(out, "--from", upstream) == 0
+    assert (out / shards(upstream)[0]).stat().st_ino == before
+
+
+@pytest.mark.parametrize("form", ["downloaded", "snapshot"])
+def test_a_wrong_shard_of_a_folder_is_named(
+    request: pytest.FixtureRequest,
+    form: str,
+    upstream: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = request.getfixturevalue(form)
+    folder = folder / "snapshots" / MAIN if form == "snapshot" else folder
+    name = shards(upstream)[1]
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).resolve().write_bytes(content)
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", folder) == 1
+    assert error(capsys).startswith(f"{folder / name} is damaged: sha256 ")
+    assert not (out / name).exists()
+
+
+def test_a_truncated_shard_of_a_plain_folder_is_refused(
+    upstream: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, name = tmp_path / "plain", shards(upstream)[1]
+    shutil.copytree(upstream, folder)
+    os.truncate(folder / name, (folder / name).stat().st_size - 1)
+    assert fetched(tmp_path / "upstream", "--from", folder) == 1
+    assert f"{name} of {folder} is not a safetensors file" in error(capsys)
+
+
+def test_a_folder_without_one_of_its_shards_is_refused(
+    upstream: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, name = tmp_path / "plain", shards(upstream)[1]
+    shutil.copytree(upstream, folder)
+    (folder / name).unlink()
+    assert fetched(tmp_path / "upstream", "--from", folder) == 1
+    assert error(capsys) == f"{folder} lacks {name}, which its index names"
+
+
+def test_a_folder_of_another_revision_is_refused(
+    downloaded: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fetched(tmp_path / "upstream", "--from", downloaded, "--revision", "f" * 40) == 1
+    assert error(capsys) == f"{downloaded} holds revision {MAIN}, not {'f' * 40}"
+    assert fetched(tmp_path / "upstream", "--from", tmp_path / "none") == 1
+    assert error(capsys) == f"{tmp_path / 'none'} is not a folder"
+    assert fetched(tmp_path / "upstream", "--from", tmp_path / "upstream") == 1
