@@ -19,6 +19,18 @@ SAMPLES :=
 SEQ_LEN :=
 SEED := 42
 STAGE := calibrate
+# FROM: a folder that has the checkpoint, for fetch. DRY_RUN=1: stages say what they would do. For plan, PRICE of an hour,
+# and NETWORK_GBPS, gigabytes a second.
+FROM :=
+DRY_RUN :=
+PRICE :=
+NETWORK_GBPS :=
+WATCH :=
+JSON :=
+# MANIFEST: that of an artifact, for reproduce. REPO: where publish uploads to, ORG/NAME, once CONFIRM=1.
+MANIFEST :=
+REPO :=
+CONFIRM :=
 # The images: IMAGE empty is both. BASE_IMAGE empty: the pinned one, or a Debian made here where no registry answers.
 SET :=
 IMAGE :=
@@ -70,7 +82,9 @@ endif
 
 settings = --scratch '$(SCRATCH)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' --seed '$(SEED)' \
 	$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)') \
-	$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)')
+	$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') \
+	$(if $(FROM),--from '$(FROM)') $(if $(DRY_RUN),--dry-run)
+work = --work '$(SCRATCH)/$(PROFILE)'
 stage = .venv/bin/python -m scripts.stage
 run = $(stage) run
 image = .venv/bin/python -m scripts.image
@@ -97,20 +111,20 @@ need_python = if [ -z "$(PYTHON)" ]; then \
 .PHONY: help
 help: ## Show this
 	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
-	@echo '              [SOURCE=<folder>] [CORPUS=<file>] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42]'
+	@echo '              [SOURCE=<folder>] [CORPUS=<file>] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 .PHONY: demo
 demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GPU
-	@$(run) fetch calibrate postprocess verify rtn postprocess-rtn evaluate report --title demo --profile tiny $(settings)
+	@$(run) fetch calibrate postprocess verify rtn postprocess-rtn evaluate card report --title demo --profile tiny $(settings)
 
 .PHONY: artifact
-artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify
-	@$(run) fetch calibrate postprocess verify --title artifact --profile '$(PROFILE)' $(settings)
+artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card
+	@$(run) fetch calibrate postprocess verify card --title artifact --profile '$(PROFILE)' $(settings)
 
 .PHONY: fetch
-fetch: env ## Download the upstream checkpoint at its pinned revision, resumable
+fetch: env ## Download the upstream checkpoint at its pinned revision, resumable, or take it FROM=<folder>
 	@$(run) $@ --profile '$(PROFILE)' $(settings)
 
 .PHONY: dequant
@@ -129,9 +143,45 @@ postprocess: env ## Layer files and pass-through tensors to the artifact
 verify: env ## Check every tensor of the artifact, write its certificate
 	@$(run) $@ --profile '$(PROFILE)' $(settings)
 
+.PHONY: card
+card: env ## The model card, from manifest, certificate and what the benches measured
+	@$(run) $@ --profile '$(PROFILE)' $(settings)
+
 .PHONY: why
 why: env ## Say why STAGE=<stage> would run, or that it is up to date
 	@$(stage) why '$(STAGE)' --profile '$(PROFILE)' $(settings)
+
+.PHONY: doctor
+doctor: env ## Everything that can go wrong on this machine, with the command that helps; JSON=1
+	@.venv/bin/python -m scripts.doctor $(work) --profile '$(PROFILE)' --gpus '$(GPUS)' --runtime '$(RUNTIME)' \
+		$(if $(SOURCE),--source '$(SOURCE)') $(if $(SAMPLES),--samples '$(SAMPLES)') \
+		$(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') $(if $(JSON),--json)
+
+.PHONY: plan
+plan: env ## What would run, with disk, memory, hours and, with PRICE= an hour, money
+	@.venv/bin/python -m scripts.plan $(if $(SOURCE),--source '$(SOURCE)',--profile '$(PROFILE)') $(work) \
+		--gpus '$(GPUS)' $(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') \
+		$(if $(PRICE),--price '$(PRICE)') $(if $(NETWORK_GBPS),--network-gbps '$(NETWORK_GBPS)') \
+		$(if $(JSON),--json)
+
+.PHONY: status
+status: env ## From another terminal: how far the run is, and when it will be done; WATCH=1 until it is; JSON=1
+	@.venv/bin/python -m scripts.status $(work) $(if $(WATCH),--watch) $(if $(JSON),--json)
+
+.PHONY: reproduce
+reproduce: env ## Make the artifact of MANIFEST=<manifest.json> again and compare, layer by layer
+	@.venv/bin/python -m scripts.replay '$(or $(MANIFEST),$(SCRATCH)/$(PROFILE)/artifact/manifest.json)' \
+		--scratch '$(SCRATCH)' --profile '$(PROFILE)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' \
+		$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)')
+
+.PHONY: publish
+publish: env ## What an upload to REPO=<org>/<name> would do; with CONFIRM=1 does it, and reads it back
+	@.venv/bin/python -m scripts.publish --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
+		--repo '$(REPO)' $(if $(CONFIRM),--yes) $(WITH)
+
+.PHONY: release-check
+release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
+	@.venv/bin/python -m scripts.release_check $(work) $(if $(JSON),--json)
 
 .PHONY: images
 images: env ## Build the images, or IMAGE=calib; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
@@ -236,6 +286,10 @@ test-images: env ## Tests that need docker: builds, registry, stages in containe
 test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
 	@.venv/bin/python -m pytest -m serve
 
+.PHONY: docs-check
+docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
+	@.venv/bin/python -m scripts.docs_check
+
 .PHONY: lint
 lint: env ## ruff, mypy, hadolint, shellcheck, schemas
 	@.venv/bin/python -m scripts.lint
@@ -246,7 +300,7 @@ lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions
 	@$(PYTHON) -m scripts.lock_check
 
 .PHONY: ci
-ci: lint lock-check test test-images test-serve ## What CI runs; needs docker
+ci: lint lock-check test docs-check test-images test-serve ## What CI runs; needs docker
 
 .PHONY: env
 env: ## Build .venv from the locks when they changed; other targets do it by themselves
@@ -266,7 +320,7 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 .PHONY: clean
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
 	@folder='$(or $(SCRATCH),$(error SCRATCH is empty))/$(or $(PROFILE),$(error PROFILE is empty))'; \
-	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* \
-		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md} "$$folder"/.cache/bytecode; \
+	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* '$(SCRATCH)'/replay-*/'$(PROFILE)' \
+		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json -delete; fi

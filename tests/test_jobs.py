@@ -14,6 +14,7 @@ from v4forge import containers, jobs
 from v4forge.errors import UserError
 from v4forge.files import check_writable
 from v4forge.jobs import Job
+from v4forge.runner import Runner
 from v4forge.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,21 @@ def test_what_lies_below_another_read_folder_is_mounted_once(tmp_path: Path) -> 
     found = jobs.mounts(job(tmp_path / "work", reads=reads))
     targets = {mount["Target"]: mount["ReadOnly"] for mount in found}
     assert targets == {f"{tmp_path}/work": False, f"{tmp_path}/source": True, f"{tmp_path}/other.txt": True}
+
+
+def test_a_download_may_run_beside_a_stage_of_the_same_folder_but_not_beside_another_download(tmp_path: Path) -> None:
+    made = runner("cpu", "--scratch", str(tmp_path), profile="flash")
+    labels = [jobs.options(made.job(name), frozenset())["labels"] for name in ("fetch", "calibrate", "verify")]
+    fetch, calibrate, verify = (label[jobs.RUN_LABEL] for label in labels)
+    assert calibrate == verify == f"{tmp_path}/flash"
+    assert fetch == f"{tmp_path}/flash#fetch"
+
+
+def test_a_folder_to_fetch_from_is_seen_and_spares_the_network(tmp_path: Path) -> None:
+    job = runner("cpu", "--scratch", str(tmp_path), "--from", str(tmp_path / "copy"), profile="flash").job("fetch")
+    assert tmp_path / "copy" in job.reads
+    assert not job.online
+    assert runner("cpu", "--scratch", str(tmp_path), profile="flash").job("fetch").online
 
 
 def test_links_into_the_work_folder_need_no_mount(tmp_path: Path) -> None:
@@ -130,9 +146,9 @@ def test_more_gpus_than_devices_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
         jobs.device_requests(8)
 
 
-def runner(lane: str, *options: str, profile: str = "tiny") -> stage.Runner:
+def runner(lane: str, *options: str, profile: str = "tiny") -> Runner:
     argv = ["run", "calibrate", "--profile", profile, "--runtime", "docker", *options]
-    made = stage.Runner(stage.settings_of(stage.parse(argv, list(STAGES))), STAGES)
+    made = Runner(stage.settings_of(stage.parse(argv, list(STAGES))), STAGES, stage.ROOT)
     made.image = containers.Image("sha256:" + "0" * 64, lane)
     return made
 

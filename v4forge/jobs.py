@@ -49,7 +49,13 @@ class Job:
     gpus: int = 0
     online: bool = False
     name: str = ""
+    beside: str = ""  # what it is, where it may run beside another job of the same folder
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """The value of RUN_LABEL, which one running container has at a time."""
+        return f"{self.work.absolute()}{self.beside and '#' + self.beside}"
 
 
 def mounts(job: Job) -> list[Mount]:
@@ -121,7 +127,7 @@ def options(job: Job, security: AbstractSet[str], ulimits: Sequence[Ulimit] = UL
     shared = os.statvfs("/dev/shm")
     chosen = {
         "name": job.name,
-        "labels": {RUN_LABEL: str(job.work.absolute())} if job.name else {},
+        "labels": {RUN_LABEL: job.run} if job.name else {},
         # An image's own entry point would come first.
         "entrypoint": list(job.command[:1]),
         # Rootless, the caller is the container's root, and the caller's other groups have no number there.

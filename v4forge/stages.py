@@ -35,6 +35,7 @@ class Stage:
     does: str
     arguments: tuple[str | tuple[str, str], ...]
     inputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()  # of the inputs, those that need not be there
     outputs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
@@ -43,6 +44,9 @@ class Stage:
     parallel: bool = False  # runs as one process a GPU, which changes none of its outputs
     gpu: bool = False  # uses a GPU where there is one
     downloads: str = ""  # "always", or the setting that spares it the network
+    reads: tuple[str, ...] = ()  # settings that name what it reads and what decides none of its outputs
+    streams: bool = False  # begins on the first files of a source that is being downloaded
+    beside: bool = False  # may run beside another stage
 
 
 # name -> path template and the files below it that do not belong to it.
@@ -54,15 +58,22 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dequant": ("{work}/dequant", ()),
     "layers": ("{work}/layers", ("calibration.html",)),
     "layers-rtn": ("{work}/layers-rtn", ()),
-    # verify writes the certificate into the artifact, and the model card comes later still.
-    "artifact": ("{work}/artifact", ("certificate.json", "README.md")),
-    "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json", "README.md")),
+    # verify writes the certificate into the artifact, card what people read and how it was made.
+    "artifact": ("{work}/artifact", ("certificate.json", "README.md", "run.json")),
+    "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json",)),
+    "artifact/README.md": ("{work}/artifact/README.md", ()),
+    "artifact/run.json": ("{work}/artifact/run.json", ()),
+    "reports/card.html": ("{work}/reports/card.html", ()),
     "artifact/certificate.json": ("{work}/artifact/certificate.json", ()),
-    "card template": ("v4forge/templates/model_card.md.j2", ()),
-    "page template": ("v4forge/templates", ("model_card.md.j2", "calibration.html.j2")),
+    "card templates": (
+        "v4forge/templates",
+        ("bench.html.j2", "calibration.html.j2", "layers.html.j2", "report.html.j2"),
+    ),
+    "page templates": ("v4forge/templates", ("model_card.md.j2", "card.html.j2", "calibration.html.j2")),
+    "serving settings": ("docker/serve/settings.toml", ()),
     "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
     # What was measured, each as it was when the report was made.
-    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "run.json")),
+    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "card.html", "run.json")),
     "reports/index.html": ("{work}/reports/index.html", ()),
     "reports/benchmarks.md": ("{work}/reports/benchmarks.md", ()),
     "published figures": ("v4forge/data/published.toml", ()),
@@ -80,10 +91,12 @@ STAGES: dict[str, Stage] = {
     "fetch": Stage(
         program="scripts.fetch",
         does="downloading the upstream checkpoint",
-        arguments=("--out", "{work}/upstream"),
+        arguments=("--out", "{work}/upstream", ("--from", "from")),
         outputs=("upstream",),
         pins=("FLASH_REPO", "FLASH_REVISION"),
-        downloads="always",
+        downloads="from",
+        reads=("from",),
+        beside=True,
     ),
     "dequant": Stage(
         program="scripts.dequant",
@@ -106,12 +119,13 @@ STAGES: dict[str, Stage] = {
         parallel=True,
         gpu=True,
         downloads="corpus",
+        streams=True,
     ),
     "postprocess": Stage(
         program="scripts.postprocess",
         does="writing the artifact",
         arguments=("--source", "{source}", "--work", "{work}/layers", "--out", "{work}/artifact"),
-        inputs=("source", "layers", "card template"),
+        inputs=("source", "layers"),
         outputs=("artifact",),
         pins=STORAGE,
         after=("calibrate",),
@@ -124,6 +138,19 @@ STAGES: dict[str, Stage] = {
         outputs=("artifact/certificate.json",),
         pins=STORAGE,
         after=("postprocess",),
+    ),
+    "card": Stage(
+        program="scripts.card",
+        does="writing the model card",
+        arguments=("--work", "{work}", "--artifact", "{work}/artifact"),
+        inputs=(
+            *("artifact", "artifact/certificate.json", "reports", "layers"),
+            *("card templates", "published figures", "serving settings"),
+        ),
+        optional=("reports", "layers"),
+        outputs=("artifact/README.md", "artifact/run.json", "reports/card.html"),
+        pins=("JINJA2_VERSION",),
+        after=("verify",),
     ),
     "rtn": Stage(
         program="scripts.calibrate",
@@ -142,7 +169,7 @@ STAGES: dict[str, Stage] = {
         program="scripts.postprocess",
         does="writing the round-to-nearest artifact",
         arguments=("--source", "{source}", "--work", "{work}/layers-rtn", "--out", "{work}/artifact-rtn"),
-        inputs=("source", "layers-rtn", "card template"),
+        inputs=("source", "layers-rtn"),
         outputs=("artifact-rtn",),
         pins=STORAGE,
         after=("rtn",),
@@ -166,7 +193,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}"),
         inputs=(
             *("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "reports"),
-            *("published figures", "page template"),
+            *("published figures", "page templates"),
         ),
         outputs=("reports/index.html", "reports/benchmarks.md"),
         pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
@@ -177,4 +204,4 @@ STAGES: dict[str, Stage] = {
 
 
 # The stages that are Make targets as stages; the others run as parts of `make demo`.
-TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify")
+TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify", "card")
