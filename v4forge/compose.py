@@ -26,13 +26,18 @@ USER = 10000
 STATES = {"created": "starting", "restarting": "exited", "dead": "exited", "removing": "exited"}
 
 
+# docker's plugin, or the docker-compose of before.
+PROGRAMS = (("docker", "compose"), ("docker-compose",))
+INSTALL = "apt-get install docker-compose-plugin, or docker-compose"
+
+
 @functools.lru_cache(maxsize=1)
 def program() -> tuple[str, ...]:
-    """docker's compose plugin, or the docker-compose of before. Raises UserError where neither is installed."""
-    for words in (("docker", "compose"), ("docker-compose",)):
+    """The one of PROGRAMS that is here. Raises UserError where neither is installed."""
+    for words in PROGRAMS:
         if shutil.which(words[0]) and not subprocess.run([*words, "version"], capture_output=True).returncode:
             return words
-    raise UserError("docker compose is not installed", "apt-get install docker-compose-plugin, or docker-compose")
+    raise UserError("docker compose is not installed", INSTALL)
 
 
 class Compose:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from docker.client import DockerClient
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.containers import Container
 from docker.types import Ulimit
-from requests.exceptions import RequestException
+from requests.exceptions import ReadTimeout, RequestException
 
 from v4forge import jobs
 from v4forge.errors import UserError
@@ -75,11 +75,11 @@ class Image:
     lane: str
 
 
-def connect() -> Engine:
-    """The daemon that DOCKER_HOST or docker's context names. Raises UserError when none answers."""
-    where = os.environ.get("DOCKER_HOST") or "docker's usual socket"
+def connect(environment: Mapping[str, str] = os.environ) -> Engine:
+    """The daemon that DOCKER_HOST names, else the one at docker's usual socket. Raises UserError when none answers."""
+    where = environment.get("DOCKER_HOST") or "docker's usual socket"
     try:
-        client = DockerClient.from_env()
+        client = DockerClient.from_env(environment=environment)
         security = client.info()["SecurityOptions"] or []
     except (DockerException, RequestException) as error:
         if "PermissionError" in str(error):
@@ -149,6 +149,28 @@ def _run(engine: Engine, job: Job, ulimits: Sequence[Ulimit], received: Sequence
                 container.remove(force=True)
 
 
+def output(engine: Engine, job: Job, limit_s: float) -> tuple[int, str]:
+    """Runs a short job to its end -> its exit code, and what it said on both of its outputs.
+
+    It raises no limits: a daemon that may not do that would refuse. Raises UserError for what the daemon refuses, and
+    for a job that has not ended after `limit_s`.
+    """
+    with _explained(job):
+        container = engine.client.containers.create(
+            job.image, list(job.command[1:]), **jobs.options(job, engine.security, ulimits=())
+        )
+        try:
+            container.start()
+            code = int(container.wait(timeout=limit_s)["StatusCode"])
+            return code, container.logs().decode(errors="replace")
+        except ReadTimeout:
+            fact = f"{job.command[0]} has not ended after {limit_s:.0f} s in the image {job.image}"
+            raise UserError(fact, "docker ps, docker info") from None
+        finally:
+            with suppress(DockerException, RequestException):
+                container.remove(force=True)
+
+
 def _follow(container: Container, stream: Iterable[Any]) -> int:
     """Copies a container's output to ours until it ends -> its exit code."""
     for chunk in stream:
@@ -189,7 +211,7 @@ def _recorded(*signals: signal.Signals) -> Iterator[list[int]]:
 
 def _remove_leftovers(engine: Engine, job: Job) -> None:
     """Removes the containers that killed runs left of the same folder; UserError when one of them still runs."""
-    label = f"{RUN_LABEL}={job.work.absolute()}"
+    label = f"{RUN_LABEL}={job.run}"
     for container in engine.client.containers.list(all=True, filters={"label": label}):
         if container.status in ("running", "paused", "restarting"):
             fact = f"{container.name}, of a run that was killed, still writes to {job.work}"

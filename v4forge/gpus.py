@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -80,12 +80,12 @@ class Topology:
         return bool(one and other) and one != other
 
 
-def nvidia_smi(arguments: Sequence[str]) -> str:
-    """What nvidia-smi prints. Raises UserError where there is none, or it fails."""
+def nvidia_smi(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """What nvidia-smi prints, in this process's environment or another. Raises UserError where there is none, or it
+    fails."""
+    words = ["nvidia-smi", *arguments]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=LIMIT_S, errors="replace"
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, errors="replace", env=environment)
     except FileNotFoundError:
         raise UserError("there is no nvidia-smi: this machine has no NVIDIA driver", SMI_HINT) from None
     except PermissionError:

@@ -108,9 +108,10 @@ def _entry(path: Path, kind: bytes, mode: int) -> tarfile.TarInfo:
     return entry
 
 
-def builder() -> list[str]:
+def builder(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The command that builds with BuildKit: a docker with buildx, or one of those that had BuildKit built in."""
-    found = [path for folder in os.get_exec_path() if (path := shutil.which("docker", path=folder))]
+    folders = os.get_exec_path(dict(environment))
+    found = [path for folder in folders if (path := shutil.which("docker", path=folder))]
     for program in dict.fromkeys(found):
         if _answers(program, "buildx", "version"):
             return [program, "buildx", "build", "--load"]

@@ -1,0 +1,106 @@
+"""Says what can go wrong on this machine before a run begins, and the command that gets past it.
+
+    python -m scripts.doctor --work scratch/flash --profile flash --gpus 8
+
+GPUs, containers, disk, system, network. Exit code 1 when a check failed. Without GPUs and docker it says so, which
+fails nothing of PROFILE=tiny.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from scripts.cli import QUIET_S, parser_for
+from v4forge import doctor
+from v4forge.doctor import Row
+from v4forge.doctor_host import FAILED, OK, WARNING, Host
+from v4forge.errors import run_main
+from v4forge.stages import PROFILES
+
+COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
+
+
+def shown(rows: Sequence[Row]) -> Table:
+    """A row a check, under its group; neighbours that say the same are one. A fix stands below what it is for."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("check", max_width=20)
+    table.add_column("found", overflow="fold")
+    for group, members in groupby(rows, key=lambda row: row.group):
+        table.add_section()
+        table.add_row("", Text(group, style="bold"), "")
+        for (status, fact, fix), same in groupby(members, key=lambda row: (row.status, row.fact, row.fix)):
+            found = Text(fact)
+            if fix and status != OK:
+                found.append(f"\nfix: {fix}", style="cyan")
+            table.add_row(Text(status, style=COLOURS[status]), ", ".join(row.name for row in same), found)
+    return table
+
+
+@contextmanager
+def waiting(total: int) -> Iterator[Callable[[int, str], None]]:
+    """What is being waited for, on stderr: one line that changes on a terminal, else one every ten seconds."""
+    console = Console(stderr=True)
+    said = time.monotonic()
+
+    def line(finished: int, doing: str) -> None:
+        nonlocal said
+        text = f"doctor: {finished} of {total} checks, waiting for {doing}"
+        if console.is_terminal:
+            status.update(text[: console.width - 3])
+        elif time.monotonic() - said >= QUIET_S:
+            said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    with console.status("doctor") as status:
+        yield line
+
+
+def main() -> int:
+    parser = parser_for("doctor", __doc__)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="the run's folder, <scratch>/<profile>")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="tiny", help="default: %(default)s")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="that share the samples (default: %(default)s)"
+    )
+    parser.add_argument("--runtime", choices=("", "host", "docker"), default="", help="default: the profile's")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="an upstream checkpoint that is here")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="default: the profile's")
+    parser.add_argument("--seq-len", type=int, default=0, metavar="N", help="default: the profile's")
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    args = parser.parse_args()
+    if args.gpus < 1 or min(args.samples, args.seq_len) < 0:
+        parser.error("--gpus, --samples and --seq-len are at least 1")
+    host = Host(
+        work=args.work.absolute(),
+        profile=args.profile,
+        gpus_wanted=args.gpus,
+        runtime=args.runtime,
+        source=args.source.absolute() if args.source else None,
+        samples=args.samples,
+        seq_len=args.seq_len,
+    )
+    with waiting(len(doctor.CHECKS)) as progress:
+        rows = doctor.run(host, progress=progress)
+    if args.json:
+        fields = ("name", "status", "fact", "fix")
+        print(json.dumps({"checks": [{name: getattr(row, name) for name in fields} for row in rows]}, indent=1))
+    else:
+        Console().print(shown(rows))
+        print(doctor.verdict(host, rows))
+    return int(any(row.status == FAILED for row in rows))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,155 @@
+"""The doctor's checks of hub, token and clock, against a local server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doctored import Machine
+from test_doctor_gpu import says
+
+from v4forge import doctor_network, pins
+from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked
+
+TOKEN = "hf_abcdefghijklmnop"
+MODEL = f"models/{pins.read()['FLASH_REPO']}"
+
+
+@dataclass
+class Hub:
+    url: str = ""
+    gated: tuple[str, ...] = ()
+    status: int = 200
+    stalls_s: float = 0.0
+    ahead_s: float = 0.0
+    asked: list[tuple[str, str]] = field(default_factory=list)  # path, authorization
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    found = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            token = self.headers.get("Authorization", "")
+            found.asked.append((self.path, token))
+            time.sleep(found.stalls_s)
+            closed = self.path.removeprefix("/api/") in found.gated and token != f"Bearer {TOKEN}"
+            self.send_response(401 if closed else found.status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return formatdate(time.time() + found.ahead_s, usegmt=True)
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    found.url = f"http://127.0.0.1:{server.server_port}"
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path, gpus=0)
+
+
+def host(machine: Machine, hub: Hub, profile: str = "flash", **environment: Any) -> Host:
+    return machine.host(profile, {"HF_ENDPOINT": hub.url, **environment})
+
+
+def test_a_hub_that_answers(machine: Machine, hub: Hub) -> None:
+    says(doctor_network.hub(host(machine, hub)), OK, f"{hub.url} answers in")
+    assert [path for path, _ in hub.asked] == [f"/api/{MODEL}", f"/api/datasets/{pins.read()['CORPUS_REPO']}"]
+
+
+def test_a_hub_that_cannot_be_reached_fails_only_what_downloads(machine: Machine) -> None:
+    away = Hub("http://127.0.0.1:9")
+    says(doctor_network.hub(host(machine, away)), FAILED, "cannot be reached", "unset HF_ENDPOINT")
+    says(doctor_network.hub(host(machine, away, "tiny")), WARNING, "PROFILE=tiny downloads nothing")
+
+
+def test_a_hub_that_stalls(machine: Machine, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.stalls_s = 1.0
+    monkeypatch.setattr(doctor_network, "LIMIT_S", 0.2)
+    says(doctor_network.hub(host(machine, hub)), FAILED, "did not answer within", "unset HF_ENDPOINT")
+
+
+@pytest.mark.parametrize(
+    ("status", "fact"), [(500, "HTTP 500"), (429, "HTTP 429"), (404, "has no models/"), (418, "418")]
+)
+def test_a_hub_that_refuses(machine: Machine, hub: Hub, status: int, fact: str) -> None:
+    hub.status = status
+    says(doctor_network.hub(host(machine, hub)), FAILED, fact)
+
+
+def test_a_hub_that_may_not_be_asked(machine: Machine, hub: Hub) -> None:
+    says(doctor_network.hub(host(machine, hub, HF_HUB_OFFLINE="1")), FAILED, "HF_HUB_OFFLINE", "unset HF_HUB_OFFLINE")
+    assert hub.asked == []
+
+
+def test_credentials_in_the_endpoint_are_not_told(machine: Machine, hub: Hub) -> None:
+    hub.url = hub.url.replace("//", "//somebody:password1@")
+    assert "password1" not in doctor_network.hub(host(machine, hub)).fact
+    hub.url = "http://somebody:password1@127.0.0.1:9"
+    assert "password1" not in doctor_network.hub(host(machine, hub)).fact
+
+
+def test_without_a_gated_repository_no_token_is_needed_or_sent(machine: Machine, hub: Hub) -> None:
+    says(doctor_network.token(host(machine, hub)), OK, "no token; none is needed")
+    says(doctor_network.token(host(machine, hub, HF_TOKEN=TOKEN)), OK, "a token is there; none is needed")
+    assert not any(authorization for _, authorization in hub.asked)
+
+
+def test_a_gated_repository_needs_a_token_that_it_takes(machine: Machine, hub: Hub) -> None:
+    hub.gated = (MODEL,)
+    says(doctor_network.token(host(machine, hub)), FAILED, f"{MODEL} is gated and there is no token", "hf auth login")
+    says(doctor_network.token(host(machine, hub, HF_TOKEN=TOKEN)), OK, f"{MODEL} takes it")
+    refused = doctor_network.token(host(machine, hub, HF_TOKEN="hf_another_one"))
+    says(refused, FAILED, "the token is not let in", f"accept the terms: {hub.url}/")
+    assert "hf_another_one" not in refused.fact + refused.fix
+
+
+@pytest.mark.parametrize("place", ["HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME", ""])
+def test_the_token_is_found_where_the_hub_keeps_it(machine: Machine, hub: Hub, place: str) -> None:
+    hub.gated = (MODEL,)
+    folder = {"HF_TOKEN_PATH": "x", "HF_HOME": "x", "XDG_CACHE_HOME": "x/huggingface", "": ".cache/huggingface"}[place]
+    file = machine.file(f"{folder}/token", f"{TOKEN}\n")
+    value = str(file if place == "HF_TOKEN_PATH" else machine.root / "x")
+    says(doctor_network.token(host(machine, hub, **({place: value} if place else {}))), OK, "takes it")
+
+
+def test_without_the_hub_a_token_is_not_judged(machine: Machine) -> None:
+    with pytest.raises(NotChecked, match="a token is there"):
+        doctor_network.token(host(machine, Hub("http://127.0.0.1:9"), HF_TOKEN=TOKEN))
+
+
+@pytest.mark.parametrize(("ahead_s", "status"), [(0, OK), (100, WARNING), (-100, WARNING), (3600, FAILED)])
+def test_the_clock_is_compared_with_the_hubs(machine: Machine, hub: Hub, ahead_s: float, status: str) -> None:
+    hub.ahead_s = -ahead_s
+    fact = "within" if status == OK else "ahead of" if ahead_s > 0 else "behind"
+    says(doctor_network.clock(host(machine, hub)), status, fact, "" if status == OK else "set-ntp true")
+
+
+def test_without_the_hub_the_clock_is_asked_of_the_system(machine: Machine) -> None:
+    away = Hub("http://127.0.0.1:9")
+    with pytest.raises(NotChecked, match="neither the hub"):
+        doctor_network.clock(host(machine, away))
+    machine.program("chronyc", 'echo "Leap status     : Normal"')
+    says(doctor_network.clock(host(machine, away)), OK, "chronyc")
+    machine.program("chronyc", 'echo "Leap status     : Not synchronised"')
+    says(doctor_network.clock(host(machine, away)), WARNING, "chronyc", "makestep")
+    machine.program("timedatectl", "echo yes")
+    says(doctor_network.clock(host(machine, away)), OK, "timedatectl")
+    machine.program("timedatectl", "echo no")
+    says(doctor_network.clock(host(machine, away)), WARNING, "timedatectl", "set-ntp")

@@ -1,0 +1,183 @@
+"""The doctor's checks of what is outside: the hub, the token for it, and the clock, by which certificates are judged.
+
+Without a token first, and with it only where the hub asks for one. No check tells the token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+
+from v4forge import pins, plan
+from v4forge.doctor_host import Host, NotChecked, Result, failed, ok, warning
+from v4forge.errors import UserError
+
+HUB = "https://huggingface.co"
+LIMIT_S = 5.0
+# A certificate's times are exact to the second, those of signed requests to some minutes.
+SKEW_WARNING_S, SKEW_FAILED_S = 30.0, 300.0
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TRUE = {"1", "ON", "YES", "TRUE"}
+SET_CLOCK = "sudo timedatectl set-ntp true"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of the hub: HTTP status, seconds, how far our clock is ahead of its (None where it does not tell)."""
+
+    status: int
+    seconds: float
+    ahead_s: float | None
+
+
+def endpoint(host: Host) -> str:
+    return (host.environment.get("HF_ENDPOINT") or HUB).rstrip("/")
+
+
+def shown(host: Host) -> str:
+    """The endpoint without a name and password in it."""
+    parts = urlsplit(endpoint(host))
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def repositories(host: Host) -> list[str]:
+    """What the run downloads: paths of the hub's API."""
+    values = pins.read()
+    model = [f"models/{values['FLASH_REPO']}"] if not host.upstream else []
+    return [*model, f"datasets/{values['CORPUS_REPO']}"] if host.full_size else [f"models/{values['FLASH_REPO']}"]
+
+
+def ask(host: Host, repository: str, token: str = "") -> Answer:
+    """What the hub says of a repository. Raises UserError where it does not answer in time."""
+
+    def get() -> Answer:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        before, started = host.clock(), time.monotonic()
+        try:
+            found = httpx.get(f"{endpoint(host)}/api/{repository}", headers=headers, timeout=LIMIT_S)
+        except httpx.TimeoutException:
+            raise UserError(f"{shown(host)} did not answer within {LIMIT_S:.0f} s", _try(host)) from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            why = str(error) or type(error).__name__
+            raise UserError(f"{shown(host)} cannot be reached: {why}", _try(host)) from None
+        return Answer(found.status_code, time.monotonic() - started, _ahead(found.headers.get("date"), before, host))
+
+    return host.once(f"hub {repository} {bool(token)}", get)
+
+
+def _try(host: Host) -> str:
+    if host.environment.get("HF_ENDPOINT"):
+        return "unset HF_ENDPOINT"
+    return "export HF_ENDPOINT=<a mirror>; without a network: make fetch FROM=<a folder that has the checkpoint>"
+
+
+def _ahead(date: str | None, before: float, host: Host) -> float | None:
+    """Seconds; the answer's time is some moment of its second, and between our two readings of the clock."""
+    try:
+        theirs: datetime = parsedate_to_datetime(date or "")
+    except (TypeError, ValueError):
+        return None
+    middle = (before + host.clock()) / 2
+    return middle - theirs.timestamp() - 0.5
+
+
+def hub(host: Host) -> Result:
+    """The hub answers, and has the repositories."""
+    if name := next((name for name in OFFLINE if host.environment.get(name, "").upper() in TRUE), ""):
+        return _needed(host, f"{name} is set: nothing may be downloaded", f"unset {name}")
+    for repository in repositories(host):
+        try:
+            found = ask(host, repository)
+        except UserError as error:
+            return _needed(host, error.fact, error.hint)
+        if found.status >= 500 or found.status == 429:
+            return _needed(host, f"{shown(host)} answers HTTP {found.status} now", host.make("doctor"))
+        if found.status == 404:
+            fact = f"{shown(host)} has no {repository}"
+            return _needed(host, fact, "unset HF_ENDPOINT, or correct versions.env")
+        if found.status >= 400 and found.status not in (401, 403):
+            return _needed(host, f"{shown(host)} answers HTTP {found.status} to {repository}", _try(host))
+    return ok(f"{shown(host)} answers in {found.seconds:.2f} s")
+
+
+def _needed(host: Host, fact: str, fix: str) -> Result:
+    """The full size cannot do without the hub unless all is here already."""
+    if not host.full_size:
+        return warning(f"{fact}; PROFILE=tiny downloads nothing", fix)
+    case = (host.config(), host.sizes(), host.settings)
+    missing = plan.steps(["fetch"], *case)[0].writes_bytes
+    return failed(fact, fix) if missing else warning(f"{fact}; the source is here", fix)
+
+
+def token(host: Host) -> Result:
+    """A token is there where a repository asks for one, and is taken."""
+    held = held_token(host)
+    present = "a token is there" if held else "no token"
+    gated = []
+    for repository in repositories(host):
+        try:
+            if ask(host, repository).status in (401, 403):
+                gated.append(repository)
+        except UserError:
+            raise NotChecked(f"{present}; the hub did not answer", _try(host)) from None
+    for repository in gated:
+        if not held:
+            return failed(f"{repository} is gated and there is no token", "hf auth login")
+        if (status := ask(host, repository, held).status) in (401, 403):
+            page = f"{shown(host)}/{repository.removeprefix('models/')}"
+            return failed(
+                f"{repository} is gated; the token is not let in (HTTP {status})", f"accept the terms: {page}"
+            )
+    needed = f"{' and '.join(gated)} takes it" if gated else "none is needed: no repository of the run is gated"
+    return ok(f"{present}; {needed}")
+
+
+def held_token(host: Host) -> str:
+    """The token of huggingface_hub's usual places, "" where there is none."""
+    environment = host.environment
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if value := environment.get(name, "").strip():
+            return value
+    cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
+    home = environment.get("HF_HOME") or f"{cache}/huggingface"
+    try:
+        return Path(environment.get("HF_TOKEN_PATH") or f"{home}/token").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def clock(host: Host) -> Result:
+    """Our clock goes with the hub's, or says that it is kept."""
+    try:
+        ahead = ask(host, repositories(host)[0]).ahead_s
+    except (UserError, IndexError):
+        ahead = None
+    if ahead is None:
+        return _kept(host)
+    off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the hub's"
+    if abs(ahead) > SKEW_FAILED_S:
+        return failed(f"the clock is {off}: certificates and signed requests fail", SET_CLOCK)
+    if abs(ahead) > SKEW_WARNING_S:
+        return warning(f"the clock is {off}", SET_CLOCK)
+    return ok(f"within {max(1, round(abs(ahead)))} s of the hub's")
+
+
+def _kept(host: Host) -> Result:
+    """What systemd or chrony say."""
+    told = host.command(["timedatectl", "show", "--property=NTPSynchronized", "--value"])
+    if told and told.code == 0 and told.said in ("yes", "no"):
+        if told.said == "yes":
+            return ok("kept by NTP, says timedatectl")
+        return warning("not kept by NTP, says timedatectl", SET_CLOCK)
+    told = host.command(["chronyc", "tracking"])
+    if told and told.code == 0:
+        if "Leap status     : Normal" in told.out:
+            return ok("kept by NTP, says chronyc")
+        return warning("not kept by NTP, says chronyc", "sudo chronyc makestep")
+    raise NotChecked("neither the hub nor timedatectl nor chronyc tells the time", "date --utc")
