@@ -30,24 +30,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks import flash_layers
 from benchmarks.machine import machine
 from scripts.cli import parser_for
 from v4forge import calibration, layers, ranks
+from v4forge.bounds import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, read_json, write_json
 from v4forge.layer_rows import READING, WRITING, mean_losses
+from v4forge.replay import equal_codes
 from v4forge.watch import Span, Watch, seconds
 
 MARK = {"benchmark": "ranks"}
-# What another number of GPUs may change: batched products round otherwise, and a code near a tie falls the other way.
-LEAST_EQUAL = 0.97  # of a layer's codes
-MOST_LOSS_OFF = 0.002  # relative difference of a layer's mean loss
 POLL_S = 0.05
 
 
@@ -165,19 +163,6 @@ def process_of(launcher: int, rank: int) -> int:
     raise UserError(f"rank {rank} was not found among the processes", "run it again")
 
 
-def equal_codes(one: Path, other: Path, device: torch.device) -> float:
-    """The share of equal INT4 codes in two layer files."""
-    equal = count = 0
-    with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
-        for name in a.keys():  # noqa: SIM118, not a dict
-            if name.endswith("weight_packed"):
-                differing = (a.get_tensor(name).to(device) ^ b.get_tensor(name).to(device)).view(torch.uint8)
-                unequal = int((differing & 15).count_nonzero()) + int((differing >> 4).count_nonzero())
-                count += 2 * differing.numel()
-                equal += 2 * differing.numel() - unequal
-    return equal / count
-
-
 def same_bytes(one: Path, other: Path) -> bool:
     """Whether two folders have the same layer files."""
 
@@ -233,7 +218,7 @@ def against(base: Path, folder: Path, device: torch.device) -> dict[str, Any]:
     files = sorted(path.name for path in base.glob("layer-*.safetensors"))
     equal = [equal_codes(base / name, folder / name, device) for name in files]
     off = [abs(b / a - 1) for a, b in zip(losses(base), losses(folder), strict=True)]
-    within = min(equal) >= LEAST_EQUAL and max(off) <= MOST_LOSS_OFF
+    within = min(equal) >= REPLAY_EQUAL_CODES and max(off) <= REPLAY_LOSS_OFF
     return {"equal_codes": equal, "loss_off": off, "within": within}
 
 
@@ -303,7 +288,7 @@ def main() -> int:
         **machine(device),
         "tokens": [args.samples, args.seq_len],
         "layers": args.layers,
-        "stated": {"least_equal_codes": LEAST_EQUAL, "most_loss_off": MOST_LOSS_OFF},
+        "stated": {"least_equal_codes": REPLAY_EQUAL_CODES, "most_loss_off": REPLAY_LOSS_OFF},
         "ranks": rows,
     }
     ok = all(row["against"]["within"] for row in rows.values() if "against" in row)

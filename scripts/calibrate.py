@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge import calibration, corpus, experts, layers, plan, ranks, report
+from v4forge import calibration, corpus, experts, layers, plan, ranks, replay, report
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json, write_text
@@ -89,6 +89,12 @@ def main() -> None:
         metavar="LAYERS",
         help="keep hidden states on disk every so many layers, to resume from; 0: never (default: %(default)s)",
     )
+    add(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="a manifest.json: compare every finished layer with it, and stop at the first difference",
+    )
     add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, and stop")
     arguments = parser.parse_args()
     for option, least in (("micro_batch", 1), ("threads", 1), ("keep_every", 0)):
@@ -118,18 +124,34 @@ def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device)
     )
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
+    original = replay.load(arguments.compare) if arguments.compare else None
     samples, mark = place.told(prepared(arguments, settings, source, device) if place.rank == 0 else None)
     todo = source.config.layers
     if place.rank == 0:
         done = [i for i in todo if layers.finished(arguments.work, i, layers.digest_of(mark))]
         on = str(device) if place.size == 1 else f"{place.size} ranks, {device.type}"
         print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {on}")
+    comparison = None
+    if original is not None:
+        comparison = compared(original, arguments.work, mark, place, device)
     if arguments.dry_run:
         return
     with ExitStack() as held:
         if place.rank == 0:
             held.enter_context(sole_run(arguments.work))
-        calibrated(arguments, settings, source, samples, mark, place, device)
+        calibrated(arguments, settings, source, samples, mark, place, device, comparison)
+
+
+def compared(
+    original: replay.Original, work: Path, mark: Mapping[str, Any], place: ranks.Ranks, device: torch.device
+) -> replay.Comparison:
+    """How layers are compared with a manifest; says first what lets them differ. Raises UserError for other inputs."""
+    replay.check_inputs(original, mark)
+    differing = replay.differences(original, mark, place.size)
+    if place.rank == 0:
+        for line in differing:
+            print(f"byte identity is not promised: {line}", flush=True)
+    return replay.Comparison(original, work, not differing, device)
 
 
 def sole_run(work: Path) -> AbstractContextManager[int]:
@@ -146,6 +168,7 @@ def calibrated(
     mark: Mapping[str, Any],
     place: ranks.Ranks,
     device: torch.device,
+    comparison: replay.Comparison | None = None,
 ) -> None:
     todo = source.config.layers
     if place.rank == 0:
@@ -160,7 +183,17 @@ def calibrated(
         print(line, flush=True)
         lines.append(line)
 
-    with steps("calibrate", len(todo)) if place.rank == 0 else nullcontext(lambda *_: None) as progress:
+    def finished(report: Mapping[str, Any]) -> None:
+        if comparison is not None:
+            print(comparison.layer(report), flush=True)
+
+    if place.rank == 0:
+        for layer in todo:
+            if layers.finished(arguments.work, layer, layers.digest_of(mark)):
+                finished(read_json(layers.layer_report(arguments.work, layer)))
+    place.barrier()
+    shown = steps("calibrate", len(todo), "layers", resumes=True)
+    with shown if place.rank == 0 else nullcontext(lambda *_: None) as progress:
         calibration.calibrate(
             source,
             samples,
@@ -172,6 +205,7 @@ def calibrated(
             keep_every=arguments.keep_every,
             progress=progress,
             log=say,
+            finished_layer=finished,
         )
     if place.rank == 0 and settings.method == "gptq" and (lines or not page.exists()):
         write_text(page, report.calibration_page([read_json(layers.layer_report(arguments.work, i)) for i in todo]))

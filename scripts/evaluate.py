@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scripts.cli import parser_for, steps
+from v4forge.certified import sums_sha256
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.evaluation import compare, step_count, unigram_perplexity
@@ -84,15 +84,15 @@ def main() -> None:
     vocab_size = models["source"].config.vocab_size
     tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
     total = step_count(list(models.values()))
-    quiet = nullcontext(lambda _step, _doing: None)
-    with steps("evaluate", total) if sys.stderr.isatty() else quiet as progress:
+    with steps("evaluate", total, "parts") as progress:
         figures = measure(models, tokens, torch.device(args.device), progress)
     heldout = {
         "file": args.heldout.name,
         "sha256": hashlib.sha256(args.heldout.read_bytes()).hexdigest(),
         "tokens": tokens.numel(),
     }
-    write_json(args.out, {"heldout": heldout, "unigram_perplexity": unigram_perplexity(tokens), "models": figures})
+    content = {"heldout": heldout, "unigram_perplexity": unigram_perplexity(tokens), "models": figures}
+    write_json(args.out, {**content, "sums_sha256": sums_sha256(args.artifact)})  # which artifact they are of
 
 
 if __name__ == "__main__":

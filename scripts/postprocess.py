@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact's folder")
     arguments = parser.parse_args()
     source = Checkpoint(arguments.source)
-    with steps("postprocess", source.config.num_hidden_layers + 2) as advance:
+    with steps("postprocess", source.config.num_hidden_layers + 2, "shards") as advance:
         if arguments.work:
             assemble(source, arguments.work, arguments.out, advance)
         else:

@@ -253,7 +253,7 @@ def test_a_work_folder_of_another_run_is_refused_and_says_what_differs(
     before = contents(ready.work)
     arguments = calibrate_arguments(ready.source, ready.work, ready.corpus, samples=4)
     for changed, names in (
-        (["--seed", "7"], ["corpus.description", "corpus.sha256"]),
+        (["--seed", "7"], ["corpus.documents", "corpus.sha256"]),
         (["--dampening", "0.1"], ["settings.dampening"]),
         (["--method", "rtn"], ["corpus", "settings.method"]),
     ):

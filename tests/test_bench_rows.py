@@ -195,7 +195,7 @@ def test_making_flash_is_beside_the_published_and_making_another_model_is_not() 
     assert rows["intermediate checkpoint on disk"][1] == Cell("0 GB", "none is written")
     assert rows["artifact"][1].text == "170.4 GB"
     tiny = headline.pipeline(RUN, MANIFEST)
-    assert not tiny.flash and tiny.calibrate_s == 40.5
+    assert not tiny.flash and tiny.calibrate_s == 40.5 and tiny.calibrated == "64 x 256 tokens"
     assert headline_of({}, tiny)["calibration"][1] == Cell("not comparable", "another model", "dim")
 
 

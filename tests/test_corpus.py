@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from itertools import pairwise
@@ -66,6 +67,18 @@ def test_a_description_names_the_file_and_not_its_folder(tmp_path: Path) -> None
     path = written(tmp_path, "mine.jsonl", TEXT)
     described = load(path, samples=1, seq_len=4).description
     assert "mine.jsonl" in described and str(tmp_path) not in described
+
+
+def test_the_documents_that_were_used_are_told_by_number_in_their_order(tmp_path: Path) -> None:
+    words = ["apple", "river", "stone", "cloud", "table", "green"]
+    path = written(tmp_path, "c.jsonl", "".join(json.dumps({"text": f"{word} " * 9}) + "\n" for word in words))
+    made = load(path, samples=2, seq_len=16)
+    text = corpus.load_tokenizer(TINY).decode(made.tokens.flatten().tolist())
+    used = [words[number] for number in made.documents]
+    assert [text.count(word) > 0 for word in words] == [word in used for word in words]
+    assert used == sorted(used, key=text.index) and 1 < len(used) < len(words)
+    assert made.origin["documents"] == len(words)
+    assert made.origin["file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_every_document_stands_between_bos_and_eos(tmp_path: Path) -> None:

@@ -57,12 +57,24 @@ RUN = {
 SOURCE_FILES = {f"model-{i}.safetensors": {"sha256": f"{i}" * 64, "bytes": 9_000_000} for i in (1, 2)}
 MANIFEST = {
     "format": 1,
+    "recipe": {
+        "rules": [
+            {"kind": "routed experts", "source": "fp4", "artifact": "int4"},
+            {"kind": "everything else", "source": "bf16", "artifact": "bf16"},
+        ]
+    },
     "source": {"files": SOURCE_FILES},
     "calibration": {
         "settings": {"dampening": 0.01, "method": "gptq"},
         "code": {"calibration": "c" * 64, "chat": "d" * 64},
         "versions": {"torch": "2.x+cpu"},
-        "corpus": {"sha256": "e" * 64, "description": "see https://example.org/corpus <b>"},
+        "corpus": {
+            "sha256": "e" * 64,
+            "origin": {"repo": "see https://example.org/corpus <b>"},
+            "documents": list(range(50)),
+            "samples": 64,
+            "seq_len": 256,
+        },
     },
     "layers": [{"layer": 0}],
     "files": {"layer-000.safetensors": {"sha256": "f" * 64, "bytes": 4_000_000}},
@@ -323,6 +335,7 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
     assert "pass-through ok 118 tensors equal" in text
     assert "settings.dampening 0.01" in text and "versions.torch 2.x+cpu" in text
     assert "https://example.org/corpus <b>" in text, "a manifest's text is text, not markup"
+    assert "50 values, in manifest.json" in text, "which documents were used is too long to read"
 
 
 def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() -> None:

@@ -47,11 +47,14 @@ def url(pages: dict[str, Any]) -> Iterator[str]:
         server.shutdown()
 
 
+PASSED = {"name": "tensors", "ok": True, "detail": ""}
+
+
 def artifact(folder: Path, **certificate: Any) -> Path:
     (folder / "config.json").write_text('{"num_hidden_layers": 43, "hidden_size": 4096, "n_routed_experts": 256}')
     (folder / "SHA256SUMS").write_text("0  a\n")
     if certificate:
-        (folder / "certificate.json").write_text(json.dumps(certificate))
+        (folder / "certificate.json").write_text(json.dumps({"checks": [PASSED], **certificate}))
     return folder
 
 
@@ -107,6 +110,7 @@ def test_a_plan_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
         ({"ok": True, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "ok"),
         ({"ok": False, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "failed"),
         ({"ok": True, "sums_sha256": "of another one"}, "stale"),
+        ({"ok": True, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest(), "checks": []}, "failed"),
     ],
 )
 def test_the_artifact_is_told_by_its_sums_and_what_verify_said(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -18,7 +16,7 @@ from v4forge import layers, layout, manifest, recipe
 from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
 from v4forge.conversion import converted
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, make_folder, read_json, remove_leftovers, write_json
+from v4forge.files import atomic_path, link_or_copy, make_folder, read_json, remove_leftovers, write_json
 from v4forge.layout import Config
 
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -57,19 +55,6 @@ def finished_layers(source: Checkpoint, work: Path) -> list[Path]:
 def config_json(config: Config) -> dict[str, Any]:
     """The artifact's config.json: upstream's, with the quantization_config that vLLM resolves."""
     return config.raw | {"quantization_config": recipe.quantization_config(config.num_hidden_layers)}
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy on another file system; whole or not at all."""
-    if target.exists() and target.samefile(source):
-        return
-    with atomic_path(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
-                raise
-            shutil.copyfile(source, temporary)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -165,4 +150,3 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
         copy(path, out / path.name)
     progress(total, "SHA256SUMS")
     manifest.write(out, reports, source.directory, origin.mark, cache)
-    manifest.write_card(out, len(expected))

@@ -47,12 +47,14 @@ def calibrate(
     keep_every: int = 0,
     progress: Callable[[int, str], None] = _noop,
     log: Callable[[str], None] = lambda _line: None,
+    finished_layer: Callable[[Mapping[str, Any]], None] = lambda _report: None,
     watch: Watch | None = None,
 ) -> None:
     """Writes every layer file that `work` lacks. `corpus` may be None for round-to-nearest, which reads none.
 
     Every rank of the run calls this with the same; the bytes do not depend on their number. `keep_every`: hidden states
-    are kept on disk before every so manieth layer, 0 for never. `log` gets a line a layer, on rank 0.
+    are kept on disk before every so manieth layer, 0 for never. `log` gets a line a layer, on rank 0, and then
+    `finished_layer` its report; what it raises ends the run, and the layer stays.
 
     Raises UserError when the source is broken, the disk is full, a forward pass leaves the finite numbers, or another
     rank has ended.
@@ -62,7 +64,7 @@ def calibrate(
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])
     if todo:
         corpus = None if settings.method == "rtn" else corpus
-        run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log)
+        run = Run(source, work, settings, digest, device, ranks, watch or Watch(device), progress, log, finished_layer)
         try:
             _loop(run, todo, corpus, keep_every)
         except BaseException:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,18 @@ _LINE_HINT = 'write {"text": "..."} or {"messages": [{"role": "user", "content":
 
 @dataclass(frozen=True)
 class Corpus:
-    """tokens: [samples, seq_len] int64. sha256: of ids and settings. description: for people and the manifest."""
+    """tokens: [samples, seq_len] int64. sha256: of ids and settings. description: for people.
+
+    origin: what it was taken from, by content: {"file_sha256"} of a local file; "repo", "revision" and "split" of a
+    data set; and "documents", how many there were. documents: which of them, from 0, in the order of the samples.
+    """
 
     tokens: torch.Tensor
     sha256: str
     seed: int
     description: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    documents: tuple[int, ...] = ()
 
 
 def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, seed: int, vocab_size: int) -> Corpus:
@@ -47,22 +53,22 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
     if samples < 1 or seq_len < 1:
         raise UserError(f"{samples} samples of {seq_len} tokens", "ask for at least one sample of one token")
     tokenizer = load_tokenizer(tokenizer_dir)
-    count, document, source = _pinned() if corpus is None else _local(corpus)
+    found = _pinned() if corpus is None else _local(corpus)
 
     wanted = samples * seq_len
     stream: list[int] = []
-    used = 0
-    for index in sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest()):
+    used: list[int] = []
+    for index in sorted(range(found.count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest()):
         if len(stream) >= wanted:
             break
-        (ids,) = encode_documents(tokenizer, [document(index)])
+        (ids,) = encode_documents(tokenizer, [found.document(index)])
         stream += ids
-        used += 1
+        used.append(index)
     if len(stream) < wanted:
         rows = len(stream) // seq_len
         fits = f"--samples {rows}" if rows else f"--seq-len {len(stream)} --samples 1"
         raise UserError(
-            f"{source} holds {len(stream):,} tokens, and {samples} samples of {seq_len} need {wanted:,}",
+            f"{found.name} holds {len(stream):,} tokens, and {samples} samples of {seq_len} need {wanted:,}",
             f"pass {fits} or a larger --corpus",
         )
     check_vocabulary(max(stream), vocab_size, tokenizer_dir)
@@ -70,9 +76,10 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
     settings = {"samples": samples, "seq_len": seq_len, "seed": seed, "vocab_size": vocab_size}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokens.numpy().astype("<i8").tobytes())
-    packed = f"packed from {used:,} of {count:,} documents of {source}"
+    packed = f"packed from {len(used):,} of {found.count:,} documents of {found.name}"
     description = f"{samples} x {seq_len} tokens, {packed}, seed {seed}"
-    return Corpus(tokens, digest.hexdigest(), seed, description)
+    origin = {**found.origin, "documents": found.count}
+    return Corpus(tokens, digest.hexdigest(), seed, description, origin, tuple(used))
 
 
 def check_vocabulary(largest: int, vocab_size: int, tokenizer_dir: Path) -> None:
@@ -161,20 +168,36 @@ def _documents_of_lines(path: Path, lines: Sequence[str]) -> Iterator[str]:
             raise UserError(f"{path}:{number}: {error.fact}", error.hint) from error
 
 
-# How many documents, the one at an index, and what they are from: a data set is too large to encode before the
-# choice.
-_Source = tuple[int, Callable[[int], str], str]
+@dataclass(frozen=True)
+class _Source:
+    """How many documents, the one at an index, and what they are from: a data set is too large to encode before the
+    choice."""
+
+    count: int
+    document: Callable[[int], str]
+    name: str
+    origin: Mapping[str, Any]
+
+
+def pinned_origin() -> dict[str, str]:
+    """The data set that is calibrated on where no file is named, as versions.env has it."""
+    return {name: pins.read()[f"CORPUS_{name.upper()}"] for name in ("repo", "revision", "split")}
+
+
+def file_origin(path: Path) -> dict[str, str]:
+    """A local corpus, by its content."""
+    return {"file_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _local(path: Path) -> _Source:
     documents = read_documents(path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return len(documents), documents.__getitem__, f"{path.name} (sha256 {sha256})"
+    origin = file_origin(path)
+    return _Source(len(documents), documents.__getitem__, f"{path.name} (sha256 {origin['file_sha256']})", origin)
 
 
 def _pinned() -> _Source:
-    pinned = pins.read()
-    repo, revision, split = (pinned[key] for key in ("CORPUS_REPO", "CORPUS_REVISION", "CORPUS_SPLIT"))
+    origin = pinned_origin()
+    repo, revision, split = (origin[key] for key in ("repo", "revision", "split"))
     name = f"{repo}@{revision} ({split})"
     try:
         import datasets
@@ -193,4 +216,4 @@ def _pinned() -> _Source:
         except UserError as error:
             raise UserError(f"{name}, row {index}: {error.fact}", error.hint) from error
 
-    return len(rows), document, name
+    return _Source(len(rows), document, name, origin)

@@ -66,7 +66,13 @@ def _artifact(manifest: Json) -> Cell:
     shards = [entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")]
     total = sum(shards)
     size = f"{total / 1e9:,.1f} GB" if total >= 1e9 else f"{total / 1e6:,.1f} MB"
-    return Cell(f"{size} in {len(shards)} shard{'s' * (len(shards) != 1)}", str(manifest.get("recipe", "")))
+    return Cell(f"{size} in {len(shards)} shard{'s' * (len(shards) != 1)}", _recipe(manifest))
+
+
+def _recipe(manifest: Json) -> str:
+    """What is in another form than upstream's."""
+    rules = (manifest.get("recipe") or {}).get("rules") or ()
+    return "; ".join(f"{rule['kind']} {rule['artifact']}" for rule in rules if rule["artifact"] != rule["source"])
 
 
 def _certificate(certificate: Json) -> Cell:

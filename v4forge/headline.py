@@ -45,8 +45,8 @@ def pipeline(run: Json, manifest: Json | None) -> Pipeline:
     if manifest is None:
         return Pipeline()
     shards = [entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")]
-    settings = manifest["calibration"].get("settings") or {}
-    samples, length = settings.get("samples"), settings.get("seq_len")
+    text = manifest["calibration"].get("corpus") or {}
+    samples, length = text.get("samples"), text.get("seq_len")
     return Pipeline(
         flash=len(manifest["layers"]) == bench_rows.FLASH["num_hidden_layers"],
         calibrate_s=run["calibrate"]["elapsed_s"] if "calibrate" in run else None,

@@ -16,7 +16,7 @@ from v4forge.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "images.lock"
 # What an image holds of the project, at HOME in it.
-PROJECT = ("LICENSE", "models", "scripts", "v4forge", "versions.env")
+PROJECT = ("LICENSE", "docker/serve/settings.toml", "models", "scripts", "v4forge", "versions.env")
 HOME = "/opt/v4forge"
 # What a build reads besides, and no image holds.
 BUILD_ONLY = ("docker", "patches", "wheels")
@@ -89,7 +89,8 @@ def created() -> str:
 
 def files(root: Path, names: tuple[str, ...] = PROJECT) -> Iterator[Path]:
     """The files below `root` that belong to an image, relative and sorted; bytecode and hidden files do not."""
-    for name in sorted(names):
+    within = {name for name in names if any(parent.as_posix() in names for parent in Path(name).parents)}
+    for name in sorted(set(names) - within):
         folder = root / name
         found = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
         for path in found:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from v4forge import arriving, machine
 from v4forge.checkpoint import INDEX, carries, tensor_bytes
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
@@ -69,12 +70,16 @@ def layer_report(work: Path, layer: int) -> Path:
 
 
 def source_digests(source: Path, shards: list[str], cache_file: Path) -> dict[str, str]:
-    """sha256 of config.json, the index and every shard; cached by (size, mtime_ns, inode) in `cache_file`."""
+    """sha256 of config.json, the index and every shard; cached by (size, mtime_ns, inode) in `cache_file`.
+
+    A shard that fetch has yet to bring has the one that the hub says: fetch lets no other in.
+    """
     digests = Digests(cache_file)
     names = ["config.json", INDEX, *shards]
-    by_path = digests.of([source / name for name in names])
+    to_come = arriving.digests_to_come(source, shards)
+    by_path = digests.of([source / name for name in names if name not in to_come])
     digests.save()
-    return {name: by_path[source / name] for name in names}
+    return {name: to_come.get(name) or by_path[source / name] for name in names}
 
 
 def fingerprint(
@@ -82,7 +87,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """All that determines the bytes of the layer files, as JSON data."""
     here = Path(__file__).parent
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_identity()
     return {
         "source": dict(source),
         "corpus": None if corpus is None else _described(corpus),
@@ -94,10 +99,12 @@ def fingerprint(
 
 
 def _described(corpus: Corpus) -> dict[str, Any]:
+    """By content alone: what the corpus is called changes no byte."""
     samples, seq_len = corpus.tokens.shape
     return {
         "sha256": corpus.sha256,
-        "description": corpus.description,
+        "origin": dict(corpus.origin),
+        "documents": list(corpus.documents),
         "samples": samples,
         "seq_len": seq_len,
         "seed": corpus.seed,
@@ -109,11 +116,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _changed(before: Any, after: Any, path: str = "") -> list[str]:
+def changed(before: Any, after: Any, path: str = "") -> list[str]:
     """Dotted names at which two JSON values differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | after.keys())
-        return [p for k in keys for p in _changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
+        return [p for k in keys for p in changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
     return [] if before == after else [path]
 
 
@@ -121,7 +128,7 @@ def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[
     """Makes `work` the folder of this fingerprint. One that another has claimed is refused or moved aside."""
     found = read_json(work / FINGERPRINT)
     if found and found != mark:
-        differing = ", ".join(_changed(found, mark)[:4])
+        differing = ", ".join(changed(found, mark)[:4])
         if on_mismatch == "refuse":
             raise UserError(
                 f"{work} holds layers of another run: {differing} differ",

@@ -1,19 +1,23 @@
-"""Provenance that travels with the weights: manifest.json and SHA256SUMS. What determines bytes; no time, no host."""
+"""Provenance that travels with the weights: manifest.json and SHA256SUMS. What determines bytes; no time, no host.
+
+`make reproduce MANIFEST=<file>` repeats a run from it. What does not determine bytes is in run.json beside it
+(v4forge/run_record.py), which the checksums leave out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from v4forge.files import read_json, write_json, write_text
-from v4forge.recipe import RULES
+from v4forge import arriving, recipe
+from v4forge.files import write_json, write_text
 from v4forge.stamps import Digests
 
-MANIFEST, SUMS, CARD = "manifest.json", "SHA256SUMS", "README.md"
-UNSUMMED = (SUMS, "certificate.json", CARD)  # written after the sums, or holding them
+FORMAT = 2
+MANIFEST, SUMS, CARD, RUN = "manifest.json", "SHA256SUMS", "README.md", "run.json"
+UNSUMMED = (SUMS, "certificate.json", CARD, RUN)  # written after the sums, or holding them
 
 
 def _listed(paths: list[Path], digests: Digests) -> dict[str, dict[str, Any]]:
@@ -35,6 +39,25 @@ def mean_losses(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def layer_entry(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a layer, from what layers.report returns, or from as much of it as is known.
+
+    `tokens`: by expert, how many went through it, [] where none did; `codes`: by matrix kind, a digest an expert.
+    """
+    known = {key: report[key] for key in ("layer", "blended", "fallback", "codes")}
+    return {**known, "error": mean_losses(report), "tokens": list(report.get("tokens", ()))}
+
+
+def _source(folder: Path, names: Sequence[str], digests: Digests) -> dict[str, Any]:
+    """The source's files; and the repository and revision that `fetch` took them from, None where it did not."""
+    plan = arriving.plan(folder)
+    return {
+        "repo": plan.repo if plan else None,
+        "revision": plan.revision if plan else None,
+        "files": _listed([folder / name for name in names], digests),
+    }
+
+
 def write(
     artifact: Path, reports: Sequence[Mapping[str, Any]], source: Path, mark: Mapping[str, Any], cache_file: Path
 ) -> None:
@@ -44,42 +67,15 @@ def write(
     """
     digests = Digests(cache_file)
     content = {
-        "format": 1,
-        "recipe": "routed experts INT4 g128; attention FP8 128x128; MTP block BF16; F32 parameters F32",
-        "source": {"files": _listed([source / name for name in mark["source"]], digests)},
+        "format": FORMAT,
+        "run": RUN,
+        "recipe": {"rules": [asdict(rule) for rule in recipe.RULES], "aliases": recipe.ALIASES},
+        "source": _source(source, mark["source"], digests),
         "calibration": {key: value for key, value in mark.items() if key != "source"},
-        "layers": [
-            {"layer": r["layer"], "error": mean_losses(r)} | {key: r[key] for key in ("blended", "fallback", "codes")}
-            for r in reports
-        ],
+        "layers": [layer_entry(report) for report in reports],
         "files": _listed([path for path in members(artifact) if path.name != MANIFEST], digests),
     }
     write_json(artifact / MANIFEST, content)
     sums = digests.of(members(artifact))
     write_text(artifact / SUMS, "".join(f"{sums[path]}  {path.name}\n" for path in members(artifact)))
     digests.save()
-
-
-def _calibrated(mark: Mapping[str, Any]) -> str:
-    """What the experts' codes come from, in a sentence."""
-    if "from" in mark:
-        return f"Not known here: {mark['from']}; `manifest.json` lists the files."
-    return mark["corpus"]["description"] if mark.get("corpus") else "None: round-to-nearest."
-
-
-def write_card(artifact: Path, tensors: int) -> None:
-    """Writes README.md, the model card, from manifest.json and the recipe."""
-    content = read_json(artifact / MANIFEST)
-    shards = [entry["bytes"] for name, entry in content["files"].items() if name.endswith(".safetensors")]
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)
-    card = environment.get_template("model_card.md.j2").render(
-        title="DeepSeek-V4 W4A16 + FP8 with a BF16 MTP block",
-        tensors=f"{tensors:,}",
-        bytes=sum(shards),
-        shards=len(shards),
-        rules=RULES,
-        calibration=_calibrated(content["calibration"]),
-        losses=[layer for layer in content["layers"] if layer["error"]],
-    )
-    write_text(artifact / CARD, card)

@@ -7,7 +7,7 @@ outputs are made from them in one go.
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ class Run:
     watch: Watch
     progress: Callable[[int, str], None]
     log: Callable[[str], None]
+    finished: Callable[[Mapping[str, Any]], None]  # gets the report of a layer whose file has its name, on rank 0
 
     def steps(self) -> list[list[range]]:
         """Which experts each rank handles in each step: steps()[i][r]."""
@@ -290,13 +291,15 @@ class Layer:
         done(self.writes)
         self.run.ranks.barrier()
         if self.shard is not None:
-            self.report()
-            if self.run.ranks.rank == 0:
+            report = self.report()
+            if report is not None:
                 self.shard.publish()
             self.shard.close()
+            if report is not None:
+                self.run.finished(report)
 
-    def report(self) -> None:
-        """Rank 0 writes the layer's report, before its file gets its name."""
+    def report(self) -> dict[str, Any] | None:
+        """Rank 0 writes the layer's report, before its file gets its name, and returns it."""
         run = self.run
         spent = {what: round(s, 3) for what, s in seconds(run.watch.spans(self.index)).items()}
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -308,6 +311,8 @@ class Layer:
             )
             write_json(layers.layer_report(run.work, self.index), report)
             run.log(layer_rows.summary(report))
+            return report
+        return None
 
 
 def _refuse_nan(layer: int, h: experts.Hessians) -> None:

@@ -147,7 +147,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
         for number, inner in enumerate(value):
             yield from _leaves(inner, f"{path}.{number}")
     elif isinstance(value, list):
-        yield path, ", ".join(str(inner) for inner in value) or "none"
+        many = f"{len(value):,} values, in manifest.json"
+        yield path, many if len(value) > LEAVES_LISTED else ", ".join(str(inner) for inner in value) or "none"
     else:
         yield path, "none" if value is None else str(value)
 

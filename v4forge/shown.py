@@ -104,26 +104,26 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that stays text, and one line, in a Markdown table."""
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
 def _markdown_cell(cell: Cell) -> str:
-    return _plain(cell.text) + (f" ({_plain(cell.note)})" if cell.note else "")
+    return plain(cell.text) + (f" ({plain(cell.note)})" if cell.note else "")
 
 
 def _markdown_row(row: Sequence[Cell], width: int) -> list[str]:
     if len(row) < width:
-        note = f" ({_plain(row[0].note)})" if row[0].note else ""
-        return [f"**{_plain(row[0].text)}**{note}", *[" "] * (width - 1)]
+        note = f" ({plain(row[0].note)})" if row[0].note else ""
+        return [f"**{plain(row[0].text)}**{note}", *[" "] * (width - 1)]
     return [_markdown_cell(cell) or " " for cell in row]
 
 
 def markdown_table(table: Table) -> str:
     """A table of GitHub's Markdown; the notes of cells follow them in parentheses."""
     lines = [
-        "| " + " | ".join(_plain(column.title) or " " for column in table.columns) + " |",
+        "| " + " | ".join(plain(column.title) or " " for column in table.columns) + " |",
         "|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|",
         *("| " + " | ".join(_markdown_row(row, len(table.columns))) + " |" for row in table.rows),
     ]
@@ -132,25 +132,25 @@ def markdown_table(table: Table) -> str:
 
 def markdown_titled(table: Table, level: int) -> str:
     """A table under a heading of this level, and its note."""
-    lines = [f"{'#' * level} {_plain(table.title)}", "", markdown_table(table)]
-    return "\n".join([*lines, *([f"{_plain(table.note)}\n"] if table.note else [])])
+    lines = [f"{'#' * level} {plain(table.title)}", "", markdown_table(table)]
+    return "\n".join([*lines, *([f"{plain(table.note)}\n"] if table.note else [])])
 
 
 def markdown_section(section: Section, level: int = 2) -> str:
     """A section without its drawings: marks, sentences, tables, what failed, where the figures come from."""
     heading = "#" * level
-    lines = [f"{heading} {_plain(section.title)}", ""]
+    lines = [f"{heading} {plain(section.title)}", ""]
     if not section.measured:
         return "\n".join([*lines, f"Not measured: `{section.command}`.", ""])
-    lines += [f"**{_plain(mark)}.**\n" for mark in section.marks]
+    lines += [f"**{plain(mark)}.**\n" for mark in section.marks]
     lines += [markdown_titled(table, level + 1) for table in section.tables]
     if section.said:
-        lines += [f"{_plain(section.said_title)}:\n"] if section.said_title else []
-        lines += [*(f"- {_plain(sentence)}" for sentence in section.said), ""]
+        lines += [f"{plain(section.said_title)}:\n"] if section.said_title else []
+        lines += [*(f"- {plain(sentence)}" for sentence in section.said), ""]
     for part, fact, hint in section.failures:
-        lines += [f"Not measured: {_plain(part)}: {_plain(fact)} ({_plain(hint)}).\n"]
+        lines += [f"Not measured: {plain(part)}: {plain(fact)} ({plain(hint)}).\n"]
     if section.provenance:
         lines += ["<details><summary>Measured how</summary>\n"]
-        lines += [f"- {_plain(key)}: {_plain(value)}" for key, value in section.provenance]
+        lines += [f"- {plain(key)}: {plain(value)}" for key, value in section.provenance]
         lines += ["\n</details>\n"]
     return "\n".join(lines)

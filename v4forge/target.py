@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -13,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from v4forge import checkout, containers, endpoints, exposition, gpus, replicas
+from v4forge import certified, checkout, containers, endpoints, exposition, replicas
 from v4forge.endpoints import Endpoint, ask
 from v4forge.errors import UserError
 from v4forge.exposition import Counts
 from v4forge.files import read_json
+from v4forge.machine import facts
 from v4forge.replicas import Plan
-from v4forge.starting import CERTIFICATE, SUMS
 
 PACKAGES = ("torch", "transformers")
 SETTLE_S = 5.0  # in which requests leave the queue whose client has left
@@ -124,21 +123,12 @@ def artifact_facts(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / "config.json").is_file():
         return None
-    sums = folder / SUMS
-    digest = sha256_of(sums) if sums.is_file() else None
-    certificate = read_json(folder / CERTIFICATE)
-    if not certificate:
-        verdict = "missing"
-    elif certificate.get("sums_sha256") != digest:
-        verdict = "stale"
-    else:
-        verdict = "ok" if certificate.get("ok") is True else "failed"
     shape = read_json(folder / "config.json")
     return {
         "folder": str(folder),
-        "sums_sha256": digest,
+        "sums_sha256": certified.sums_sha256(folder),
         "config_sha256": sha256_of(folder / "config.json"),
-        "certificate": verdict,
+        "certificate": certified.standing(folder).verdict,
         **{name: shape.get(name) for name in ("num_hidden_layers", "hidden_size", "n_routed_experts")},
     }
 
@@ -161,27 +151,13 @@ def _image(plan: Plan | None) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """This machine: GPUs and driver, processor, memory. Without nvidia-smi there are no GPUs."""
-    try:
-        found = gpus.gpus()
-    except UserError:
-        found = []
+    """This machine as result files have it: GPUs and driver, processor, memory."""
+    found = facts()
     return {
-        "gpus": [gpu.name for gpu in found],
-        "driver": found[0].driver if found else None,
-        "cpu": _cpu(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        **{name: found[name] for name in ("gpus", "driver", "cpu")},
+        "cpus": found["cores"],
+        "memory_gib": round(found["memory_bytes"] / 2**30, 1),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def versions(target: Mapping[str, Any] | None = None) -> dict[str, str | None]:

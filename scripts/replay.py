@@ -1,0 +1,114 @@
+"""Makes an artifact again from its manifest and compares: every layer as soon as it is finished, then every file.
+
+    python -m scripts.replay scratch/tiny/artifact/manifest.json --profile tiny
+
+Settings, seed and number of tokens are the manifest's; source and corpus must have its hashes. On the same model of
+processor or GPU, with the same versions and code, everything must have the same bytes. Elsewhere it says first what is
+another, and holds every layer to the stated tolerance. It stops at the first difference, with layer, expert and matrix.
+It works in a folder of its own, <scratch>/replay-<manifest>; the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace as changed
+from pathlib import Path
+
+from scripts import stage
+from scripts.cli import parser_for
+from v4forge import replay
+from v4forge.errors import UserError, run_main
+from v4forge.files import read_json
+from v4forge.layers import FINGERPRINT
+from v4forge.manifest import MANIFEST
+from v4forge.stages import CALIBRATE, PROFILES, STAGES, Stage
+
+ORIGINAL = "original"  # folder of the work folder: the manifest, and what lies beside it
+FILES_SHOWN = 8
+
+
+def table_of(original: replay.Original, device: str, pinned: bool) -> dict[str, Stage]:
+    """The stages, with the manifest's settings. pinned: its text is the pinned data set, whatever the profile's is."""
+    made = original.settings
+    words: list[str | tuple[str, str]] = ["--work", "{work}/layers", "--method", made.method, "--scales", made.scales]
+    words += ["--dampening", repr(made.dampening), "--micro-batch", str(made.micro_batch)]
+    words += ["--threads", str(made.threads), "--compare", f"{{work}}/{ORIGINAL}/{MANIFEST}"]
+    words += ["--calibrate-all-experts"] if made.experts == "all" else []
+    words += ["--device", device] if device else []
+    words += [part for part in CALIBRATE if not (pinned and part == ("--corpus", "corpus"))]
+    calibrate = changed(STAGES["calibrate"], arguments=tuple(words))
+    if pinned:
+        calibrate = changed(calibrate, inputs=("source",), downloads="always")
+    return {**STAGES, "calibrate": calibrate}
+
+
+def work_scratch(scratch: str, manifest: Path) -> str:
+    """Where a manifest's replay works, by the manifest's content."""
+    return f"{scratch.rstrip('/')}/replay-{hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]}"
+
+
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_for("replay", __doc__)
+    add = parser.add_argument
+    add("manifest", type=Path, metavar="MANIFEST", help="manifest.json of an artifact, best where it lies")
+    add("--scratch", default="scratch", metavar="DIR", help="default: %(default)s")
+    add("--profile", default="tiny", choices=sorted(PROFILES), help="whose source and corpus (default: %(default)s)")
+    add("--source", metavar="DIR", help="the upstream checkpoint (default: the profile's)")
+    add("--corpus", metavar="FILE", help="the calibration text (default: the profile's)")
+    add("--runtime", choices=("", "host", "docker"), default="", help="default: host for tiny, docker for flash")
+    add("--gpus", type=int, default=1, help="processes of calibrate, each on a GPU if there are any")
+    add("--device", default="", help="cpu, where there are GPUs and the manifest is of a processor")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments_of(argv)
+    original = replay.load(args.manifest)
+    profile = PROFILES[args.profile]
+    source = args.source or profile.source or f"{args.scratch.rstrip('/')}/{args.profile}/upstream"
+    pinned = bool(original.corpus) and "repo" in (original.corpus or {}).get("origin", {})
+    text = args.corpus or ("" if pinned else profile.corpus)
+    replay.check_corpus(original, Path(text) if text else None)
+    if not Path(source, "config.json").is_file():
+        again = "" if args.profile == "tiny" else f" PROFILE={args.profile}"
+        raise UserError(f"{source} is no checkpoint", f"make fetch{again}, or make reproduce … SOURCE=<folder>")
+    scratch = work_scratch(args.scratch, args.manifest)
+    work = Path(scratch, args.profile)
+    replay.copied(original, work / ORIGINAL)
+    print(f"replay: {args.manifest}, in {work}", flush=True)
+    words = ["run", "calibrate", "postprocess", "--scratch", scratch, "--profile", args.profile, "--source", source]
+    words += ["--runtime", args.runtime, "--gpus", str(args.gpus)] + (["--corpus", text] if text else [])
+    if corpus := original.corpus:
+        sizes = {"--samples": corpus["samples"], "--seq-len": corpus["seq_len"], "--seed": corpus["seed"]}
+        words += [word for name, value in sizes.items() for word in (name, str(value))]
+    if code := stage.main(words, table_of(original, args.device, pinned)):
+        return code
+    return verdict(original, work, args.gpus)
+
+
+def verdict(original: replay.Original, work: Path, gpus: int) -> int:
+    """Says how the files compare -> 0 when all are as they must be, else 1."""
+    artifact = work / "artifact"
+    mark = read_json(work / "layers" / FINGERPRINT)
+    replay.check_inputs(original, mark)
+    reasons = replay.differences(original, mark, gpus)
+    differing = replay.file_differences(original, artifact)
+    allowed = replay.layer_shards(artifact) if reasons else set()
+    count = len(original.content["files"])
+    if not differing:
+        print(f"replay: identical, all {count} files have the same bytes")
+        return 0
+    for name, (there, here) in list(differing.items())[:FILES_SHOWN]:
+        print(f"{name}: sha256 {there} there, {here} here{'' if name in allowed else ': it must be the same'}")
+    if wrong := sorted(set(differing) - allowed):
+        print(f"replay: DIFFERENT, {len(wrong)} of {count} files that must be the same, {wrong[0]} first")
+        return 1
+    print(f"replay: within the stated tolerance; {count - len(differing)} of {count} files have the same bytes")
+    print("".join(f"byte identity is not promised: {line}\n" for line in reasons), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,234 @@
+"""The model card: each part from its source, what was not measured, trials, certificates, odd names, its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import bench_results
+import card_inputs
+import pytest
+from card_inputs import FLASH_CONFIG, REPO, REVISION, TINY_CONFIG
+from programs import run_here
+
+from v4forge import card, card_page, published, recipe, run_record, serving
+from v4forge.errors import UserError
+from v4forge.results import BENCHES
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def text_of(work: Path) -> str:
+    run_record.write(work, work / "artifact")
+    return card.text(work, work / "artifact")
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The card of Flash with everything measured."""
+    work = tmp_path_factory.mktemp("flash") / "work"
+    card_inputs.write(work, results=bench_results.full())
+    return text_of(work)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A work folder of a tiny model, nothing measured on it."""
+    card_inputs.write(tmp_path / "work", TINY_CONFIG, repo=None)
+    return tmp_path / "work"
+
+
+def test_title_and_metadata_are_of_the_repository_that_was_fetched(flash: str) -> None:
+    assert "\n# DeepSeek-V4-Flash W4A16-FP8-MTP\n" in flash
+    matter = flash.split("---\n")[1]
+    assert f'base_model: "{REPO}"\n' in matter and 'license: "mit"\n' in matter and 'library_name: "vllm"\n' in matter
+    assert f"{REPO} at {REVISION}" in flash
+
+
+def test_the_precision_table_has_every_rule_of_the_recipe(flash: str) -> None:
+    table = flash.split("\n## Precision\n")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]] == [rule.kind for rule in recipe.RULES]
+    assert "| INT4, BF16 scale per 128 (GPTQ) | 142.8 GB |" in table
+
+
+def test_figures_stand_beside_the_published_ones_with_standard_errors_and_sources(flash: str) -> None:
+    figure = published.by_key()["quality/gsm8k/strict"]
+    assert figure.original
+    assert "| GSM8K 8-shot, strict | 93.10% ±0.70 | 93.71% ±0.67 | -0.61 ±0.97 (p = 0.53) |" in flash
+    assert figure.original.source.split(":")[0] in flash.split("Where the published figures are from")[1]
+
+
+def test_each_bench_has_its_tables_and_tells_how_it_was_measured(flash: str) -> None:
+    for bench in BENCHES.values():
+        assert f"\n### {bench.title}\n" in flash
+    assert flash.count("<details><summary>Measured how</summary>") == len(BENCHES)
+
+
+def test_what_verify_deep_found_is_there_with_its_intervals(flash: str) -> None:
+    assert "| change of perplexity | – | +0.90% (+0.50 to +1.30) |" in flash
+
+
+def test_the_serve_command_is_the_settings_of_make_serve(flash: str) -> None:
+    command = flash.split("    vllm serve . ")[1].split("\n\n")[0].replace("\\\n", " ").split()
+    rows = [row for row in serving.serving().settings.values() if card.OWN_CODE not in str(row.value)]
+    assert [word for word in command if word != "\\"] == [word for row in rows for word in row.words()]
+
+
+def test_the_gpus_that_hold_it_follow_from_the_size_of_the_shards(flash: str) -> None:
+    assert "| H200 | 141 GB | 2 | 55.2 GB |" in flash and "| H100 | 80 GB | 4 |" in flash
+
+
+def test_machine_images_seconds_and_commands_are_told(flash: str) -> None:
+    made = flash.split("\n## Made how\n")[1]
+    assert "| calibrate | 700.5 | 777777777777 (lane cuda) | 8 x NVIDIA H200, driver 580; 192 cores of A CPU" in made
+    assert "    python -m scripts.postprocess --work $WORK/layers\n" in made
+    assert "    make reproduce MANIFEST=manifest.json PROFILE=flash\n" in made
+
+
+def test_many_layers_are_summarized_and_all_of_them_folded(flash: str) -> None:
+    losses = flash.split("### Losses by kind of attention")[1]
+    assert "| all | 43 |" in losses.split("<details>")[0]
+    assert "<summary>All 43 layers</summary>" in losses and "\n| 42 | CSA | " in losses
+
+
+def test_what_nobody_measured_is_said_with_the_command_that_measures_it(tiny: Path) -> None:
+    change(tiny / "artifact/certificate.json", deep=None, not_run={"quality": "it needs --deep N"})
+    text = text_of(tiny)
+    missing = text.split("\n## Not measured")[1].split("\n## ")[0]
+    for bench in BENCHES.values():
+        assert f"- {bench.title}: not measured ({bench.command}).\n" in missing
+    assert "- Check “quality”: not run, it needs --deep N.\n" in missing
+    assert "- Prediction beside the source, on the same tokens: not measured" in missing
+    assert "\n## What was measured\n\nNothing yet.\n" in text
+
+
+def test_a_trial_is_called_one_and_compared_with_nothing(tmp_path: Path) -> None:
+    card_inputs.write(tmp_path / "work", results=[bench_results.quality(trial=2)])
+    text = text_of(tmp_path / "work")
+    assert "- Quality: a trial of 2: not a result.\n" in text
+    assert "**a trial of 2: not a result.**" in text
+    assert "| GSM8K 8-shot, strict | 93.10% ±0.70 (a trial of 2) | 93.71% ±0.67 |   |" in text
+
+
+@pytest.mark.parametrize(("sums", "said"), [("5" * 64, "another"), (None, "an unknown")])
+def test_a_result_of_other_files_is_not_shown(tmp_path: Path, sums: str | None, said: str) -> None:
+    card_inputs.write(tmp_path / "work", TINY_CONFIG)
+    result = bench_results.speed(tiny=True)
+    result["target"]["artifact"]["sums_sha256"] = sums
+    (path,) = bench_results.write(tmp_path / "work/reports", result)
+    text = text_of(tmp_path / "work")
+    assert f"not measured (make bench-speed; {path.name} is of {said} artifact)" in text
+    assert "ms a token" not in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "There is no certificate"),
+        (lambda path: change(path, sums_sha256="0" * 64), "is of other files than these"),
+        (lambda path: change(path, ok=False), "The certificate says FAILED"),
+        (
+            lambda path: change(path, checks=[{"name": "aliases", "ok": False, "detail": "gone"}]),
+            "The certificate says FAILED: aliases.",
+        ),
+    ],
+)
+def test_without_a_passing_certificate_the_card_begins_with_that(tiny: Path, damage: Any, said: str) -> None:
+    damage(tiny / "artifact/certificate.json")
+    beginning = text_of(tiny).split("---\n")[2].strip().split("\n\n")
+    assert beginning[0].startswith("# ") and beginning[1].startswith("> **Do not use this yet.** ")
+    assert said in beginning[1]
+
+
+def test_with_a_passing_certificate_nothing_warns(tiny: Path) -> None:
+    assert "Do not use" not in text_of(tiny)
+
+
+def test_a_model_that_is_not_flash_does_not_claim_to_be(tiny: Path) -> None:
+    text = text_of(tiny)
+    title = next(line for line in text.splitlines() if line.startswith("# "))
+    assert title == "# DeepSeek-V4 of 4 layers, hidden size 256, W4A16-FP8-MTP"
+    assert "base_model" not in text and "flash" not in text.lower().replace("this is not deepseek-v4-flash", "")
+    assert "Ours beside what was published" not in text
+
+
+def test_flashs_dimensions_alone_do_not_make_it_flash(tmp_path: Path) -> None:
+    card_inputs.write(tmp_path / "work", FLASH_CONFIG, repo=None)
+    text = text_of(tmp_path / "work")
+    assert "\n# DeepSeek-V4 of 43 layers, hidden size 4096, W4A16-FP8-MTP\n" in text
+    assert "whose weights these are, only the hashes say" in text
+
+
+def test_a_source_without_a_licence_file_has_an_unknown_one(tiny: Path) -> None:
+    (tiny / "artifact/LICENSE").unlink()
+    text = text_of(tiny)
+    assert 'license: "unknown"\n' in text and "came without a `LICENSE` file" in text
+
+
+def test_experts_that_another_tool_quantized_are_said_to_be_its(tiny: Path) -> None:
+    change(tiny / "artifact/manifest.json", calibration={"from": "routed experts saved by *another* tool", "files": {}})
+    text = text_of(tiny)
+    assert r"Not known here: routed experts saved by \*another\* tool" in text and "make reproduce" not in text
+
+
+def test_odd_names_stay_text_on_the_card_and_on_its_page(tmp_path: Path) -> None:
+    odd = "org/<script>alert(1)</script>|**x**\n# y"
+    card_inputs.write(tmp_path / "work", TINY_CONFIG, repo=odd)
+    text = text_of(tmp_path / "work")
+    assert re.search(r"^# y", text, re.MULTILINE) is None
+    page = card_page.page(text)
+    assert "<script" not in page and "<strong>x</strong>" not in page
+    assert page.count("<h1>") == 1
+
+
+def test_the_same_inputs_give_the_same_text(tiny: Path) -> None:
+    first = text_of(tiny)
+    change(tiny / "reports/run.json", evaluate={"elapsed_s": 1.0, "started": "2026", "command": "later"})
+    assert text_of(tiny) == first, "a stage that does not make the artifact is no part of it"
+
+
+def test_run_json_stays_where_the_work_folder_knows_nothing(tiny: Path, tmp_path: Path) -> None:
+    written = run_record.write(tiny, tiny / "artifact")
+    assert set(written["stages"]) == set(run_record.STAGES)
+    assert run_record.write(tmp_path / "elsewhere", tiny / "artifact") == written
+
+
+def test_the_program_writes_card_page_and_run_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("card", "--work", tiny, "--artifact", tiny / "artifact") == 0
+    assert (tiny / "artifact/README.md").read_text() == card.text(tiny, tiny / "artifact")
+    page = (tiny / "reports/card.html").read_text()
+    assert "<table>" in page and "Metadata for the hub" in page
+    assert str(tiny) not in (tiny / "artifact/run.json").read_text()
+    assert "README.md" in capsys.readouterr().out
+
+
+def test_the_page_renders_tables_and_keeps_what_folds(flash: str) -> None:
+    page = card_page.page(flash)
+    assert "<details><summary>All 43 layers</summary>" in page and page.count("<details>") == page.count("</details>")
+    assert "| layer |" not in page and "<td>sliding window</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("manifest.json", {"format": 1}, "has format 1"),
+        ("manifest.json", {"layers": [{"layer": 0}]}, "manifest.json has no 'error'"),
+        ("certificate.json", {"checks": [{"name": "x"}]}, "certificate.json has no 'ok'"),
+        ("run.json", {"layers": [{"layer": 0}]}, "run.json has no 'peak_gpu_bytes'"),
+    ],
+)
+def test_a_file_of_another_form_is_named(tiny: Path, name: str, content: dict[str, Any], said: str) -> None:
+    run_record.write(tiny, tiny / "artifact")
+    change(tiny / "artifact" / name, **content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        card.text(tiny, tiny / "artifact")
+
+
+def test_a_folder_without_an_artifact_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("card", "--work", tmp_path, "--artifact", tmp_path / "artifact") == 1
+    assert capsys.readouterr().err.endswith("hint: make postprocess\n")

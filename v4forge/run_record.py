@@ -1,0 +1,66 @@
+"""What is known of the run that made an artifact and determined none of its bytes: machine, images, seconds, commands.
+
+`run.json` beside manifest.json, of what the runner and the layers have noted in the work folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from v4forge import images
+from v4forge.files import read_json, write_json
+from v4forge.manifest import RUN
+
+FORM = 1
+STAGES = ("fetch", "calibrate", "postprocess", "verify")  # that make an artifact, in their order
+WORK = "$WORK"  # stands for the work folder in commands: where it lies is nobody's business
+
+Json = Mapping[str, Any]
+
+
+def write(work: Path, artifact: Path) -> dict[str, Any]:
+    """Writes run.json into the artifact and returns it; where the work folder knows nothing of the run, one that is
+    there stays."""
+    noted = read_json(work / "reports" / RUN)
+    made = [name for name in STAGES if name in noted]
+    if not made and (earlier := read_json(artifact / RUN)):
+        return earlier
+    reports = [read_json(path) for path in sorted((work / "layers").glob("layer-*.json"))]
+    content = {
+        "form": FORM,
+        "stages": {name: _stage(noted[name], work) for name in made},
+        "images": _images([noted[name] for name in made]),
+        "layers": [_layer(report) for report in reports if report.get("run")],
+    }
+    write_json(artifact / RUN, content)
+    return content
+
+
+def _stage(entry: Json, work: Path) -> dict[str, Any]:
+    """The runner's entry, with its image by ID."""
+    command = str(entry.get("command", "")).replace(str(work.absolute()), WORK).replace(str(work), WORK)
+    known = {key: entry.get(key) for key in ("elapsed_s", "started", "machine", "revision")}
+    return {**known, "command": command, "image": (entry.get("image") or {}).get("id")}
+
+
+def _images(entries: Sequence[Json]) -> dict[str, Any]:
+    """ID -> lane, and the digest by which images.lock has it, where it has."""
+    locked = images.locked() if images.LOCK.is_file() else {}
+    digests = {locked.get(f"{name.upper()}_IMAGE_ID"): locked.get(f"{name.upper()}_IMAGE") for name in images.IMAGES}
+    found = {entry["image"]["id"]: entry["image"] for entry in entries if entry.get("image")}
+    return {ID: {"lane": image.get("lane"), "reference": digests.get(ID) or None} for ID, image in found.items()}
+
+
+def _layer(report: Json) -> dict[str, Any]:
+    """Seconds by stage of the rank that took longest, and the most memory that one of them had."""
+    ranks = report["run"]
+    longest = max(ranks, key=lambda rank: sum(rank["seconds"].values()))
+    return {
+        "layer": report["layer"],
+        "ranks": len(ranks),
+        "seconds": longest["seconds"],
+        "peak_gpu_bytes": max(rank["peak_gpu"] for rank in ranks),
+        "peak_host_bytes": max(rank["peak_host"] for rank in ranks),
+    }
