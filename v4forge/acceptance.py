@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from v4forge import endpoints, exposition
+from v4forge.certified import CERTIFICATE
 from v4forge.endpoints import LOGS, ask, form_of, short
 from v4forge.errors import UserError
 from v4forge.exposition import Counts, Reading
 from v4forge.files import read_json, writing
 from v4forge.intervals import Estimate, share
-from v4forge.starting import CERTIFICATE
 from v4forge.target import Target
 from v4forge.workloads import Prompt
 

@@ -251,7 +251,7 @@ def check(name: str, entry: Locked, remote: Repository, manifest: Manifest, sign
             f"{entry.reference} is the image {found}; images.lock says {entry.image_id}",
             "git log images.lock; make push writes both together",
         )
-    labels = json.loads(remote.blob(found)).get("config", {}).get("Labels") or {}
+    labels = labels_of(remote, found)
     for label, wanted in images.expected_labels(name).items():
         if labels.get(label) != wanted:
             revision = str(labels.get("org.opencontainers.image.revision"))
@@ -275,6 +275,11 @@ def check(name: str, entry: Locked, remote: Repository, manifest: Manifest, sign
         raise UserError(f"the provenance of {entry.reference} is on another image", f"make push IMAGE={name}")
     sbom = document(remote, manifest, "sbom", attestation.byproducts(provenance).get("sbom", ""))
     return {"provenance": provenance} | ({"sbom": sbom} if sbom else {})
+
+
+def labels_of(remote: Repository, image_id: str) -> dict[str, str]:
+    """What an image says of itself."""
+    return json.loads(remote.blob(image_id)).get("config", {}).get("Labels") or {}
 
 
 def document(remote: Repository, manifest: Manifest, kind: str, sha256: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import re
 import socket
 import time
@@ -11,12 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from v4forge import endpoints, gpus, pins
+from v4forge import certified, endpoints, gpus, pins
 from v4forge.errors import UserError
-from v4forge.files import read_json
 from v4forge.replicas import Plan, Process, Runtime
 
-CERTIFICATE, SUMS = "certificate.json", "SHA256SUMS"
 POLL_S = 1.0
 ANSWER_S = 10.0
 SHOWN_LINES = 25
@@ -30,20 +27,10 @@ STEPS = re.compile(
 def check_certificate(plan: Plan) -> None:
     """Raises UserError unless verify has passed on the artifact as it is, by the digest of its SHA256SUMS."""
     artifact = Path(plan.artifact)
-    again = f"python -m scripts.verify --artifact {artifact}, or serve it all the same: make serve ALLOW=certificate"
     if not (artifact / "config.json").is_file():
         raise UserError(f"there is no artifact in {artifact}", "make artifact, or make serve ARTIFACT=<folder>")
-    if not (artifact / CERTIFICATE).is_file():
-        raise UserError(f"{artifact} has no {CERTIFICATE}: verify has not seen it", again)
-    certificate = read_json(artifact / CERTIFICATE)
-    listed = certificate.get("checks")
-    checks = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    failed = [str(row.get("name")) for row in checks if row.get("ok") is not True]
-    if certificate.get("ok") is not True or failed:
-        raise UserError(f"{artifact / CERTIFICATE} says that it failed: {', '.join(failed) or 'unreadable'}", again)
-    sums = artifact / SUMS
-    if not sums.is_file() or hashlib.sha256(sums.read_bytes()).hexdigest() != certificate.get("sums_sha256"):
-        raise UserError(f"{artifact / CERTIFICATE} is of another artifact than the one beside it", again)
+    again = f"python -m scripts.verify --artifact {artifact}, or serve it all the same: make serve ALLOW=certificate"
+    certified.check(artifact, again)
 
 
 def check_gpus(plan: Plan) -> None:

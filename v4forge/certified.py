@@ -1,0 +1,77 @@
+"""What an artifact's certificate and checksums say of the files beside them: serving, publishing and releasing ask it.
+
+Standard library only, as the certificate is read where there is no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from v4forge.errors import UserError
+from v4forge.files import read_json
+
+CERTIFICATE, SUMS = "certificate.json", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What verify said. `verdict`: ok, failed, stale (it is of other files) or missing; `fact` in a sentence.
+
+    `not_run`: the checks that verify left out, each with why. `checks`: how many it made.
+    """
+
+    verdict: str
+    fact: str
+    checks: int = 0
+    not_run: Mapping[str, str] | None = None
+
+
+def sums_sha256(artifact: Path) -> str | None:
+    """The digest of SHA256SUMS, by which certificate and measurements name an artifact; None where there is none."""
+    path = artifact / SUMS
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def standing(artifact: Path) -> Standing:
+    """What the certificate says of the artifact as it is. One without checks, or of another form, has failed."""
+    path = artifact / CERTIFICATE
+    if not path.is_file():
+        return Standing("missing", f"{artifact} has no {CERTIFICATE}: verify has not seen it")
+    certificate = read_json(path)
+    listed = certificate.get("checks")
+    checks = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    failed = [str(row.get("name")) for row in checks if row.get("ok") is not True]
+    if certificate.get("ok") is not True or failed or not checks:
+        why = ", ".join(failed) or ("ok is not true" if checks else "unreadable")
+        return Standing("failed", f"{path} says that it failed: {why}", len(checks))
+    if sums_sha256(artifact) != certificate.get("sums_sha256"):
+        return Standing("stale", f"{path} is of another artifact than the one beside it", len(checks))
+    left_out = certificate.get("not_run")
+    return Standing("ok", f"{len(checks)} checks passed", len(checks), left_out if isinstance(left_out, dict) else {})
+
+
+def check(artifact: Path, again: str) -> Standing:
+    """The standing of an artifact that passed. Raises UserError, with the hint `again`, for any other."""
+    found = standing(artifact)
+    if found.verdict != "ok":
+        raise UserError(found.fact, again)
+    return found
+
+
+def stated_sums(artifact: Path, again: str) -> dict[str, str]:
+    """name -> sha256 in hex, as SHA256SUMS says. Raises UserError, with the hint `again`, when it cannot be read."""
+    path = artifact / SUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged", again) from None
+    stated = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name or name != Path(name).name:
+            raise UserError(f"{path} has a line that is no checksum: {line[:80]!r}", again)
+        stated[name] = digest
+    return stated

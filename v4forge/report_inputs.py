@@ -1,0 +1,72 @@
+"""What there is to report on in a work folder, each file looked at once by itself, so that an error names it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from v4forge import headline, report, results, run_rows
+from v4forge.errors import UserError
+from v4forge.glance import Inputs
+from v4forge.layer_rows import layer_rows
+from v4forge.results import Result, read, understood
+
+PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
+
+
+def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
+    """Raises UserError when the certificate is about other files than the artifact's."""
+    sums = artifact / "SHA256SUMS"
+    if not sums.is_file():
+        raise UserError(f"{sums} does not exist", "make postprocess")
+    if certificate["sums_sha256"] != hashlib.sha256(sums.read_bytes()).hexdigest():
+        raise UserError(f"{artifact / 'certificate.json'} is about other files than {sums}", "make verify")
+
+
+def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
+    """What is in the folder, each file looked at once by itself, so that an error names it.
+
+    Raises UserError for a file of another form, and where there is none at all.
+    """
+    files = {
+        "evaluation": (work / "reports/evaluation.json", "make demo"),
+        "run": (work / "reports/run.json", "make demo"),
+        "certificate": (work / "artifact/certificate.json", "make verify"),
+        "manifest": (work / "artifact/manifest.json", "make postprocess"),
+    }
+    found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
+    layer_files = sorted((work / "layers").glob("layer-*.json"))
+    measured = results.newest(work / "reports")
+    inputs = Inputs(
+        evaluation=found.get("evaluation"),
+        certificate=found.get("certificate"),
+        layers=[read(path, "make calibrate") for path in layer_files],
+        run=found.get("run", {}),
+        manifest=found.get("manifest"),
+        results={bench: result.content for bench, result in measured.items()},
+    )
+    if not (found.keys() - {"run"} or inputs.layers or inputs.results):
+        raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
+
+    checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
+        "evaluation": (run_rows.models_table,),
+        "run": (run_rows.stage_rows, run_rows.image_rows),
+        "certificate": (run_rows.verdict, lambda each: check_certificate(work / "artifact", each)),
+        "manifest": (run_rows.provenance, lambda each: headline.pipeline(inputs.run, each)),
+    }
+    for name, content in found.items():
+        for check in checks[name]:
+            understood(*files[name], partial(check, content))
+    for path, layer in zip(layer_files, inputs.layers, strict=True):
+        understood(path, "make calibrate", partial(layer_rows, [layer]))
+    for bench, each in measured.items():
+        understood(each.path, results.again(each.path, bench), partial(report.sections, {bench: each.content}))
+    return inputs, measured
+
+
+def markdown(inputs: Inputs) -> str:
+    """The tables of the benches as a file of their own."""
+    return f"# Benchmarks\n\n{report.markdown(inputs)}"
