@@ -20,11 +20,11 @@ SEQ_LEN :=
 SEED := 42
 STAGE := calibrate
 # FROM: a folder that has the checkpoint, for fetch. DRY_RUN=1: stages say what they would do. For plan, PRICE of an hour,
-# and NETWORK_GBPS, gigabytes a second.
+# and NETWORK_GB_S, gigabytes a second.
 FROM :=
 DRY_RUN :=
 PRICE :=
-NETWORK_GBPS :=
+NETWORK_GB_S :=
 WATCH :=
 JSON :=
 # MANIFEST: that of an artifact, for reproduce. REPO: where publish uploads to, ORG/NAME, once CONFIRM=1.
@@ -154,14 +154,14 @@ why: env ## Say why STAGE=<stage> would run, or that it is up to date
 .PHONY: doctor
 doctor: env ## Everything that can go wrong on this machine, with the command that helps; JSON=1
 	@.venv/bin/python -m scripts.doctor $(work) --profile '$(PROFILE)' --gpus '$(GPUS)' --runtime '$(RUNTIME)' \
-		$(if $(SOURCE),--source '$(SOURCE)') $(if $(SAMPLES),--samples '$(SAMPLES)') \
-		$(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') $(if $(JSON),--json)
+		$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)') \
+		$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') $(if $(JSON),--json)
 
 .PHONY: plan
 plan: env ## What would run, with disk, memory, hours and, with PRICE= an hour, money
 	@.venv/bin/python -m scripts.plan $(if $(SOURCE),--source '$(SOURCE)',--profile '$(PROFILE)') $(work) \
 		--gpus '$(GPUS)' $(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') \
-		$(if $(PRICE),--price '$(PRICE)') $(if $(NETWORK_GBPS),--network-gbps '$(NETWORK_GBPS)') \
+		$(if $(PRICE),--price '$(PRICE)') $(if $(NETWORK_GB_S),--network-gb-s '$(NETWORK_GB_S)') \
 		$(if $(JSON),--json)
 
 .PHONY: status
@@ -323,4 +323,4 @@ clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches
 	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* '$(SCRATCH)'/replay-*/'$(PROFILE)' \
 		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
-	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json -delete; fi
+	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json ! -name disk.json -delete; fi

@@ -44,13 +44,16 @@ def main() -> None:
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="default: %(default)s")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
-        raise UserError("one process has nobody to add with", "torchrun --nproc-per-node 2 -m scripts.all_reduce")
+        raise UserError(
+            "one process has nobody to add with",
+            ".venv/bin/torchrun --standalone --nproc-per-node 2 -m scripts.all_reduce",
+        )
     signal.alarm(LIMIT_S)  # ends a process that hangs in a library, which no timeout of torch's reaches
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if args.backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"torch sees {torch.cuda.device_count()} GPUs", "nvidia-smi -L; make env")
+            raise UserError(f"torch sees {torch.cuda.device_count()} GPUs", "nvidia-smi -L")
         torch.cuda.set_device(device)
     bound = device if device.type == "cuda" else None
     dist.init_process_group(args.backend, timeout=timedelta(seconds=LIMIT_S), device_id=bound)

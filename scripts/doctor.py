@@ -28,11 +28,12 @@ from v4forge.doctor_host import FAILED, OK, WARNING, Host
 from v4forge.errors import run_main
 from v4forge.stages import PROFILES
 
+FILE_WIDTH = 160  # of the table where there is no terminal
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
 
 
 def shown(rows: Sequence[Row]) -> Table:
-    """A row a check, under its group; neighbours that say the same are one. A fix stands below what it is for."""
+    """A row a check, under its group; those that say the same are one."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("check", max_width=20)
@@ -40,12 +41,27 @@ def shown(rows: Sequence[Row]) -> Table:
     for group, members in groupby(rows, key=lambda row: row.group):
         table.add_section()
         table.add_row("", Text(group, style="bold"), "")
-        for (status, fact, fix), same in groupby(members, key=lambda row: (row.status, row.fact, row.fix)):
-            found = Text(fact)
-            if fix and status != OK:
-                found.append(f"\nfix: {fix}", style="cyan")
-            table.add_row(Text(status, style=COLOURS[status]), ", ".join(row.name for row in same), found)
+        same: dict[tuple[str, str], list[str]] = {}
+        for row in members:
+            same.setdefault((row.status, row.fact), []).append(row.name)
+        for (status, fact), names in same.items():
+            table.add_row(Text(status, style=COLOURS[status]), ", ".join(names), Text(fact))
     return table
+
+
+def fixes(rows: Sequence[Row]) -> list[Text]:
+    """The commands that help, each once and on a line of its own to be copied, below the checks that it is for."""
+    same: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.status != FAILED):
+        if row.fix:
+            same.setdefault(row.fix, []).append(row)
+    lines: list[Text] = []
+    for fix, helped in same.items():
+        status = helped[0].status
+        names = [row.name for row in helped if row.status == status]
+        more = f", and {len(helped) - len(names)} more" if len(helped) > len(names) else ""
+        lines += [Text(f"{status}: {', '.join(names)}{more}", style=COLOURS[status]), Text(f"    {fix}", style="cyan")]
+    return lines
 
 
 @contextmanager
@@ -76,6 +92,7 @@ def main() -> int:
     )
     parser.add_argument("--runtime", choices=("", "host", "docker"), default="", help="default: the profile's")
     parser.add_argument("--source", type=Path, metavar="DIR", help="an upstream checkpoint that is here")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="a calibration text that is here")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="default: the profile's")
     parser.add_argument("--seq-len", type=int, default=0, metavar="N", help="default: the profile's")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
@@ -88,6 +105,7 @@ def main() -> int:
         gpus_wanted=args.gpus,
         runtime=args.runtime,
         source=args.source.absolute() if args.source else None,
+        corpus=args.corpus.absolute() if args.corpus else None,
         samples=args.samples,
         seq_len=args.seq_len,
     )
@@ -97,7 +115,13 @@ def main() -> int:
         fields = ("name", "status", "fact", "fix")
         print(json.dumps({"checks": [{name: getattr(row, name) for name in fields} for row in rows]}, indent=1))
     else:
-        Console().print(shown(rows))
+        console = Console()
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        console.print(shown(rows))
+        for line in fixes(rows):
+            console.print(line, soft_wrap=True)
+        print()
         print(doctor.verdict(host, rows))
     return int(any(row.status == FAILED for row in rows))
 

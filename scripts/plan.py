@@ -85,7 +85,7 @@ def given_of(arguments: argparse.Namespace) -> Given:
         speed = disk.Speed((arguments.write_gbps or 0) * 1e9 or write, (arguments.read_gbps or 0) * 1e9 or read)
     elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk.known(arguments.work):
         speed, basis = measure(arguments.work), "measured now"
-    network = arguments.network_gbps * 1e9 if arguments.network_gbps else None
+    network = arguments.network_gb_s * 1e9 if arguments.network_gb_s else None
     return Given(speed, basis, network, arguments.layer_seconds)
 
 
@@ -187,10 +187,10 @@ def conclusions(found: Plan, price: float | None) -> list[str]:
     if total.unknown:
         text += f"; nobody has measured {', '.join(total.unknown)}"
     if price:
-        text += f"; {money(total.seconds, price)} at {price:,.2f} an hour"
+        text += f"; {money(total.seconds, price)} at {price:,.2f} an hour, for these stages alone"
     if assumed:
         rate = estimate.ASSUMED_NETWORK_BYTES_S / 1e6
-        text += f"; {', '.join(assumed)} with {rate:,.0f} MB/s, unless --network-gbps says other"
+        text += f"; {', '.join(assumed)} assumed at {rate:,.0f} MB/s: NETWORK_GB_S=, or --network-gb-s, says other"
     lines.append(f"time   {text}")
     ahead = [row.step.stage for row in found.rows if row.seconds]
     if pair := estimate.overlapping([name for name in names if name in ahead]):
@@ -245,6 +245,7 @@ def as_json(found: Plan, price: float | None, free_bytes: int | None) -> str:
             "speed": found.disk_basis,
         },
         "total_s": found.total.seconds,
+        "assumed": [row.step.stage for row in found.rows if row.estimate.seconds is None and row.seconds],
         "unknown": list(found.total.unknown),
         "cost": found.total.seconds / 3600 * price if price else None,
     }
@@ -256,7 +257,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--profile", choices=sorted(PROFILES), help="flash: DeepSeek-V4-Flash as published, nothing downloaded yet")
     add("--source", type=Path, metavar="DIR", help="an upstream checkpoint that is here; its config.json is enough")
-    add("--work", type=Path, metavar="DIR", help="folder to be; its free space is compared (scratch/<profile>)")
+    add(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder; its free space is compared (default: scratch/<profile>, not compared)",
+    )
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that share the samples (default: %(default)s)")
     add("--samples", type=int, metavar="N", help="calibration samples (default: the profile's)")
     add("--seq-len", type=int, metavar="N", help="tokens in a sample (default: the profile's)")
@@ -264,7 +270,7 @@ def parse() -> argparse.Namespace:
     for name, does in (
         ("--read-gbps", "the disk reads"),
         ("--write-gbps", "the disk writes"),
-        ("--network-gbps", "the download brings"),
+        ("--network-gb-s", "the download brings"),
     ):
         add(name, type=float, metavar="GB", help=f"10^9 bytes that {does} a second (default: measured)")
     add("--layer-seconds", type=float, metavar="S", help="compute of a layer on these GPUs (default: from benchmarks)")
@@ -276,7 +282,7 @@ def parse() -> argparse.Namespace:
     for name in ("gpus", "samples", "seq_len"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
-    for name in ("price", "read_gbps", "write_gbps", "network_gbps", "layer_seconds"):
+    for name in ("price", "read_gbps", "write_gbps", "network_gb_s", "layer_seconds"):
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is more than 0")
     return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -115,16 +116,63 @@ def test_the_verdict_is_one_line(host: Host) -> None:
     assert "cannot run here yet; 1 check failed: d;" in doctor.verdict(host, rows)
 
 
-def test_the_table_groups_merges_and_shows_fixes_only_where_needed() -> None:
+def test_the_table_groups_and_merges_and_only_what_is_not_ok_has_a_fix() -> None:
     rows = [
         Row("driver", "GPU", WARNING, "none", "get one"),
+        Row("CUDA", "GPU", OK, "starts", ""),
         Row("ECC", "GPU", WARNING, "none", "get one"),
-        Row("scratch", "disk", OK, "is yours", "unneeded"),
+        Row("scratch", "disk", OK, "is yours", ""),
     ]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(program.shown(rows))
     text = console.export_text()
-    assert "driver, ECC" in text and text.count("fix: get one") == 1 and "unneeded" not in text
+    assert "driver, ECC" in text and text.count("none") == 1
+    assert [line.plain for line in program.fixes(rows)] == ["warning: driver, ECC", "    get one"]
+
+
+def test_a_fix_of_several_checks_is_said_once_and_failures_come_first() -> None:
+    rows = [
+        Row("fetch", "disk", WARNING, "slow", "other disk"),
+        Row("space a", "disk", FAILED, "1 GB missing", "larger disk"),
+        Row("hub", "network", FAILED, "away", "mirror"),
+        Row("space b", "disk", FAILED, "2 GB missing", "larger disk"),
+        Row("token", "network", WARNING, "not checked", "mirror"),
+    ]
+    assert [line.plain.strip() for line in program.fixes(rows)] == [
+        *(
+            "failed: space a, space b",
+            "larger disk",
+            "failed: hub, and 1 more",
+            "mirror",
+            "warning: fetch",
+            "other disk",
+        ),
+    ]
+
+
+def test_what_waits_for_another_check_names_it_and_has_its_fix(host: Host) -> None:
+    def waits(_host: Host) -> Result:
+        raise NotChecked("no docker daemon answers here", "something else", "docker")
+
+    checks = [Check("files", "containers", waits), Check("docker", "containers", lambda _: warning("gone", "start it"))]
+    row = doctor.run(host, checks)[0]
+    assert (row.fact, row.fix) == ("not checked: no docker daemon answers here, see docker", "start it")
+
+
+def test_the_check_that_another_waits_for_is_in_the_table() -> None:
+    names = {check.name for check in doctor.CHECKS}
+    sources = Path(doctor.__file__).parent.glob("doctor_*.py")
+    waited = {name for file in sources for name in re.findall(r'NotChecked\([^\n]*, "([\w ]+)"\)', file.read_text())}
+    assert {"docker", "driver", "hub"} <= (waited & names)
+
+
+def test_a_command_keeps_what_the_run_was_asked_for(tmp_path: Path) -> None:
+    asked = Host(tmp_path / "my disk/flash", "flash", gpus_wanted=8, samples=96, environment={})
+    kept = f"make artifact PROFILE=flash SCRATCH='{tmp_path}/my disk'"
+    assert asked.make("artifact", "DEVICES=0,1", "GPUS=2") == f"{kept} SAMPLES=96 DEVICES=0,1 GPUS=2"
+    assert asked.make("artifact", "SCRATCH=/x") == "make artifact PROFILE=flash GPUS=8 SAMPLES=96 SCRATCH=/x"
+    chosen = Host(doctor_host.ROOT / "scratch/tiny", runtime="host", environment={"CUDA_VISIBLE_DEVICES": "2,3"})
+    assert chosen.make("demo") == "make demo DEVICES=2,3"
 
 
 @pytest.fixture
@@ -150,6 +198,22 @@ def test_tiny_runs_without_gpu_docker_and_network(bare: Path, capsys: pytest.Cap
         assert list(row) == ["name", "status", "fact", "fix"] and row["status"] in (OK, WARNING)
         assert bool(row["fix"]) == (row["status"] != OK), row
     assert TOKEN not in json.dumps(said)
+
+
+@pytest.mark.parametrize("profile", ["tiny", "flash"])
+def test_a_fix_begins_with_a_command(bare: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here("doctor", "--work", bare.parent / profile, "--profile", profile, "--json")
+    fixes = [row["fix"] for row in json.loads(capsys.readouterr().out)["checks"] if row["fix"]]
+    assert fixes and {fix.split()[0] for fix in fixes} <= {
+        "make",
+        "sudo",
+        "export",
+        "unset",
+        "nvidia-smi",
+        "lspci",
+        "free",
+    }
+    assert not any("; " in fix or ", or " in fix or "…" in fix for fix in fixes), fixes
 
 
 def test_flash_without_a_gpu_fails_and_says_why(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

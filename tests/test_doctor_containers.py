@@ -11,7 +11,7 @@ from docker_stand_in import Daemon, running
 from doctored import Machine, statvfs
 from test_doctor_gpu import says
 
-from v4forge import doctor_containers, doctor_disk, images, pins
+from v4forge import containers, doctor_containers, doctor_disk, images, pins
 from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked
 from v4forge.errors import UserError
 
@@ -58,16 +58,37 @@ def test_no_docker_fails_only_a_run_in_containers(machine: Machine) -> None:
 
 def test_a_daemon_that_does_not_answer(machine: Machine, daemon: Daemon) -> None:
     gone = machine.host(environment={"DOCKER_HOST": "tcp://127.0.0.1:9"})
-    says(doctor_containers.daemon(gone), FAILED, "no docker daemon answers", "systemctl start docker")
-    with pytest.raises(NotChecked, match="no docker daemon"):
+    says(doctor_containers.daemon(gone), FAILED, "no docker daemon answers", "unset DOCKER_HOST")
+    with pytest.raises(NotChecked, match="no docker daemon answers here, see docker"):
         doctor_containers.sees_gpus(gone)
+
+
+@pytest.mark.parametrize(
+    ("fact", "fix"),
+    [
+        ("no docker daemon answers at docker's usual socket", "sudo systemctl enable --now docker"),
+        (
+            "you may not use the docker daemon at docker's usual socket",
+            "sudo usermod -aG docker $USER && newgrp docker",
+        ),
+    ],
+)
+def test_a_daemon_that_is_not_ours_to_use_yet(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, fact: str, fix: str
+) -> None:
+    def connect(_environment: object) -> None:
+        raise UserError(fact, "one thing, or another")
+
+    monkeypatch.setattr(containers, "connect", connect)
+    machine.program("docker", "")
+    found = doctor_containers.daemon(machine.host())
+    says(found, FAILED, fact)
+    assert found.fix == fix
 
 
 def test_compose_by_either_name(machine: Machine) -> None:
     machine.program("docker", "exit 1")
-    says(
-        doctor_containers.compose_program(machine.host()), WARNING, "compose is not installed", "docker-compose-plugin"
-    )
+    says(doctor_containers.compose_program(machine.host()), WARNING, "compose is not installed", "docker-compose-v2")
     machine.program("docker-compose", 'echo "docker-compose version 1.29.2, build unknown"')
     says(doctor_containers.compose_program(machine.host()), OK, "docker-compose 1.29.2")
     machine.program("docker", 'echo "Docker Compose version v2.39.1"')
@@ -113,14 +134,16 @@ def test_a_container_sees_the_gpus(machine: Machine, daemon: Daemon) -> None:
 def test_a_container_that_sees_no_gpu(machine: Machine, daemon: Daemon) -> None:
     daemon.programs["nvidia-smi"] = lambda _: (127, "nvidia-smi: not found\n")
     found = doctor_containers.sees_gpus(host(machine, daemon))
-    says(found, FAILED, "sees 0 GPUs, GPUS=1: nvidia-smi: not found", "nvidia-ctk")
+    says(found, FAILED, "sees 0 GPUs, GPUS=1: nvidia-smi: not found", "apt-get install nvidia-container-toolkit")
 
 
 def test_a_daemon_without_the_runtime_refuses_and_leaves_no_container(machine: Machine, daemon: Daemon) -> None:
     daemon.refusal = 'could not select device driver "" with capabilities: [[gpu]]'
-    with pytest.raises(UserError, match="no NVIDIA runtime"):
-        doctor_containers.sees_gpus(host(machine, daemon))
+    says(doctor_containers.sees_gpus(host(machine, daemon)), FAILED, "no NVIDIA runtime", "libnvidia-container")
     assert daemon.removed == [0]
+    machine.program("nvidia-ctk", "")
+    found = doctor_containers.sees_gpus(host(machine, daemon))
+    assert found.fix == "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 
 
 def test_what_a_container_writes_is_ours(machine: Machine, daemon: Daemon) -> None:
@@ -158,7 +181,7 @@ def test_the_serve_image_has_its_compilers(machine: Machine, daemon: Daemon) -> 
 
 def test_images_that_are_not_here_have_to_fit(machine: Machine, daemon: Daemon) -> None:
     folder = machine.root / "var/lib/docker"
-    with pytest.raises(NotChecked, match="is not seen from here"):
+    with pytest.raises(NotChecked, match="which this machine does not have"):
         doctor_disk.images(host(machine, daemon))
     folder.mkdir(parents=True)
     says(doctor_disk.images(host(machine, daemon)), OK, "both images are here")

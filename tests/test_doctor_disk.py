@@ -85,8 +85,31 @@ def test_a_source_that_is_here_is_not_fetched(machine: Machine) -> None:
 
 def test_a_disk_without_room_for_files(machine: Machine) -> None:
     says(
-        doctor_disk.space(machine.host(statvfs=statvfs(500 * GB, files=99)), "fetch"), FAILED, "99 more files", "df -i"
+        doctor_disk.space(machine.host(statvfs=statvfs(500 * GB, files=99)), "fetch"),
+        FAILED,
+        "99 more files",
+        "SCRATCH=",
     )
+
+
+def test_a_disk_with_room_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That which has most, with a folder of ours where the disk is root's."""
+    for name in ("small", "large"):
+        (machine.root / "mnt" / name).mkdir(parents=True)
+    machine.file("/proc/self/mounts", "".join(f"/dev/{name} /mnt/{name} xfs rw 0 0\n" for name in ("large", "small")))
+    disks = {machine.root / "mnt/small": 300, machine.root / "mnt/large": 2000}
+    stat = os.stat
+    other = os.stat_result((0o40755, 1, 2**31, 2, 0, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(doctor_disk.os, "stat", lambda path, **more: other if path in disks else stat(path, **more))
+    host = machine.host(statvfs=lambda path: statvfs(disks.get(path, 100) * GB)(path))
+    make = f"make doctor PROFILE=flash SCRATCH={machine.root}/mnt/large/scratch"
+    assert doctor_disk.space(host, "calibrate").fix == make
+    monkeypatch.setattr(doctor_disk.os, "access", lambda *_, **__: False)
+    assert doctor_disk.space(host, "calibrate").fix == (
+        f"sudo install -d -o $USER {machine.root}/mnt/large/scratch && {make}"
+    )
+    disks[machine.root / "mnt/large"] = 200
+    assert "SCRATCH=<a folder on a larger disk>" in doctor_disk.space(host, "calibrate").fix
 
 
 @pytest.mark.parametrize(("rate", "status"), [(2e9, OK), (0.1e9, WARNING)])

@@ -13,7 +13,7 @@ from programs import run_here
 from scripts import all_reduce
 from v4forge import doctor_gpu, pins
 from v4forge.doctor_gpu import Cuda
-from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked, Ran, Result
+from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked, Ran, Result, named_gpus
 from v4forge.errors import UserError
 
 LIBRARY = """
@@ -33,6 +33,10 @@ def says(result: Result, status: str, fact: str, fix: str = "") -> None:
     assert result.status == status, result
     assert fact in result.fact and fix in result.fix, result
     assert bool(result.fix) == (status != OK)
+
+
+def test_gpus_are_called_by_name() -> None:
+    assert [named_gpus(range(count)) for count in (1, 2, 3)] == ["GPU 0", "GPUs 0 and 1", "GPUs 0, 1 and 2"]
 
 
 def with_cuda(host: Host, code: int = 0, version: int = 13000) -> Host:
@@ -98,6 +102,12 @@ def test_an_nvidia_smi_that_fails_is_told_with_its_own_fix(tmp_path: Path, said:
         doctor_gpu.models(broken.host())
 
 
+def test_any_other_failure_of_nvidia_smi_has_a_command_too(tmp_path: Path) -> None:
+    broken = Machine(tmp_path, gpus=0)
+    broken.program("nvidia-smi", "exit 3")
+    says(doctor_gpu.driver(broken.host()), FAILED, "failed with 3", "sudo dmesg | grep")
+
+
 def test_cuda_starts(machine: Machine) -> None:
     says(doctor_gpu.cuda(machine.host(environment=with_library(machine, 0))), OK, "CUDA 13.0 of the driver")
 
@@ -142,8 +152,20 @@ def test_the_fabric_is_up(machine: Machine) -> None:
 def test_a_fabric_manager_that_does_not_run(machine: Machine) -> None:
     for gpu in machine.gpus:
         gpu["fabric.state"] = "In Progress"
+    machine.program("nv-fabricmanager", f'echo "Fabric Manager version is : {DRIVER}"')
     found = doctor_gpu.fabric_manager(with_cuda(machine.host(), 802))
     says(found, FAILED, "In Progress: nvidia-fabricmanager does not run", "enable --now nvidia-fabricmanager")
+
+
+def test_a_fabric_manager_that_is_not_installed(machine: Machine) -> None:
+    for gpu in machine.gpus:
+        gpu["fabric.state"] = "In Progress"
+    found = doctor_gpu.fabric_manager(with_cuda(machine.host(), 802))
+    says(found, FAILED, "is not installed", f"apt-get install 'nvidia-fabricmanager-590={DRIVER}*' && sudo systemctl")
+
+
+def test_a_fabric_that_is_managed_from_outside_of_the_vm(machine: Machine) -> None:
+    says(doctor_gpu.fabric_manager(with_cuda(machine.host())), OK, "runs outside of this VM or container")
 
 
 def test_a_fabric_manager_of_another_version(machine: Machine) -> None:
@@ -177,18 +199,25 @@ def test_gpus_are_counted_and_named(machine: Machine) -> None:
 def test_devices_leaves_gpus_out(machine: Machine) -> None:
     one = {"CUDA_VISIBLE_DEVICES": "1"}
     says(doctor_gpu.models(machine.host(environment=one)), OK, "1 x NVIDIA H200")
-    with pytest.raises(NotChecked, match="no GPU 7 here"):
+    with pytest.raises(NotChecked, match="GPU 7 of DEVICES is not here"):
         doctor_gpu.models(machine.host(environment={"CUDA_VISIBLE_DEVICES": "7"}))
+
+
+def test_one_of_devices_that_is_not_there_is_named(machine: Machine) -> None:
+    host = machine.host(environment={"CUDA_VISIBLE_DEVICES": "1,7"}, gpus_wanted=2)
+    says(doctor_gpu.models(host), FAILED, "GPU 7 of DEVICES is not here", "DEVICES=1 GPUS=1")
 
 
 def test_gpus_of_two_models_are_a_warning(machine: Machine) -> None:
     machine.gpus[1]["name"] = "NVIDIA H100"
     says(doctor_gpu.models(machine.host()), WARNING, "wait for the slowest", "DEVICES=0")
+    assert doctor_gpu.models(machine.host(gpus_wanted=2)).fix == "make doctor PROFILE=flash DEVICES=0 GPUS=1"
 
 
 def test_a_gpu_that_is_sliced(machine: Machine) -> None:
     machine.gpus[1]["mig.mode.current"] = "Enabled"
-    says(doctor_gpu.models(machine.host()), FAILED, "GPU 1 is sliced", "sudo nvidia-smi -i 1 -mig 0")
+    says(doctor_gpu.models(machine.host()), FAILED, "GPU 1: the memory is sliced by MIG", "sudo nvidia-smi -i 1 -mig 0")
+    says(doctor_gpu.models(machine.host(environment={"CUDA_VISIBLE_DEVICES": "0"})), OK, "1 x NVIDIA H200")
 
 
 @pytest.mark.parametrize(("compute", "status"), [("9.0", OK), ("8.0", FAILED), ("10.0", WARNING)])
@@ -231,9 +260,9 @@ def test_what_ecc_has_counted(machine: Machine, field: str, value: str, status: 
 
 def test_rows_that_wait_to_be_remapped_or_cannot_be(machine: Machine) -> None:
     machine.remapped[1]["pending"] = "Yes"
-    says(doctor_gpu.health(machine.host()), FAILED, "GPU 1 has memory that a reset takes", "--gpu-reset -i 1")
+    says(doctor_gpu.health(machine.host()), FAILED, "GPU 1: memory that a reset takes", "--gpu-reset -i 1")
     machine.remapped[1]["failure"] = "1"
-    says(doctor_gpu.health(machine.host()), FAILED, "GPU 1 could not remap", "DEVICES=0")
+    says(doctor_gpu.health(machine.host()), FAILED, "GPU 1: a broken row", "DEVICES=0")
 
 
 def test_a_card_without_ecc_that_does_not_know_the_fields(machine: Machine) -> None:
@@ -251,16 +280,22 @@ def test_a_gpu_in_use_is_left_out_while_enough_are_free(machine: Machine) -> Non
     machine.gpus[0]["memory.used"] = "70000"
     machine.programs = ["GPU-0, 4711, /usr/bin/python3, 69990"]
     says(doctor_gpu.idle(machine.host()), WARNING, "GPU 0 (68.4 GiB, /usr/bin/python3 4711)", "DEVICES=1")
-    says(doctor_gpu.idle(machine.host(gpus_wanted=2)), FAILED, "GPU 0", "kill 4711")
+    assert "GPUS=" not in doctor_gpu.idle(machine.host()).fix
+    says(doctor_gpu.idle(machine.host(gpus_wanted=2)), FAILED, "GPU 0", "sudo kill 4711")
 
 
 def test_pairs_joined_by_nvlink(machine: Machine) -> None:
-    says(doctor_gpu.links(machine.host()), OK, "pairs 0,1 NV18")
+    says(doctor_gpu.links(machine.host()), OK, "for TP=2, GPUs 0 and 1 by 18 NVLinks")
 
 
 def test_pairs_without_nvlink(machine: Machine) -> None:
     machine.topology = machine.topology.replace("NV18", "SYS")
-    says(doctor_gpu.links(machine.host()), WARNING, "no NVLink joins 0,1", "nvidia-smi nvlink --status")
+    says(
+        doctor_gpu.links(machine.host()),
+        WARNING,
+        "0 and 1 by the interconnect between NUMA nodes: without NVLink",
+        "nvlink --status",
+    )
 
 
 def test_pairs_of_which_one_has_lost_links(tmp_path: Path) -> None:
@@ -268,7 +303,8 @@ def test_pairs_of_which_one_has_lost_links(tmp_path: Path) -> None:
     rows = ["X NV18 SYS SYS", "NV18 X SYS SYS", "SYS SYS X NV12", "SYS SYS NV12 X"]
     lines = [f"GPU{number} {row} 0-47 0" for number, row in enumerate(rows)]
     machine.topology = "\n".join([" GPU0 GPU1 GPU2 GPU3 CPU Affinity NUMA Affinity", *lines])
-    says(doctor_gpu.links(machine.host()), WARNING, "pairs 0,1 NV18, 2,3 NV12: some have lost links", "nvlink --status")
+    fact = "GPUs 0 and 1 by 18 NVLinks, 2 and 3 by 12 NVLinks: some have lost links"
+    says(doctor_gpu.links(machine.host()), WARNING, fact, "nvlink --status")
 
 
 def test_one_gpu_has_no_pair(tmp_path: Path) -> None:
@@ -282,7 +318,7 @@ def test_one_gpu_has_no_pair(tmp_path: Path) -> None:
 def test_two_processes_really_add(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """With gloo, which takes NCCL's place where there is no GPU: the program and how its answer is read."""
     monkeypatch.setattr(doctor_gpu, "ALL_REDUCE", (*doctor_gpu.ALL_REDUCE, "--backend", "gloo"))
-    says(doctor_gpu.all_reduce(machine.host()), OK, "GPU 0,1: 64 MiB of 2 processes, right")
+    says(doctor_gpu.all_reduce(machine.host()), OK, "GPUs 0 and 1: 64 MiB of 2 processes, right")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +21,15 @@ from v4forge import doctor_network, pins
 from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked
 
 TOKEN = "hf_abcdefghijklmnop"
+STRANGER = "hf_of_somebody_else"
 MODEL = f"models/{pins.read()['FLASH_REPO']}"
 
 
 @dataclass
 class Hub:
     url: str = ""
-    gated: tuple[str, ...] = ()
+    gated: tuple[str, ...] = ()  # of which anybody may know
+    private: tuple[str, ...] = ()
     status: int = 200
     stalls_s: float = 0.0
     ahead_s: float = 0.0
@@ -41,10 +45,14 @@ def hub() -> Iterator[Hub]:
             token = self.headers.get("Authorization", "")
             found.asked.append((self.path, token))
             time.sleep(found.stalls_s)
-            closed = self.path.removeprefix("/api/") in found.gated and token != f"Bearer {TOKEN}"
-            self.send_response(401 if closed else found.status)
-            self.send_header("Content-Length", "0")
+            name, check, _ = self.path.removeprefix("/api/").partition("/auth-check")
+            closed = name in found.private or (bool(check) and name in found.gated)
+            status = {f"Bearer {TOKEN}": found.status, f"Bearer {STRANGER}": 403}.get(token, 401)
+            body = json.dumps({"gated": "auto" if name in found.gated else False}).encode()
+            self.send_response(status if closed else found.status)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            self.wfile.write(body)
 
         def date_time_string(self, timestamp: float | None = None) -> str:
             return formatdate(time.time() + found.ahead_s, usegmt=True)
@@ -71,6 +79,15 @@ def host(machine: Machine, hub: Hub, profile: str = "flash", **environment: Any)
 def test_a_hub_that_answers(machine: Machine, hub: Hub) -> None:
     says(doctor_network.hub(host(machine, hub)), OK, f"{hub.url} answers in")
     assert [path for path, _ in hub.asked] == [f"/api/{MODEL}", f"/api/datasets/{pins.read()['CORPUS_REPO']}"]
+
+
+def test_a_corpus_that_is_here_is_not_asked_for(machine: Machine, hub: Hub, tmp_path: Path) -> None:
+    local = dataclasses.replace(host(machine, hub), corpus=tmp_path / "corpus.jsonl")
+    says(doctor_network.hub(local), OK, f"{hub.url} answers in")
+    assert [path for path, _ in hub.asked] == [f"/api/{MODEL}"]
+    both = dataclasses.replace(local, source=tmp_path, _made={})
+    says(doctor_network.hub(both), OK, "nothing is downloaded")
+    assert len(hub.asked) == 1
 
 
 def test_a_hub_that_cannot_be_reached_fails_only_what_downloads(machine: Machine) -> None:
@@ -113,11 +130,26 @@ def test_without_a_gated_repository_no_token_is_needed_or_sent(machine: Machine,
 
 def test_a_gated_repository_needs_a_token_that_it_takes(machine: Machine, hub: Hub) -> None:
     hub.gated = (MODEL,)
-    says(doctor_network.token(host(machine, hub)), FAILED, f"{MODEL} is gated and there is no token", "hf auth login")
+    none = doctor_network.token(host(machine, hub))
+    says(none, FAILED, f"{MODEL} is gated and there is no token", ".venv/bin/hf auth login")
     says(doctor_network.token(host(machine, hub, HF_TOKEN=TOKEN)), OK, f"{MODEL} takes it")
-    refused = doctor_network.token(host(machine, hub, HF_TOKEN="hf_another_one"))
+    refused = doctor_network.token(host(machine, hub, HF_TOKEN=STRANGER))
     says(refused, FAILED, "the token is not let in", f"accept the terms: {hub.url}/")
-    assert "hf_another_one" not in refused.fact + refused.fix
+    unknown = doctor_network.token(host(machine, hub, HF_TOKEN="hf_mistyped"))
+    says(unknown, FAILED, "does not know the token", "unset HF_TOKEN && .venv/bin/hf auth login")
+    assert STRANGER not in refused.fact + refused.fix and "mistyped" not in unknown.fact + unknown.fix
+
+
+def test_a_hub_that_does_not_say_who_is_let_in(machine: Machine, hub: Hub) -> None:
+    hub.gated, hub.status = (MODEL,), 503
+    with pytest.raises(NotChecked, match="does not say whether the token is let in"):
+        doctor_network.token(host(machine, hub, HF_TOKEN=TOKEN))
+
+
+def test_a_private_repository_needs_a_token_too(machine: Machine, hub: Hub) -> None:
+    hub.private = (MODEL,)
+    says(doctor_network.token(host(machine, hub)), FAILED, "no token", "hf auth login")
+    says(doctor_network.token(host(machine, hub, HF_TOKEN=TOKEN)), OK, "takes it")
 
 
 @pytest.mark.parametrize("place", ["HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME", ""])
@@ -130,7 +162,7 @@ def test_the_token_is_found_where_the_hub_keeps_it(machine: Machine, hub: Hub, p
 
 
 def test_without_the_hub_a_token_is_not_judged(machine: Machine) -> None:
-    with pytest.raises(NotChecked, match="a token is there"):
+    with pytest.raises(NotChecked, match="a token is there; the hub did not answer, see hub"):
         doctor_network.token(host(machine, Hub("http://127.0.0.1:9"), HF_TOKEN=TOKEN))
 
 

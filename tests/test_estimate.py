@@ -135,7 +135,7 @@ def test_a_given_network_or_an_earlier_fetch_gives_one(tmp_path: Path, monkeypat
     events.emit("progress", "calibrate", done=1, total=9, unit="layers", rate=0.2)
     found = of_flash(tmp_path)["fetch"]
     assert found.seconds == pytest.approx(798, abs=1)
-    assert "at 200 MB/s, as in the last fetch here" in found.basis
+    assert "at 200 MB/s (1.6 Gbit/s), as in the last fetch here" in found.basis
 
 
 def test_a_part_that_has_arrived_is_not_fetched_again(tmp_path: Path) -> None:
@@ -186,6 +186,12 @@ def test_the_embedded_model_takes_what_it_took(tmp_path: Path, monkeypatch: pyte
     assert found[1].basis == "median of 3 runs on 2 x a CPU"
 
 
+def test_times_of_a_machine_that_did_other_work_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate.measured, "pipeline", lambda: TINY | {"load_before": 7.1})
+    (found,) = estimate.of_run(["verify"], values(tmp_path, "tiny"), tmp_path, 1)
+    assert found.basis == "median of 3 runs on 2 x a CPU, beside other work"
+
+
 def test_the_table_of_the_embedded_model_has_every_stage_of_the_demo(tmp_path: Path) -> None:
     names = estimate.names_of("tiny")
     found = estimate.of_run(names, values(tmp_path, "tiny"), tmp_path, 1)
@@ -205,9 +211,9 @@ def test_what_was_not_measured_of_the_embedded_model_is_not_scaled(
 
 def test_an_estimate_is_quick(tmp_path: Path) -> None:
     of_flash(tmp_path)
-    started = time.perf_counter()
+    started = time.process_time()  # of its own: other programs may hold the cores
     of_flash(tmp_path, 8)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_a_download_and_the_stage_beside_it_count_once() -> None:

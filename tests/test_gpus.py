@@ -2,7 +2,8 @@
 
 topo-8xh100: NVIDIA/nccl#1264; topo-4xh100: NVIDIA/nccl#1617; topo-8xb200-one-unlinked: vllm-project/vllm#16336 without
 its network cards; topo-8x4090: NVIDIA/go-gpuallocator#17; topo-8xpcie-no-numa: lattice/quda#669; topo-2xa800-unknown:
-vllm-project/vllm#19607; topo-5xpcie and topo-2xrtx3090: noonghunna/club-3090#46 and #178.
+vllm-project/vllm#19607; topo-5xpcie and topo-2xrtx3090: noonghunna/club-3090#46 and #178. topo-2xh200-vm: two GPUs
+of a VM that this project was tried on, as on a terminal.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def machine(count: int, **changes: object) -> list[Gpu]:
         ("5xpcie", [(1, 2), (3, 4)]),
         ("2xa800-unknown", [(0, 1)]),
         ("2xrtx3090", [(0, 1)]),
+        ("2xh200-vm", [(0, 1)]),
     ],
 )
 def test_pairs_of_published_machines(name: str, expected: list[tuple[int, int]]) -> None:

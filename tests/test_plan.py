@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from collections import Counter, namedtuple
+from contextlib import chdir, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,9 @@ def test_calibrate_still_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: 
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The program without measuring -> code, stdout, stderr."""
-    code = run_here("plan", *arguments, "--no-measure")
+    """The program without measuring, far from a run of flash that may be in this checkout -> code, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as empty, chdir(empty) if "tiny" not in arguments else nullcontext():
+        code = run_here("plan", *arguments, "--no-measure")
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -168,25 +171,49 @@ def test_enough_space_ends_with_0_and_the_time_shows_its_arithmetic(
 
 
 def test_stages_come_in_order_and_the_download_counts_beside_calibrate(capsys: pytest.CaptureFixture[str]) -> None:
-    out = planned(capsys, "--profile", "flash", "--gpus", 8, "--network-gbps", 1)[1]
+    out = planned(capsys, "--profile", "flash", "--gpus", 8, "--network-gb-s", 1)[1]
     assert [name for name in rows(out) if name in NAMES] == NAMES
     assert "calibrate begins on the first files of fetch: of the two the longer one counts" in out
     assert "an extrapolation from 1, 2 and 4" in " ".join(out.split())
 
 
 def test_the_price_of_an_hour_gives_the_money(capsys: pytest.CaptureFixture[str]) -> None:
-    given = "--profile", "flash", "--network-gbps", 1, "--json"
+    given = "--profile", "flash", "--network-gb-s", 1, "--json"
     found = json.loads(planned(capsys, *given, "--price", 36)[1])
     assert found["cost"] == pytest.approx(found["total_s"] / 100)
     assert json.loads(planned(capsys, *given)[1])["cost"] is None
-    out = planned(capsys, "--profile", "flash", "--network-gbps", 1, "--price", 36)[1]
-    assert f"{found['cost']:,.2f} at 36.00 an hour" in out
+    out = planned(capsys, "--profile", "flash", "--network-gb-s", 1, "--price", 36)[1]
+    assert f"{found['cost']:,.2f} at 36.00 an hour, for these stages alone" in out
 
 
 def test_an_unknown_network_is_said_in_the_total(capsys: pytest.CaptureFixture[str]) -> None:
     out = planned(capsys, "--profile", "flash")[1]
     assert rows(out)["fetch"].split()[-1] == "unknown"
-    assert "fetch with 100 MB/s, unless --network-gbps says other" in out
+    assert "fetch assumed at 100 MB/s: NETWORK_GB_S=, or --network-gb-s, says other" in out
+
+
+def test_json_names_what_is_assumed_in_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    unknown, known = (
+        json.loads(planned(capsys, "--profile", "flash", "--json", *more)[1]) for more in ([], ["--network-gb-s", 1])
+    )
+    assert (unknown["assumed"], known["assumed"]) == (["fetch"], [])
+
+
+def test_a_run_that_was_interrupted_needs_only_what_is_missing(tmp_path: Path) -> None:
+    """Half a download, a part of which has no name yet, and 20 layers: the rest, and the hidden states."""
+    sizes = flash_sizes()
+    layers = plan.layer_bytes(sizes.artifact)
+    sparse(tmp_path / "upstream" / "model-00001-of-00046.safetensors", 70 * 10**9)
+    sparse(tmp_path / "upstream/.fetch/incoming/x/model-00002-of-00046.safetensors.incomplete", 9 * 10**9)
+    for layer in range(20):
+        sparse(tmp_path / "layers" / f"layer-{layer:03}.safetensors", sizes.artifact[f"layers.{layer}"])
+    left = sizes.upstream.total() - 79 * 10**9 + layers - sum(sizes.artifact[f"layers.{n}"] for n in range(20))
+    states = 2 * 768 * 512 * 4 * 4096 * 2
+    assert room(tmp_path) == left + states
+    sparse(tmp_path / "layers/streams/layer-016/00000.safetensors", states // 2)
+    assert room(tmp_path) == left + states // 2
+    parts = plan.calibration_parts(plan.flash_config(), tmp_path / "layers", *TOKENS)
+    assert parts[1].missing_bytes == states // 2
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -267,7 +294,7 @@ def test_a_source_with_only_its_config_is_enough(tmp_path: Path, capsys: pytest.
         ([], 2),
         (["--profile", "flash", "--samples", "0"], 2),
         (["--profile", "flash", "--price", "nan"], 2),
-        (["--profile", "flash", "--network-gbps", "0"], 2),
+        (["--profile", "flash", "--network-gb-s", "0"], 2),
         (["--source", "/no/such/folder"], 1),
     ],
 )

@@ -9,8 +9,8 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from v4forge import doctor_containers as of_containers
@@ -44,13 +44,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A check and what it found."""
+    """A check and what it found; `after`: the check that says why it could not be made."""
 
     name: str
     group: str
     status: str
     fact: str
     fix: str
+    after: str = ""
 
 
 # nvidia-smi wakes every GPU first where no daemon keeps them awake: the first that asks waits for a minute.
@@ -102,7 +103,13 @@ def run(
     together = [check for check in checks if not check.alone]
     for group in (together, *([check] for check in checks if check.alone)):
         _run_together(host, group, found, told)
-    return [found[check.name] for check in checks]
+    return [_as_the_first(found[check.name], found) for check in checks]
+
+
+def _as_the_first(row: Row, found: Mapping[str, Row]) -> Row:
+    """A row that waits for another check has its fix."""
+    first = found.get(row.after)
+    return replace(row, fix=first.fix) if first and first.fix else row
 
 
 def _run_together(
@@ -127,7 +134,7 @@ def _run_together(
             answers = [(check, result)] if check.name in waiting else []
         for check, result in answers:
             del waiting[check.name]
-            found[check.name] = Row(check.name, check.group, *_redacted(host, result))
+            found[check.name] = Row(check.name, check.group, *_redacted(host, result), result.after)
     told([])
 
 
@@ -145,7 +152,7 @@ def judge(host: Host, check: Check) -> Result:
     try:
         return check.function(host)
     except NotChecked as error:
-        return Result(WARNING, UNCHECKED + error.fact, error.fix)
+        return Result(WARNING, UNCHECKED + error.fact, error.fix, error.after)
     except UserError as error:
         return SEVERITY.get(check.group, _failed)(host, error.fact, error.hint)
     except Exception as error:  # a check that breaks must not hide the others

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import compose, containers, image_build, images, pins
-from v4forge.doctor_host import Host, NotChecked, Result, failed, numbers, ok, warning
+from v4forge.doctor_host import INSTALL_DOCKER, Host, NotChecked, Result, failed, numbers, ok, warning
 from v4forge.errors import UserError
 from v4forge.files import make_folder
 from v4forge.jobs import Job
@@ -18,10 +18,19 @@ API_MIN = (1, 40)  # the first in which a container asks for GPUs
 CONTAINER_LIMIT_S = 60.0
 GIB = 2**30
 TOOLKIT = ("nvidia-ctk", "nvidia-container-runtime-hook", "nvidia-container-cli")
+SET_UP_TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+# Ubuntu has no such package; NVIDIA's repository has. The list names the key as NVIDIA's own instructions do.
+REPOSITORY = "https://nvidia.github.io/libnvidia-container"
+KEYRING = "/usr/share/keyrings/nvidia-container-toolkit.gpg"
 INSTALL_TOOLKIT = (
-    "sudo apt-get install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker"
-    " && sudo systemctl restart docker"
+    f"curl -fsSL {REPOSITORY}/gpgkey | sudo gpg --dearmor --yes -o {KEYRING}"
+    f" && echo 'deb [signed-by={KEYRING}] {REPOSITORY}/stable/deb/$(ARCH) /'"
+    " | sudo tee /etc/apt/sources.list.d/nvidia-container-toolkit.list"
+    f" && sudo apt-get update && sudo apt-get install nvidia-container-toolkit && {SET_UP_TOOLKIT}"
 )
+# Ubuntu's package, else that of docker's own repository.
+INSTALL_COMPOSE = "sudo apt-get install docker-compose-v2 || sudo apt-get install docker-compose-plugin"
+INSTALL_BUILDX = "sudo apt-get install docker-buildx || sudo apt-get install docker-buildx-plugin"
 # Writes a file where a run would, and says that it could.
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('x')"
 
@@ -33,14 +42,11 @@ def missing(host: Host, fact: str, fix: str) -> Result:
 
 def daemon(host: Host) -> Result:
     """A docker daemon answers, and its API can give GPUs to a container."""
-    reachable = host.environment.get("DOCKER_HOST") or host.path("/var/run/docker.sock").exists()
-    if not host.which("docker") and not reachable:
-        without = "" if host.chosen_runtime == "docker" else f"; it is not needed for RUNTIME={host.chosen_runtime}"
-        return missing(host, f"docker is not installed{without}", "sudo apt-get install docker.io")
     try:
         engine = host.engine()
     except UserError as error:
-        return missing(host, error.fact, error.hint)
+        without = "" if host.chosen_runtime == "docker" else f"; it is not needed for RUNTIME={host.chosen_runtime}"
+        return missing(host, error.fact + without, error.hint)
     version = engine.client.version()
     confined = sorted(engine.security & {"rootless", "userns", "selinux"})
     shown = f"docker {version['Version']}, API {version['ApiVersion']}{''.join(f', {name}' for name in confined)}"
@@ -58,18 +64,18 @@ def compose_program(host: Host) -> Result:
             version = re.search(r"\d+(\.\d+)+", ran.out)
             return ok(f"{' '.join(words)} {version[0] if version else ''}".strip())
     if not host.which("docker"):
-        raise NotChecked("no docker here", "sudo apt-get install docker.io")
-    return warning("docker compose is not installed: make serve RUNTIME=docker needs it", f"sudo {compose.INSTALL}")
+        raise NotChecked("no docker here", INSTALL_DOCKER, "docker")
+    return warning("docker compose is not installed: make serve RUNTIME=docker needs it", INSTALL_COMPOSE)
 
 
 def builder(host: Host) -> Result:
     """What `make images` builds with; `make pull` needs none."""
     if not host.which("docker"):
-        raise NotChecked("no docker here", "sudo apt-get install docker.io")
+        raise NotChecked("no docker here", INSTALL_DOCKER, "docker")
     try:
         words = image_build.builder(host.environment)
     except UserError as error:
-        return warning(f"{error.fact}: make images needs it", "sudo apt-get install docker-buildx")
+        return warning(f"{error.fact}: make images needs it", INSTALL_BUILDX)
     return ok(" ".join(["docker", *words[1:3]]) + " builds with BuildKit")
 
 
@@ -87,6 +93,11 @@ def toolkit(host: Host) -> Result:
     return missing(host, "the docker daemon has no NVIDIA runtime, which GPUs need", INSTALL_TOOLKIT)
 
 
+def _give_gpus(host: Host) -> str:
+    """What makes a container see the GPUs: the toolkit, or its settings where it is installed."""
+    return SET_UP_TOOLKIT if host.which(TOOLKIT[0]) else INSTALL_TOOLKIT
+
+
 def image(host: Host, name: str) -> Result:
     """An image is here, and holds this checkout's code."""
     engine, reference = host.some_engine(), images.resolve(name)
@@ -94,7 +105,11 @@ def image(host: Host, name: str) -> Result:
     lane = labels.get(containers.LANE_LABEL, "")
     if labels.get(containers.CODE_LABEL) != images.code_sha256():
         fact = f"{reference} holds other code than this checkout"
-        return missing(host, fact, f"make images IMAGE={name}") if name == "calib" else warning(fact, "make images")
+        return (
+            missing(host, fact, f"make images IMAGE={name}")
+            if name == "calib"
+            else warning(fact, f"make images IMAGE={name}")
+        )
     if name == "calib" and lane == "cpu" and host.full_size:
         return missing(host, f"{reference} is of the CPU's lane", "make images IMAGE=calib LANE=cuda")
     found = engine.client.images.get(reference)
@@ -123,18 +138,21 @@ def _made(work: Path) -> Path:
     try:
         make_folder(work)
     except UserError as error:
-        raise NotChecked(error.fact, error.hint) from None
+        raise NotChecked(error.fact, error.hint, "scratch") from None
     return work
 
 
 def sees_gpus(host: Host) -> Result:
     """A container of the calibration image sees the GPUs."""
     found = host.some_gpus()
-    code, said = _output(host, "calib", ["nvidia-smi", "-L"], min(host.gpus_wanted, len(found)))
+    try:
+        code, said = _output(host, "calib", ["nvidia-smi", "-L"], min(host.gpus_wanted, len(found)))
+    except UserError as error:
+        return missing(host, error.fact, _give_gpus(host) if "NVIDIA" in error.fact else error.hint)
     seen = len(re.findall(r"^GPU \d+:", said, flags=re.M))
     if code or seen < host.gpus_wanted:
         first = next(iter(said.strip().splitlines()), "nothing")
-        return missing(host, f"a container sees {seen} GPUs, GPUS={host.gpus_wanted}: {first}", INSTALL_TOOLKIT)
+        return missing(host, f"a container sees {seen} GPUs, GPUS={host.gpus_wanted}: {first}", _give_gpus(host))
     return ok(f"a container sees {seen} GPU{'s' * (seen != 1)}")
 
 
@@ -150,7 +168,8 @@ def writes(host: Host) -> Result:
             return missing(host, f"a container cannot write to {work}: {last}", own)
         if not file.exists():
             fact = f"the daemon's {work} is another one: does it run on this machine?"
-            return missing(host, fact, "unset DOCKER_HOST, or make … RUNTIME=host")
+            named = host.environment.get("DOCKER_HOST")
+            return missing(host, fact, "unset DOCKER_HOST" if named else host.make("doctor", "RUNTIME=host"))
         if (owner := file.stat().st_uid) != host.user:
             return missing(host, f"what a container writes to {work} belongs to user {owner}, not to you", own)
     finally:

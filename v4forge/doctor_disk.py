@@ -38,7 +38,7 @@ def writable(host: Host) -> Result:
     kind = _file_system(host, existing)
     if kind in IN_MEMORY and host.full_size:
         fact = f"{host.work} is {kind}, which takes the host's memory"
-        return warning(fact, host.make("doctor", "SCRATCH=<a folder on a disk>"))
+        return warning(fact, _elsewhere(host, 0))
     return ok(f"{host.work} is yours to write{kind and f', {kind}'}")
 
 
@@ -75,24 +75,42 @@ def space(host: Host, stage: str) -> Result:
     steps = plan.steps(names, *case)
     needed = plan.room_needed(steps, names, *case)
     what = f"{stage} writes {_size(steps[-1].writes_bytes)}; up to its end {_size(needed)} are needed"
-    larger = host.make("doctor", "SCRATCH=<a folder on a larger disk>")
+    larger = _elsewhere(host, needed)
     result = _fits(host, host.work, what, needed, larger)
     found = host.statvfs(_existing(host.work))
     if result.status == OK and found.f_files and found.f_favail < INODES:  # one without a table of files says 0
         fact = f"room for {found.f_favail:,} more files; the caches of a run take up to {INODES:,}"
-        return failed(fact, f"df -i {_existing(host.work)}; {larger}")
+        return failed(fact, larger)
     return result
+
+
+def _elsewhere(host: Host, needed: int) -> str:
+    """The doctor's command on the disk with most room, where it is another and has room for so many bytes."""
+    here = os.stat(_existing(host.work)).st_dev
+    rooms: list[tuple[int, Path]] = []
+    for line in host.read("/proc/self/mounts").splitlines():
+        device, point, *_ = [*line.split(), "", ""]
+        folder = host.path(point)
+        if device.startswith("/dev/") and folder.is_dir() and os.stat(folder).st_dev != here:
+            found = host.statvfs(folder)
+            rooms.append((found.f_bavail * found.f_frsize, folder))
+    free, folder = max(rooms, default=(-1, Path()))
+    if free < needed:
+        return host.make("doctor", "SCRATCH=<a folder on a larger disk>")
+    scratch = folder / "scratch"
+    give = "" if os.access(folder, os.W_OK) else f"sudo install -d -o $USER {scratch} && "
+    return give + host.make("doctor", f"SCRATCH={scratch}")
 
 
 def images(host: Host) -> Result:
     """The images fit where docker keeps them."""
     folder, needed = doctor_containers.data_folder(host)
     if not folder.exists():
-        raise NotChecked(f"{folder} is not seen from here", "docker system df")
+        raise NotChecked(f"docker keeps images in {folder}, which this machine does not have", "docker system df")
     if not needed:
         return ok("both images are here")
     what = f"the images that are not here may take {_size(needed)} in {folder}"
-    return _fits(host, folder, what, needed, "docker system prune --all")
+    return _fits(host, folder, what, needed, "docker system prune")  # what is in use or has a name stays
 
 
 def _fits(host: Host, folder: Path, what: str, needed: int, fix: str) -> Result:

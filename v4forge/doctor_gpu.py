@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from v4forge import gpus, pins, plan
-from v4forge.doctor_host import Host, NotChecked, Result, failed, listed, numbers, ok, table, warning
+from v4forge.doctor_host import Host, NotChecked, Result, failed, listed, named_gpus, numbers, ok, table, warning
 from v4forge.errors import UserError
 from v4forge.gpus import BLACKWELL, GIB, HOPPER, IDLE_BYTES, Gpu
 
@@ -24,8 +24,9 @@ SMI_FAILURES = (
     ("couldn't communicate", "sudo modprobe nvidia"),
     ("is lost", "sudo reboot"),
     ("requires reset", "sudo nvidia-smi --gpu-reset"),
-    ("No devices were found", "sudo dmesg | grep -iE 'nvrm|xid'"),
 )
+KERNEL_LOG = "sudo dmesg | grep -iE 'nvrm|xid'"
+REBUILD = "rm -r .venv && make env"
 
 # cuInit's codes -> what is wrong, the command. https://docs.nvidia.com/cuda/cuda-driver-api, CUresult
 CUDA_FAILURES = {
@@ -35,10 +36,7 @@ CUDA_FAILURES = {
         "sudo systemctl restart nvidia-fabricmanager",
     ),
     803: ("the driver's library is of another version than its kernel module", "sudo reboot"),
-    804: (
-        "a compatibility library of CUDA comes before the driver's own",
-        "ldconfig -p | grep libcuda.so.1; unset LD_LIBRARY_PATH",
-    ),
+    804: ("a compatibility library of CUDA comes before the driver's own", "unset LD_LIBRARY_PATH"),
     999: ("unknown error: often the module nvidia-uvm is not loaded", "sudo nvidia-modprobe -u -c=0"),
 }
 
@@ -81,8 +79,7 @@ class Cuda:
 
 def driver(host: Host) -> Result:
     """There is a driver, and it is new enough for the serve image's CUDA."""
-    minimum = pins.read()["CUDA_DRIVER_MIN"]
-    install = f"sudo apt-get install nvidia-driver-{minimum.split('.')[0]}-server && sudo reboot"
+    minimum, install = pins.read()["CUDA_DRIVER_MIN"], _install()
     if not host.which("nvidia-smi"):
         if host.read("/proc/driver/nvidia/version"):
             branch = next(iter(numbers(_module_version(host))), "")
@@ -91,19 +88,24 @@ def driver(host: Host) -> Result:
         if _pci(host, DISPLAYS):
             return host.needed("there is an NVIDIA GPU, but no driver", install)
         if host.full_size:
-            return failed("there is no NVIDIA GPU here", "run it on a machine with GPUs: lspci -d 10de: lists them")
+            return failed("there is no NVIDIA GPU here; run it on a machine that has some", "lspci -d 10de:")
         return warning("no NVIDIA GPU here: PROFILE=tiny runs on the CPU", "make demo")
     try:
         found = host.gpus()
     except UserError as error:
-        fix = next((command for text, command in SMI_FAILURES if text in error.fact), error.hint)
+        fix = next((command for text, command in SMI_FAILURES if text in error.fact), KERNEL_LOG)
         return host.needed(error.fact, fix)
     version = found[0].driver
     if not numbers(version):
         return host.needed(f"nvidia-smi does not tell the driver's version, but {version!r}", "nvidia-smi")
     if numbers(version) < numbers(minimum):
         return host.needed(f"driver {version}: the serve image's CUDA needs {minimum} or newer", install)
-    return ok(f"driver {version}; the serve image's CUDA needs {minimum}")
+    return ok(f"driver {version}; the serve image's CUDA needs {minimum} or newer")
+
+
+def _install() -> str:
+    """A driver of the branch that the serve image's CUDA came with."""
+    return f"sudo apt-get install nvidia-driver-{pins.read()['CUDA_DRIVER_MIN'].split('.')[0]}-server && sudo reboot"
 
 
 def _module_version(host: Host) -> str:
@@ -146,16 +148,14 @@ def cuda(host: Host) -> Result:
 def torch_build(host: Host) -> Result:
     """This environment's torch has CUDA, and the driver knows it."""
     host.some_gpus()
-    again = "rm -r .venv && make env"
     if host.torch_cuda is None:
         fact = "torch is a build for the CPU, and there is a GPU"
-        return failed(fact, again) if host.full_size and host.chosen_runtime == "host" else warning(fact, again)
+        return failed(fact, REBUILD) if host.full_size and host.chosen_runtime == "host" else warning(fact, REBUILD)
     ours, drivers = numbers(host.torch_cuda), numbers(starts(host).dotted)
     fact = f"torch is built for CUDA {host.torch_cuda}, the driver has {starts(host).dotted}"
-    newer = f"install a driver of CUDA {host.torch_cuda} or newer: sudo apt-get install nvidia-driver-<version>-server"
     if drivers[:1] < ours[:1]:
-        return host.needed(fact, newer)
-    return ok(fact) if drivers >= ours else warning(f"{fact}: what it compiles at run time may fail", newer)
+        return host.needed(fact, _install())
+    return ok(fact) if drivers >= ours else warning(f"{fact}: what it compiles at run time may fail", _install())
 
 
 def fabric_manager(host: Host) -> Result:
@@ -171,22 +171,22 @@ def fabric_manager(host: Host) -> Result:
     code = starts(host).code
     up = code == 0 and told in ([], ["Completed"])
     judged = warning if up else host.needed
+    install = f"sudo apt-get install 'nvidia-fabricmanager-{release.split('.')[0]}={release}*'"
     if version and version != release:
-        branch = release.split(".")[0]
-        return judged(
-            f"nvidia-fabricmanager is {version}, the driver {release}: they have to be the same",
-            f"sudo apt-get install 'nvidia-fabricmanager-{branch}={release}*'"
-            " && sudo systemctl restart nvidia-fabricmanager",
-        )
+        fact = f"nvidia-fabricmanager is {version}, the driver {release}: they have to be the same"
+        return judged(fact, f"{install} && sudo systemctl restart nvidia-fabricmanager")
     if not up:
         state = f"the fabric is {listed(told)}" if told else f"CUDA error {code}"
         judged = host.needed if code else warning  # one GPU may do without its neighbours
         if not running:
-            fact = f"{state}: nvidia-fabricmanager does not run"
-            return judged(fact, "sudo systemctl enable --now nvidia-fabricmanager")
+            start = "sudo systemctl enable --now nvidia-fabricmanager"
+            if not version:
+                return judged(f"{state}: nvidia-fabricmanager is not installed", f"{install} && {start}")
+            return judged(f"{state}: nvidia-fabricmanager does not run", start)
         fact = f"{state}, though nvidia-fabricmanager runs"
         return judged(fact, "sudo systemctl restart nvidia-fabricmanager")
-    shown = f"nvidia-fabricmanager {version}".strip() if running else "its manager is not seen from here"
+    outside = "nvidia-fabricmanager runs outside of this VM or container"
+    shown = f"nvidia-fabricmanager {version}".strip() if running else outside
     return ok(f"the fabric is up; {shown}")
 
 
@@ -207,17 +207,28 @@ def _manager_runs(host: Host) -> bool:
 def models(host: Host) -> Result:
     """As many GPUs as asked for, of one model, whole."""
     found = host.some_gpus()
+    if gone := sorted(host.devices() - {gpu.index for gpu in found}):
+        here = [str(gpu.index) for gpu in found]
+        return host.needed(f"{named_gpus(gone)} of DEVICES is not here", _only(host, "doctor", here))
     names = sorted({gpu.name for gpu in found})
     shown = f"{len(found)} x {' and '.join(names)}, {min(g.memory_bytes for g in found) / GIB:.1f} GiB each"
     if len(found) < host.gpus_wanted:
         return host.needed(f"{shown}; GPUS={host.gpus_wanted} asks for more", host.make("doctor", f"GPUS={len(found)}"))
-    if sliced := [row["index"] for row in host.query("index,mig.mode.current") if row["mig.mode.current"] == "Enabled"]:
-        return host.needed(f"GPU {listed(sliced)} is sliced by MIG", f"sudo nvidia-smi -i {','.join(sliced)} -mig 0")
+    modes = {row["index"]: row["mig.mode.current"] for row in host.query("index,mig.mode.current")}
+    if sliced := [str(gpu.index) for gpu in found if modes.get(str(gpu.index)) == "Enabled"]:
+        whole = f"sudo nvidia-smi -i {','.join(sliced)} -mig 0"
+        return host.needed(f"{named_gpus(sliced)}: the memory is sliced by MIG", whole)
     if len(names) > 1:
         first = [str(gpu.index) for gpu in found if gpu.name == found[0].name]
         fact = f"{shown}: the ranks of a run wait for the slowest"
-        return warning(fact, host.make("doctor", f"DEVICES={','.join(first)}"))
+        return warning(fact, _only(host, "doctor", first))
     return ok(shown)
+
+
+def _only(host: Host, target: str, indexes: list[str]) -> str:
+    """The make command on these GPUs only, on fewer than wanted where they are."""
+    fewer = [f"GPUS={len(indexes)}"] if len(indexes) < host.gpus_wanted else []
+    return host.make(target, f"DEVICES={','.join(indexes)}", *fewer)
 
 
 def capability(host: Host) -> Result:
@@ -226,11 +237,11 @@ def capability(host: Host) -> Result:
     lowest, highest = min(gpu.compute for gpu in found), max(gpu.compute for gpu in found)
     shown = ".".join(map(str, lowest))
     if lowest < HOPPER:
-        fact = f"compute capability {shown}: DeepGEMM and FP8 by blocks, which serving needs, begin with 9.0"
-        return host.needed(fact, "calibrate here, serve on H100, H200 or newer: make serve")
+        fact = f"compute capability {shown}: DeepGEMM and FP8 by blocks, which serving needs, begin with 9.0, on H100"
+        return host.needed(fact, "nvidia-smi -L")
     if highest >= BLACKWELL:
         fact = f"compute capability {'.'.join(map(str, highest))}: nothing was verified on it"
-        return warning(fact, f"make test TESTS='-m gpu' # then {host.make('artifact')}")
+        return warning(fact, "make test TESTS='-m gpu'")
     return ok(f"compute capability {shown}")
 
 
@@ -266,23 +277,23 @@ def health(host: Host) -> Result:
 
     remapped = [(gpu, row) for gpu in found for row in _remapped(host) if row["gpu_uuid"] == gpu.uuid]
     if broken := [str(gpu.index) for gpu, row in remapped if row["remapped_rows.failure"] in YES]:
-        fact = f"GPU {listed(broken)} could not remap a broken row of its memory"
-        others = ",".join(index for index in whole if index not in broken)
-        return failed(fact, host.make("artifact", f"DEVICES={others}") if others else "have the GPU replaced")
+        fact = f"{named_gpus(broken)}: a broken row of the memory could not be remapped; the GPU is to be replaced"
+        others = [index for index in whole if index not in broken]
+        return failed(fact, _only(host, "doctor", others) if others else "nvidia-smi -q -d ROW_REMAPPER")
     pending = [str(gpu.index) for gpu, row in remapped if row["remapped_rows.pending"] in YES]
     pending += those("retired_pages.pending", *YES)
     errors = those("ecc.errors.uncorrected.volatile.total")
     if pending or errors:
-        what = "memory that a reset takes out of use" if pending else "had uncorrected ECC errors since it was reset"
+        what = "memory that a reset takes out of use" if pending else "uncorrected ECC errors since the last reset"
         reset = f"sudo nvidia-smi --gpu-reset -i {','.join(pending or errors)}"
-        return failed(f"GPU {listed(pending or errors)} has {what}", reset)
+        return failed(f"{named_gpus(pending or errors)}: {what}", reset)
     if not (on := those("ecc.mode.current", "Enabled")):
         return warning("no GPU works with ECC: a flipped bit would go unseen", "sudo nvidia-smi -e 1 && sudo reboot")
     if without := [index for index in whole if index not in on]:
-        fact = f"GPU {listed(without)} works without ECC: a flipped bit would go unseen"
+        fact = f"{named_gpus(without)}: without ECC, a flipped bit would go unseen"
         return warning(fact, f"sudo nvidia-smi -i {','.join(without)} -e 1 && sudo reboot")
     if old := those("ecc.errors.uncorrected.aggregate.total"):
-        fact = f"GPU {listed(old)} has had uncorrected ECC errors at some time, none since it was reset"
+        fact = f"{named_gpus(old)}: uncorrected ECC errors at some time, none since the last reset"
         return warning(fact, f"nvidia-smi -q -d ECC -i {','.join(old)}")
     return ok("on; no uncorrected error, nothing waits for a reset")
 
@@ -302,13 +313,13 @@ def idle(host: Host) -> Result:
     if not used:
         return ok(f"{_counted(len(found))} idle")
     programs = gpus.processes(host.smi)
-    shown = [f"{gpu.index} ({gpu.used_bytes / GIB:.1f} GiB{_by(gpu, programs)})" for gpu in used]
-    fact = f"in use: GPU {listed(shown)}"
+    shown = [f"GPU {gpu.index} ({gpu.used_bytes / GIB:.1f} GiB{_by(gpu, programs)})" for gpu in used]
+    fact = f"in use: {listed(shown)}"
     free = [str(gpu.index) for gpu in found if gpu not in used]
     if len(free) >= host.gpus_wanted:
-        return warning(fact, host.make("artifact", f"DEVICES={','.join(free)}"))
+        return warning(fact, _only(host, "artifact", free))
     pids = sorted({each.pid for each in programs if each.uuid in {gpu.uuid for gpu in used}})
-    return host.needed(fact, f"kill {' '.join(map(str, pids))}" if pids else "sudo fuser -v /dev/nvidia*")
+    return host.needed(fact, f"sudo kill {' '.join(map(str, pids))}" if pids else "sudo fuser -v /dev/nvidia*")
 
 
 def _by(gpu: Gpu, programs: list[gpus.Process]) -> str:
@@ -323,16 +334,19 @@ def links(host: Host) -> Result:
         raise NotChecked("one GPU: a replica that serves takes two (TP=2)", "nvidia-smi topo -m")
     topology = host.topology()
     chosen = gpus.pairs(topology, [gpu.index for gpu in found])
-    shown = listed([f"{a},{b} {topology.links.get((a, b), '?')}" for a, b in chosen], MOST_GPUS)
+    joined = [f"{a} and {b} by {_joined(topology, (a, b))}" for a, b in chosen]
+    fact = f"for TP=2, GPUs {listed(joined, MOST_GPUS)}"
     widths = [topology.nvlinks(pair) for pair in chosen]
     if min(widths) == 0:
-        bare = [f"{a},{b}" for a, b in chosen if not topology.nvlinks((a, b))]
-        return warning(
-            f"pairs {shown}: no NVLink joins {listed(bare)}, which serve slower", "nvidia-smi nvlink --status"
-        )
+        return warning(f"{fact}: without NVLink a pair serves slower", "nvidia-smi nvlink --status")
     if min(widths) < max(widths):
-        return warning(f"pairs {shown}: some have lost links", "nvidia-smi nvlink --status")
-    return ok(f"pairs {shown}")
+        return warning(f"{fact}: some have lost links", "nvidia-smi nvlink --status")
+    return ok(fact)
+
+
+def _joined(topology: gpus.Topology, pair: gpus.Pair) -> str:
+    link, count = topology.links.get(pair, "?"), topology.nvlinks(pair)
+    return f"{count} NVLinks" if count else gpus.MEANINGS.get(link, link)
 
 
 def all_reduce(host: Host) -> Result:
@@ -341,8 +355,9 @@ def all_reduce(host: Host) -> Result:
     if len(found) < PAIR:
         raise NotChecked("one GPU: NCCL has nobody to talk to", "nvidia-smi -L")
     if host.torch_cuda is None:
-        raise NotChecked("torch is a build for the CPU", "rm -r .venv && make env")
+        raise NotChecked("torch is a build for the CPU", REBUILD, "torch")
     first, second = gpus.pairs(host.topology(), [gpu.index for gpu in found])[0]
+    pair = named_gpus((first, second))
     chosen = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": f"{first},{second}"}
     variables = NCCL_ENVIRONMENT | chosen
     command = " ".join(["NCCL_DEBUG=INFO", *(f"{name}={value}" for name, value in variables.items())])
@@ -350,13 +365,13 @@ def all_reduce(host: Host) -> Result:
     try:
         ran = host.python(*ALL_REDUCE, limit_s=NCCL_LIMIT_S, added=variables)
     except UserError:
-        return host.needed(f"GPU {first},{second}: NCCL's all-reduce did not end within {NCCL_LIMIT_S:.0f} s", again)
+        return host.needed(f"{pair}: NCCL's all-reduce did not end within {NCCL_LIMIT_S:.0f} s", again)
     told = re.search(r"^all-reduce: (.+)$", ran.out, flags=re.M)
     if ran.code == 0 and told:
-        return ok(f"GPU {first},{second}: {told[1]}")
+        return ok(f"{pair}: {told[1]}")
     said = ran.out + ran.err
     fix = next((command for text, command in NCCL_FAILURES if text in said), again)
-    return host.needed(f"GPU {first},{second}: {_cause(said)}", fix)
+    return host.needed(f"{pair}: {_cause(said)}", fix)
 
 
 def _cause(said: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from v4forge.stages import PROFILES
 ROOT = Path(__file__).resolve().parents[1]
 OK, WARNING, FAILED = "ok", "warning", "failed"
 COMMAND_LIMIT_S = 20.0
+INSTALL_DOCKER = "sudo apt-get install docker.io"
+JOIN_DOCKER = "sudo usermod -aG docker $USER && newgrp docker"
 GRACE_S = 40.0  # torchrun gives its processes 30 s to end
 # What nvidia-smi says where it has no value: [N/A], [Not Supported], [Insufficient Permissions] …
 NO_VALUE = re.compile(r"\[.*\]|N/A")
@@ -45,6 +48,7 @@ class Result:
     status: str
     fact: str
     fix: str = ""
+    after: str = ""  # the check that says more, whose fix helps here too
 
 
 def ok(fact: str) -> Result:
@@ -60,12 +64,13 @@ def failed(fact: str, fix: str) -> Result:
 
 
 class NotChecked(Exception):
-    """A check that this machine has no object for, and what would give it one."""
+    """A check that this machine has no object for, and what would give it one; `after`: the check that says why."""
 
-    def __init__(self, fact: str, fix: str) -> None:
-        super().__init__(fact, fix)
-        self.fact = fact
+    def __init__(self, fact: str, fix: str, after: str = "") -> None:
+        self.fact = f"{fact}, see {after}" if after else fact
+        super().__init__(self.fact, fix)
         self.fix = fix
+        self.after = after
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class Host:
     """A machine, and the run that is planned for it: the checks ask whether the one can do the other.
 
     `root` is where /proc, /sys, /dev and /etc are; commands are looked for on the PATH of `environment`. `source` is
-    the upstream checkpoint, None for the one that fetch puts into `work`. `gpus_wanted` share the samples.
+    the upstream checkpoint, None for the one that fetch puts into `work`; `corpus` the calibration text, None for the
+    profile's. `gpus_wanted` share the samples.
     """
 
     work: Path
@@ -95,6 +101,7 @@ class Host:
     gpus_wanted: int = 1
     runtime: str = ""
     source: Path | None = None
+    corpus: Path | None = None
     samples: int = 0
     seq_len: int = 0
     root: Path = Path("/")
@@ -165,9 +172,24 @@ class Host:
         return failed(fact, fix) if self.full_size else warning(fact, fix)
 
     def make(self, target: str, *settings: str) -> str:
-        """A make command of this run."""
-        profile = [f"PROFILE={self.profile}"] if self.full_size else []
-        return " ".join(["make", target, *profile, *settings])
+        """A make command of this run, which differs from it in `settings`."""
+        default = PROFILES[self.profile]
+        own = {
+            "PROFILE": self.profile if self.full_size else "",
+            "SCRATCH": str(self.work.parent)
+            if self.work.name == self.profile and self.work.parent != ROOT / "scratch"
+            else "",
+            "RUNTIME": self.runtime if self.runtime != default.runtime else "",
+            "GPUS": str(self.gpus_wanted) if self.gpus_wanted > 1 else "",
+            "DEVICES": ",".join(map(str, sorted(self.devices()))),
+            "SOURCE": str(self.source or ""),
+            "CORPUS": str(self.corpus or ""),
+            "SAMPLES": str(self.samples or ""),
+            "SEQ_LEN": str(self.seq_len or ""),
+        }
+        changed = {setting.partition("=")[0] for setting in settings}
+        kept = [f"{name}={shlex.quote(value)}" for name, value in own.items() if value and name not in changed]
+        return " ".join(["make", target, *kept, *settings])
 
     # The machine.
 
@@ -224,18 +246,22 @@ class Host:
         """The machine's GPUs. Raises UserError where there are none or nvidia-smi fails."""
         return self.once("gpus", lambda: gpus.gpus(self.smi))
 
+    def devices(self) -> set[int]:
+        """The GPUs that CUDA_VISIBLE_DEVICES names, by nvidia-smi's numbers; none where it does not."""
+        named = self.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        return {int(name) for name in named if name.strip().isdigit()}
+
     def some_gpus(self) -> list[Gpu]:
         """The GPUs of the run: those that CUDA_VISIBLE_DEVICES names, which DEVICES sets, else all. Raises NotChecked
         where there is none; the check of the driver says why."""
         try:
             found = self.gpus()
         except UserError:
-            raise NotChecked("no GPU answers here", "nvidia-smi" if self.full_size else "make demo") from None
-        named = self.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        indexes = {int(name) for name in named if name.strip().isdigit()}
+            raise NotChecked("no GPU answers here", "nvidia-smi", "driver") from None
+        indexes = self.devices()
         chosen = [gpu for gpu in found if not indexes or gpu.index in indexes]
         if not chosen:
-            raise NotChecked(f"there is no GPU {','.join(named)} here", "nvidia-smi -L")
+            raise NotChecked(f"{named_gpus(sorted(indexes))} of DEVICES is not here", "nvidia-smi -L")
         return chosen
 
     def query(self, fields: str) -> list[dict[str, str]]:
@@ -251,15 +277,27 @@ class Host:
         return self.once("topology", lambda: gpus.topology(self.smi))
 
     def engine(self) -> containers.Engine:
-        """The docker daemon. Raises UserError when none answers."""
-        return self.once("engine", lambda: containers.connect(self.environment))
+        """The docker daemon. Raises UserError, with one command, when none answers."""
+
+        def connect() -> containers.Engine:
+            named = self.environment.get("DOCKER_HOST")
+            if not self.which("docker") and not named and not self.path("/var/run/docker.sock").exists():
+                raise UserError("docker is not installed", INSTALL_DOCKER)
+            try:
+                return containers.connect(self.environment)
+            except UserError as error:
+                refused = error.fact.startswith("you may not")
+                start = "unset DOCKER_HOST" if named else "sudo systemctl enable --now docker"
+                raise UserError(error.fact, JOIN_DOCKER if refused else start) from None
+
+        return self.once("engine", connect)
 
     def some_engine(self) -> containers.Engine:
         """The docker daemon. Raises NotChecked where none answers; the check of docker says why."""
         try:
             return self.engine()
         except UserError as error:
-            raise NotChecked("no docker daemon answers here", error.hint) from None
+            raise NotChecked("no docker daemon answers here", error.hint, "docker") from None
 
     def python(self, *words: str, limit_s: float, added: Mapping[str, str] | None = None) -> Ran:
         """How a program of this interpreter ends, with the checkout's modules."""
@@ -301,3 +339,9 @@ def listed(things: Sequence[object], most: int = 4) -> str:
     """The first of them by comma, and how many more there are."""
     more = f" and {len(things) - most} more" if len(things) > most else ""
     return ", ".join(map(str, things[:most])) + more
+
+
+def named_gpus(indexes: Sequence[object]) -> str:
+    """GPU 1; GPUs 0, 1 and 2."""
+    *first, last = map(str, indexes)
+    return f"GPUs {', '.join(first)} and {last}" if first else f"GPU {last}"

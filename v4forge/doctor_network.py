@@ -22,18 +22,23 @@ HUB = "https://huggingface.co"
 LIMIT_S = 5.0
 # A certificate's times are exact to the second, those of signed requests to some minutes.
 SKEW_WARNING_S, SKEW_FAILED_S = 30.0, 300.0
+REFUSALS = (401, 403)  # a token that is unknown, one that is not let in
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 TRUE = {"1", "ON", "YES", "TRUE"}
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+LOGIN = ".venv/bin/hf auth login"
 SET_CLOCK = "sudo timedatectl set-ntp true"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of the hub: HTTP status, seconds, how far our clock is ahead of its (None where it does not tell)."""
+    """Of the hub: HTTP status, seconds, how far our clock is ahead of its (None where it does not tell), and whether
+    the repository asks who wants its files: of a gated one anybody may see that it is there."""
 
     status: int
     seconds: float
     ahead_s: float | None
+    asks: bool
 
 
 def endpoint(host: Host) -> str:
@@ -49,8 +54,10 @@ def shown(host: Host) -> str:
 def repositories(host: Host) -> list[str]:
     """What the run downloads: paths of the hub's API."""
     values = pins.read()
-    model = [f"models/{values['FLASH_REPO']}"] if not host.upstream else []
-    return [*model, f"datasets/{values['CORPUS_REPO']}"] if host.full_size else [f"models/{values['FLASH_REPO']}"]
+    model, corpus = f"models/{values['FLASH_REPO']}", f"datasets/{values['CORPUS_REPO']}"
+    if not host.full_size:
+        return [model]
+    return [*([] if host.upstream else [model]), *([] if host.corpus else [corpus])]
 
 
 def ask(host: Host, repository: str, token: str = "") -> Answer:
@@ -66,15 +73,25 @@ def ask(host: Host, repository: str, token: str = "") -> Answer:
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             why = str(error) or type(error).__name__
             raise UserError(f"{shown(host)} cannot be reached: {why}", _try(host)) from None
-        return Answer(found.status_code, time.monotonic() - started, _ahead(found.headers.get("date"), before, host))
+        taken_s = time.monotonic() - started
+        asks = found.status_code in REFUSALS or _gated(found)
+        return Answer(found.status_code, taken_s, _ahead(found.headers.get("date"), before, host), asks)
 
     return host.once(f"hub {repository} {bool(token)}", get)
+
+
+def _gated(found: httpx.Response) -> bool:
+    try:
+        content = found.json()
+    except ValueError:
+        return False
+    return isinstance(content, dict) and bool(content.get("gated"))
 
 
 def _try(host: Host) -> str:
     if host.environment.get("HF_ENDPOINT"):
         return "unset HF_ENDPOINT"
-    return "export HF_ENDPOINT=<a mirror>; without a network: make fetch FROM=<a folder that has the checkpoint>"
+    return "export HF_ENDPOINT=<a mirror's address>"
 
 
 def _ahead(date: str | None, before: float, host: Host) -> float | None:
@@ -91,17 +108,20 @@ def hub(host: Host) -> Result:
     """The hub answers, and has the repositories."""
     if name := next((name for name in OFFLINE if host.environment.get(name, "").upper() in TRUE), ""):
         return _needed(host, f"{name} is set: nothing may be downloaded", f"unset {name}")
-    for repository in repositories(host):
+    if not (wanted := repositories(host)):
+        return ok("source and corpus are here: nothing is downloaded")
+    for repository in wanted:
         try:
             found = ask(host, repository)
         except UserError as error:
-            return _needed(host, error.fact, error.hint)
+            without = "" if host.upstream else "; a copy of the checkpoint will do: make fetch FROM=<its folder>"
+            return _needed(host, error.fact + without, error.hint)
         if found.status >= 500 or found.status == 429:
             return _needed(host, f"{shown(host)} answers HTTP {found.status} now", host.make("doctor"))
         if found.status == 404:
             fact = f"{shown(host)} has no {repository}"
-            return _needed(host, fact, "unset HF_ENDPOINT, or correct versions.env")
-        if found.status >= 400 and found.status not in (401, 403):
+            return _needed(host, fact, _try(host))
+        if found.status >= 400 and found.status not in REFUSALS:
             return _needed(host, f"{shown(host)} answers HTTP {found.status} to {repository}", _try(host))
     return ok(f"{shown(host)} answers in {found.seconds:.2f} s")
 
@@ -112,7 +132,8 @@ def _needed(host: Host, fact: str, fix: str) -> Result:
         return warning(f"{fact}; PROFILE=tiny downloads nothing", fix)
     case = (host.config(), host.sizes(), host.settings)
     missing = plan.steps(["fetch"], *case)[0].writes_bytes
-    return failed(fact, fix) if missing else warning(f"{fact}; the source is here", fix)
+    here = "the source is here" + ("" if host.corpus else ", the corpus only where it was downloaded before")
+    return failed(fact, fix) if missing else warning(f"{fact}; {here}", fix)
 
 
 def token(host: Host) -> Result:
@@ -122,18 +143,25 @@ def token(host: Host) -> Result:
     gated = []
     for repository in repositories(host):
         try:
-            if ask(host, repository).status in (401, 403):
+            if ask(host, repository).asks:
                 gated.append(repository)
         except UserError:
-            raise NotChecked(f"{present}; the hub did not answer", _try(host)) from None
+            raise NotChecked(f"{present}; the hub did not answer", _try(host), "hub") from None
     for repository in gated:
         if not held:
-            return failed(f"{repository} is gated and there is no token", "hf auth login")
-        if (status := ask(host, repository, held).status) in (401, 403):
+            return failed(f"{repository} is gated and there is no token", LOGIN)
+        status = ask(host, f"{repository}/auth-check", held).status
+        if status == 401:
+            variable = next((name for name in TOKENS if host.environment.get(name, "").strip()), "")
+            again = f"unset {variable} && {LOGIN}" if variable else LOGIN  # the variable comes first
+            return failed(f"{repository} is gated; the hub does not know the token (HTTP 401)", again)
+        if status in REFUSALS:
             page = f"{shown(host)}/{repository.removeprefix('models/')}"
-            return failed(
-                f"{repository} is gated; the token is not let in (HTTP {status})", f"accept the terms: {page}"
-            )
+            fact = f"{repository} is gated; the token is not let in (HTTP {status})"
+            return failed(fact, f"accept the terms: {page}")
+        if status >= 400:
+            fact = f"{repository} is gated; {shown(host)} does not say whether the token is let in (HTTP {status})"
+            raise NotChecked(fact, host.make("fetch"))
     needed = f"{' and '.join(gated)} takes it" if gated else "none is needed: no repository of the run is gated"
     return ok(f"{present}; {needed}")
 
@@ -141,7 +169,7 @@ def token(host: Host) -> Result:
 def held_token(host: Host) -> str:
     """The token of huggingface_hub's usual places, "" where there is none."""
     environment = host.environment
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    for name in TOKENS:
         if value := environment.get(name, "").strip():
             return value
     cache = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
@@ -180,4 +208,5 @@ def _kept(host: Host) -> Result:
         if "Leap status     : Normal" in told.out:
             return ok("kept by NTP, says chronyc")
         return warning("not kept by NTP, says chronyc", "sudo chronyc makestep")
-    raise NotChecked("neither the hub nor timedatectl nor chronyc tells the time", "date --utc")
+    fact = "neither the hub nor timedatectl nor chronyc tells the time"
+    raise NotChecked(fact, "sudo apt-get install chrony")

@@ -19,7 +19,7 @@ CGROUP = "/sys/fs/cgroup"
 
 @dataclass(frozen=True)
 class Limit:
-    """A row of /proc/self/limits: what a process needs at least, why, what ulimit and limits.conf call it. `hard`: a
+    """A row of /proc/self/limits: what a process needs at least, why, what ulimit and prlimit call it. `hard`: a
     program raises it by itself up to that one."""
 
     row: str
@@ -49,13 +49,14 @@ def limit(host: Host, name: str) -> Result:
     if not found:
         return warning("the kernel does not tell", f"ulimit -{wanted.letter}")
     value, hard = _number(found[2 if wanted.hard else 1]), _number(found[2])
-    asked = wanted.least if wanted.letter in "nu" else wanted.least >> 10  # memory in KiB; -1, no limit, stays -1
+    asked = wanted.least if wanted.letter in "nu" else wanted.least >> 10  # memory in KiB
     fix = f"ulimit -{wanted.letter} {asked}"
     if hard != UNLIMITED and not 0 <= wanted.least <= hard:
-        fix = f'echo "$USER - {wanted.item} {asked}" | sudo tee -a /etc/security/limits.conf, then log in again'
+        most = "unlimited" if wanted.least == UNLIMITED else wanted.least  # in bytes
+        fix = f"sudo prlimit --pid $$ --{wanted.item}={most}:{most}"  # of this shell, at once
     pids = host.read(f"{CGROUP}/pids.max").strip() if name == "processes" else ""
     if pids.isdigit() and not 0 <= value <= int(pids):
-        value, fix = int(pids), "docker run --pids-limit=-1 …, where this container is started"
+        value, fix = int(pids), "docker update --pids-limit -1 <this container>"  # where it was started
     shown, least = (_shown(count, wanted.letter) for count in (value, wanted.least))
     if name == "locked memory" and not list(host.path("/sys/class/infiniband").glob("*")):
         return ok(f"{shown}; there is no network card that NCCL would register memory with")
@@ -108,7 +109,7 @@ def host_memory(host: Host) -> Result:
     fact = f"{total / GIB:.1f} GiB{whose}, {free / GIB:.1f} free; the plan needs {need(host.gpus_wanted) / GIB:.1f}"
     if need(host.gpus_wanted) > total:
         fewer = next((count for count in range(host.gpus_wanted, 0, -1) if need(count) <= total), 0)
-        fix = host.make("artifact", f"GPUS={fewer}") if fewer else "run it on a machine with more memory: free -h"
+        fix = host.make("artifact", f"GPUS={fewer}") if fewer else "free -h"
         return host.needed(fact, fix)
     if need(host.gpus_wanted) > free:
         return warning(fact, "ps aux --sort=-rss | head")
@@ -127,6 +128,8 @@ def python(host: Host) -> Result:
 
 def serving(host: Host) -> Result:
     """Serving without docker: the router, and a vLLM in its environment; its compilers where there are GPUs."""
+    if host.full_size and host.chosen_runtime == "docker":
+        return ok("not needed: RUNTIME=docker serves in containers")
     folder = ROOT / (".venv-serve" if host.full_size else ".venv-serve-cpu")
     build = "make env-serve-cpu" if not host.full_size else "make serve PROFILE=flash RUNTIME=docker"
     lacks = [
@@ -138,7 +141,7 @@ def serving(host: Host) -> Result:
         return warning(f"make serve RUNTIME=host would miss {' and '.join(lacks)}", fix)
     if host.full_size and not _nvcc(host, folder):
         fact = "make serve RUNTIME=host would miss nvcc: DeepGEMM compiles when it first runs"
-        return warning(fact, "export CUDA_HOME=<folder of a CUDA toolkit>")
+        return warning(fact, build)
     return ok(f"haproxy and {folder.name} are here")
 
 

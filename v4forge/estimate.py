@@ -108,7 +108,8 @@ def _of_tiny(name: str, values: Mapping[str, Any], gpus: int) -> Estimate:
         return Estimate(name, None, "measured only with models/tiny")
     machine = table["machine"]
     runs = f"median of {table['runs']} runs" if table["runs"] > 1 else "one run"
-    return Estimate(name, found["median_s"], f"{runs} on {machine['cores']} x {machine['cpu']}")
+    beside = ", beside other work" if table.get("load_before", 0) > machine["cores"] / 2 else ""
+    return Estimate(name, found["median_s"], f"{runs} on {machine['cores']} x {machine['cpu']}{beside}")
 
 
 def disk_of(work: Path, given: Given = Given()) -> tuple[Speed | None, str]:
@@ -162,7 +163,8 @@ def _fetch(case: Case) -> Estimate:
         return Estimate(
             "fetch", None, f"{missing / GB:.1f} GB, network unknown: {shown}", missing / ASSUMED_NETWORK_BYTES_S
         )
-    return Estimate("fetch", missing / speed, f"{missing / GB:.1f} GB at {speed / 1e6:,.0f} MB/s, {basis}")
+    rate = f"{speed / 1e6:,.0f} MB/s ({8 * speed / GB:,.1f} Gbit/s)"  # a network is often called by its bits
+    return Estimate("fetch", missing / speed, f"{missing / GB:.1f} GB at {rate}, {basis}")
 
 
 def network_bytes_s(history: Iterable[Mapping[str, Any]]) -> float | None:
@@ -248,7 +250,10 @@ def _verify(case: Case) -> Estimate:
     if case.speed is None or found is None:
         return Estimate("verify", None, "not measured")
     size = case.sizes.upstream.total() + case.sizes.artifact.total()
-    text = f"{size / GB:.0f} GB at {found.of_disk:.2f} of the disk, as measured with {found.cpus} cores"
+    text = (
+        f"{size / GB:.0f} GB at {found.of_disk:.2f} of the disk's speed, as measured with {found.cpus} cores at"
+        f" {found.disk_bytes_s / GB:.1f} GB/s"
+    )
     return Estimate("verify", size / case.speed.read_bytes_s / found.of_disk, text)
 
 

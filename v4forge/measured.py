@@ -74,9 +74,11 @@ def disk(results: Path = RESULTS) -> Speed | None:
 
 @dataclass(frozen=True)
 class Verify:
-    """`of_disk`: how fast verify reads, hashing too, as a part of the disk's speed. host_bytes: its peak memory."""
+    """`of_disk`: how fast verify reads, hashing too, as a part of the speed that the disk had, `disk_bytes_s`.
+    host_bytes: its peak memory."""
 
     cpus: int
+    disk_bytes_s: float
     of_disk: float
     host_bytes: int
 
@@ -87,8 +89,8 @@ def verify(results: Path = RESULTS) -> Verify | None:
     if not found:
         return None
     reading = found["reading"]
-    rate = reading["bytes"] / reading["with hashing, seconds"]
-    return Verify(found["cpus"], rate / reading["cat GB/s"] / 1e9, int(reading["peak_host_gib"] * 2**30))
+    rate, disk_bytes_s = reading["bytes"] / reading["with hashing, seconds"], reading["cat GB/s"] * 1e9
+    return Verify(found["cpus"], disk_bytes_s, rate / disk_bytes_s, int(reading["peak_host_gib"] * 2**30))
 
 
 def pipeline(results: Path = RESULTS) -> dict[str, Any]:

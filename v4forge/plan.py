@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v4forge import layout
+from v4forge import hidden_states, layout
 from v4forge.codec import Shape
 from v4forge.errors import UserError
 from v4forge.layers import layer_file
@@ -139,8 +139,18 @@ def calibration_parts(config: Config, folder: Path | None, samples: int, seq_len
     whole = layer_bytes(sizes_of(config).artifact)
     return [
         Part("layers", f"{config.num_hidden_layers} finished layers", whole, _present_bytes(finished)),
-        Part("layers", "hidden states, old and new", 2 * streams_bytes(config, samples, seq_len)),
+        Part(
+            "layers",
+            "hidden states, old and new",
+            2 * streams_bytes(config, samples, seq_len),
+            _kept_bytes(folder) if folder else 0,
+        ),
     ]
+
+
+def _kept_bytes(folder: Path) -> int:
+    """Hidden states that an interrupted calibration has left."""
+    return _present_bytes([*(folder / hidden_states.FOLDER).glob("layer-*/*.safetensors")])
 
 
 def _present_bytes(files: Sequence[Path]) -> int:
@@ -165,7 +175,7 @@ def require_room(needed: int, work: Path) -> None:
         raise UserError(
             f"{work} has {free / 1e9:,.1f} GB free, the run writes {needed / 1e9:,.1f} GB:"
             f" {(needed - free) / 1e9:,.1f} GB are missing",
-            "free that much there, or pass --work on a larger disk",
+            "make … SCRATCH=<a folder on a larger disk>; without make, --work",
         )
 
 
@@ -182,12 +192,14 @@ class Step:
 
 @dataclass(frozen=True)
 class _Output:
-    """Of a stage: bytes that it leaves, those that are there, how that is said, and bytes that it needs meanwhile."""
+    """Of a stage: bytes that it leaves, those that are there, how that is said, and bytes that it needs meanwhile, with
+    those of them that are there."""
 
     whole: int = 0
     present: int = 0
     there: str = ""
     meanwhile: int = 0
+    meanwhile_present: int = 0
 
 
 def steps(names: Sequence[str], config: Config, sizes: Sizes, values: Mapping[str, Any]) -> list[Step]:
@@ -208,7 +220,8 @@ def room_needed(
     steps: Sequence[Step], names: Sequence[str], config: Config, sizes: Sizes, values: Mapping[str, Any]
 ) -> int:
     """Free bytes that the run needs: what it holds at its peak, without what is there already."""
-    present = sum(_output(name, config, sizes, values).present for name in names)
+    outputs = [_output(name, config, sizes, values) for name in names]
+    present = sum(output.present + output.meanwhile_present for output in outputs)
     return max(0, max(step.held_bytes for step in steps) - present)
 
 
@@ -228,7 +241,7 @@ def _output(name: str, config: Config, sizes: Sizes, values: Mapping[str, Any]) 
         kept = 2 * streams_bytes(config, values["samples"], values["seq_len"])
         if name == "rtn" or count == len(files):
             kept = 0
-        return _Output(layer_bytes(sizes.artifact), _present_bytes(files), there, kept)
+        return _Output(layer_bytes(sizes.artifact), _present_bytes(files), there, kept, min(kept, _kept_bytes(folder)))
     if name in ("postprocess", "postprocess-rtn"):
         folder = work / ("artifact" if name == "postprocess" else "artifact-rtn")
         total = config.num_hidden_layers + 2
