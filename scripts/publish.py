@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import certified, publishing
+from v4forge import certified, hints, publishing
 from v4forge.errors import UserError, run_main
 from v4forge.manifest import CARD
 from v4forge.publishing import Member
@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def checked(artifact: Path) -> list[Member]:
     """The files to publish, hashed where no earlier stage has done so. Raises UserError for what is not fit for it."""
+    try:
+        return _checked(artifact)
+    except UserError as error:
+        raise UserError(error.fact, hints.for_work(error.hint, artifact.parent)) from None
+
+
+def _checked(artifact: Path) -> list[Member]:
     digests = Digests(artifact.parent / ".stamps" / "digests.json")
     size = sum(path.stat().st_size for path in publishing.unread(artifact, digests)) // MB
     if not size:

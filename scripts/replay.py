@@ -78,12 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = Path(scratch, args.profile)
     replay.copied(original, work / ORIGINAL)
     print(f"replay: {args.manifest}, in {work}", flush=True)
-    words = ["run", "calibrate", "postprocess", "--scratch", scratch, "--profile", args.profile, "--source", source]
+    words = ["run", "calibrate", "postprocess", "--title", "reproduce", "--scratch", scratch]
+    words += ["--profile", args.profile, "--source", source]
     words += ["--runtime", args.runtime, "--gpus", str(args.gpus)] + (["--corpus", text] if text else [])
     if corpus := original.corpus:
         sizes = {"--samples": corpus["samples"], "--seq-len": corpus["seq_len"], "--seed": corpus["seed"]}
         words += [word for name, value in sizes.items() for word in (name, str(value))]
-    if code := stage.main(words, table_of(original, args.device, pinned)):
+    if code := stage.main(words, table_of(original, args.device, pinned), program="replay"):
         return code
     return verdict(original, work, args.gpus)
 

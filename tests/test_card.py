@@ -46,7 +46,7 @@ def test_title_and_metadata_are_of_the_repository_that_was_fetched(flash: str) -
     assert "\n# DeepSeek-V4-Flash W4A16-FP8-MTP\n" in flash
     matter = flash.split("---\n")[1]
     assert f'base_model: "{REPO}"\n' in matter and 'license: "mit"\n' in matter and 'library_name: "vllm"\n' in matter
-    assert f"{REPO} at {REVISION}" in flash
+    assert f"{REPO} at `{REVISION}`" in flash
 
 
 def test_the_precision_table_has_every_rule_of_the_recipe(flash: str) -> None:
@@ -87,7 +87,54 @@ def test_machine_images_seconds_and_commands_are_told(flash: str) -> None:
     made = flash.split("\n## Made how\n")[1]
     assert "| calibrate | 700.5 | 777777777777 (lane cuda) | 8 x NVIDIA H200, driver 580; 192 cores of A CPU" in made
     assert "    python -m scripts.postprocess --work $WORK/layers\n" in made
-    assert "    make reproduce MANIFEST=manifest.json PROFILE=flash\n" in made
+    assert "    make reproduce MANIFEST=<this folder>/manifest.json PROFILE=flash\n" in made
+
+
+def test_stages_stand_in_the_order_in_which_they_follow(flash: str) -> None:
+    made = flash.split("\n## Made how\n")[1]
+    assert re.findall(r"^\| (\w+) \| \d", made.replace(",", ""), re.MULTILINE) == list(run_record.STAGES)
+    assert re.findall(r"scripts\.(\w+) ", made) == list(run_record.STAGES)
+
+
+def layers_of(work: Path, ranks: int) -> None:
+    """Reports of two layers that computed for 5,000 s each, on the rank that computed longest."""
+    (work / "layers").mkdir()
+    for layer in range(2):
+        used = [
+            {"seconds": {"sweep": 5000.0 - 100 * rank, "read": 9000.0 * rank}, "peak_gpu": 0, "peak_host": 1}
+            for rank in range(ranks)
+        ]
+        (work / f"layers/layer-{layer:03}.json").write_text(json.dumps({"layer": layer, "run": used}))
+
+
+def test_a_calibration_that_was_resumed_is_not_said_to_have_taken_its_last_run_only(tmp_path: Path) -> None:
+    card_inputs.write(tmp_path / "work", results=bench_results.full())
+    layers_of(tmp_path / "work", ranks=8)
+    text = text_of(tmp_path / "work")
+    assert "| calibrate | 700.5 |" in text and "seconds, last run" in text
+    assert "The 2 layers computed for 10,000.0 s together." in text
+    assert "| calibration | 2.78 h (768 x 512 tokens) |" in text, "beside the published hours stands the whole"
+
+
+def test_a_run_of_several_gpus_is_repeated_on_as_many(tmp_path: Path) -> None:
+    card_inputs.write(tmp_path / "work")
+    layers_of(tmp_path / "work", ranks=8)
+    assert "/manifest.json PROFILE=flash GPUS=8\n" in text_of(tmp_path / "work")
+
+
+def test_where_the_folders_lie_is_not_told(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    result = bench_results.speed()
+    result["target"]["artifact"]["folder"] = "/home/somebody/flash/artifact"
+    result["commands"] = ["python -m scripts.bench speed --artifact /home/somebody/flash/artifact --url http://x/v1"]
+    card_inputs.write(work, results=[result])
+    noted = json.loads((work / "reports/run.json").read_text())
+    noted["calibrate"]["command"] = f"/usr/bin/torchrun --source /data/somebody/Flash --work {work}/layers"
+    (work / "reports/run.json").write_text(json.dumps(noted))
+    text = text_of(work)
+    assert "somebody" not in (text + (work / "artifact/run.json").read_text()).replace("(c) somebody", "")
+    assert "    …/torchrun --source …/Flash --work $WORK/layers\n" in text
+    assert "- command: python -m scripts.bench speed --artifact $WORK/artifact --url http://x/v1\n" in text
 
 
 def test_many_layers_are_summarized_and_all_of_them_folded(flash: str) -> None:
@@ -219,7 +266,7 @@ def test_the_page_renders_tables_and_keeps_what_folds(flash: str) -> None:
         ("manifest.json", {"format": 1}, "has format 1"),
         ("manifest.json", {"layers": [{"layer": 0}]}, "manifest.json has no 'error'"),
         ("certificate.json", {"checks": [{"name": "x"}]}, "certificate.json has no 'ok'"),
-        ("run.json", {"layers": [{"layer": 0}]}, "run.json has no 'peak_gpu_bytes'"),
+        ("run.json", {"layers": [{"layer": 0}]}, "run.json has no 'seconds'"),
     ],
 )
 def test_a_file_of_another_form_is_named(tiny: Path, name: str, content: dict[str, Any], said: str) -> None:

@@ -249,6 +249,12 @@ def test_what_is_not_a_verified_artifact_is_refused_in_a_dry_run_too(
     assert hub.requests == []
 
 
+def test_what_helps_says_for_which_folder(artifact: Path) -> None:
+    flash = artifact.parent.rename(artifact.parent.with_name("flash")) / "artifact"
+    without_certificate(flash)
+    assert refused(flash).hint == f"make verify PROFILE=flash SCRATCH={flash.parents[1]}"
+
+
 @pytest.mark.parametrize(
     ("name", "fact"),
     [

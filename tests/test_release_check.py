@@ -289,7 +289,7 @@ def edited_card(work: Path) -> None:
         ("manifest", odd_manifest, "manifest.json does not say source.files", "make postprocess"),
         ("manifest", other_files, "do not say the same of config.json", "make postprocess"),
         ("run", no_run, "run.json does not exist", "make card"),
-        ("run", no_machine, "does not say machine of calibrate", "make calibrate && make card"),
+        ("run", no_machine, "does not say machine of calibrate", "make calibrate card"),
         ("benches", bench_of_another, "is of another artifact", "move speed-"),
         ("benches", bench_of_nothing, "is of an artifact that it does not name", "move tools-"),
         ("benches", torn_bench, "is not JSON", "pass a result file"),
@@ -307,6 +307,12 @@ def test_what_does_not_belong_together_is_named_with_what_corrects_it(
     spoil(work)
     found = failed(check, Release(work))
     assert fact in found[0] and found[1].startswith(fix), found
+
+
+def test_what_corrects_a_folder_of_another_profile_or_place_says_which(work: Path) -> None:
+    flash = work.rename(work.with_name("flash"))
+    no_card(flash)
+    assert failed("card", Release(flash))[1] == f"make card PROFILE=flash SCRATCH={flash.parent}"
 
 
 def test_one_failure_hides_no_other(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

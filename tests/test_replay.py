@@ -72,6 +72,37 @@ def test_the_same_run_is_identical_layer_by_layer_and_file_by_file(
     assert (work / "artifact/manifest.json").read_bytes() == made.manifest.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "To go on: python -m scripts.replay "),
+        (
+            {"MAKELEVEL": "1", "MAKEFLAGS": "w -- MANIFEST=x/manifest.json"},
+            "To go on: make reproduce MANIFEST=x/manifest.json\n",
+        ),
+    ],
+)
+def test_ctrl_c_says_the_command_that_goes_on_with_the_replay(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    said: str,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("MAKELEVEL", "MAKEFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("v4forge.runner.Runner.run", interrupted)
+    words = [str(made.manifest), "--scratch", str(tmp_path), "--source", str(made.source), "--corpus", str(made.text)]
+    assert program.main(words) == 130
+    assert said in capsys.readouterr().err
+
+
 def test_another_code_stops_at_its_layer_and_names_expert_and_matrix(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +191,16 @@ def test_elsewhere_too_few_equal_codes_are_a_difference(
     shutil.copytree(made.folder / "layers", tmp_path / "layers")
     assert made.calibrate(tmp_path / "layers", edited) == 1
     assert "layer 1, codes that are equal: at least 97% in the manifest, 91.67% here" in capsys.readouterr().err
+
+
+def test_an_artifact_that_lies_in_a_cache_of_links_is_compared_by_its_codes_too(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for path in made.manifest.parent.iterdir():
+        shutil.copy(path, tmp_path / "blobs")
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    copy = replay.copied(replay.load(tmp_path / "snapshot/manifest.json"), tmp_path / "work/deep/original")
+    assert all(replay.load(copy).shard(layer) for layer in range(3))
 
 
 def test_another_source_is_refused_before_anything_is_made(

@@ -16,8 +16,21 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from v4forge import bench_tables, card_rows, certified, headline, layout, published, results, run_rows, serving, shown
+from v4forge import (
+    bench_tables,
+    card_rows,
+    certified,
+    headline,
+    layout,
+    published,
+    results,
+    run_record,
+    run_rows,
+    serving,
+    shown,
+)
 from v4forge.bench_rows import FLASH, standing
+from v4forge.bounds import REPLAY_LOSS_OFF
 from v4forge.certified import CERTIFICATE
 from v4forge.errors import UserError
 from v4forge.layout import Config
@@ -31,7 +44,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 EVALUATION = "evaluation.json"
 OWN_CODE = "v4forge_vllm"  # a setting that names it works in the serve image only
 NAMED = "served-model-name"
-PORT = 8000
 # What a licence file begins with -> the hub's identifier.
 LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
@@ -95,7 +107,7 @@ def gathered(work: Path, artifact: Path) -> Subject:
     for bench, result in results.newest(work / "reports").items():
         measured = (result.content["target"].get("artifact") or {}).get("sums_sha256")
         if measured == sums:
-            benches[bench] = result.content
+            benches[bench] = _without_place(result.content)
         else:
             others[bench] = f"{result.path.name} is of {'another artifact' if measured else 'an unknown artifact'}"
     evaluation = None
@@ -109,6 +121,18 @@ def gathered(work: Path, artifact: Path) -> Subject:
     stands = certified.standing(artifact)
     config = layout.load_config(artifact)
     return Subject(manifest, config, run, certificate, stands, evaluation, benches, others, license_of(artifact))
+
+
+def _without_place(result: Json) -> Json:
+    """A bench's result that does not tell where on its machine the artifact lay."""
+    target = dict(result["target"])
+    folder = Path(str(target["artifact"].get("folder") or ""))
+    if folder.name != "artifact" or not folder.parent.name:
+        return result
+    place = re.compile(rf"(?<![\w./-]){re.escape(str(folder.parent))}(?=/|\s|$)")
+    target["artifact"] = target["artifact"] | {"folder": f"{run_record.WORK}/{folder.name}"}
+    commands = [place.sub(lambda _: run_record.WORK, str(command)) for command in result["commands"]]
+    return {**result, "target": target, "commands": commands}
 
 
 def license_of(artifact: Path) -> str:
@@ -158,7 +182,7 @@ def limits(subject: Subject) -> Iterator[str]:
         for name, why in certificate.get("not_run", {}).items():
             yield f"Check “{name}”: not run, {why}."
     if not certificate.get("deep"):
-        yield "Prediction beside the source, on the same tokens: not measured (verify --deep)."
+        yield "Prediction beside the source, on the same tokens: not measured (python -m scripts.verify --deep N)."
     for bench, each in BENCHES.items():
         other = f"; {subject.others[bench]}" if bench in subject.others else ""
         if bench not in subject.benches:
@@ -223,7 +247,9 @@ def reproduce_command(subject: Subject) -> str:
     if "from" in subject.manifest["calibration"]:
         return ""
     profile = " PROFILE=flash" if subject.size == FLASH else ""
-    return f"make reproduce MANIFEST={MANIFEST}{profile}"
+    ranks = max((layer.get("ranks", 1) for layer in subject.run.get("layers", ())), default=1)
+    gpus = f" GPUS={ranks}" if ranks > 1 else ""
+    return f"make reproduce MANIFEST=<this folder>/{MANIFEST}{profile}{gpus}"
 
 
 def _sections(subject: Subject) -> list[str]:
@@ -257,7 +283,11 @@ def _by_conditions(table: Table, level: int) -> str:
 
 
 def _seconds(run: Json) -> Json:
-    return {name: entry for name, entry in run.get("stages", {}).items() if entry.get("elapsed_s") is not None}
+    """The stages that have seconds; of a calibration whose last run only finished it, what its layers computed."""
+    found = {name: entry for name, entry in run_record.stages(run) if entry.get("elapsed_s") is not None}
+    if made := found.get("calibrate"):
+        found["calibrate"] = {**made, "elapsed_s": max(made["elapsed_s"], run_record.layers_s(run))}
+    return found
 
 
 def _sources() -> str:
@@ -311,12 +341,20 @@ def render(subject: Subject) -> str:
             card_rows.hardware(subject.bytes, float(chosen.value("gpu-memory-utilization") or 0.9)), 3
         ),
         reproduce=reproduce_command(subject),
-        stages=shown.markdown_table(card_rows.stages(run)) if run.get("stages") else "",
+        stages=_stages(run),
         peaks=list(card_rows.peaks(run)),
-        commands=[entry["command"] for entry in run.get("stages", {}).values()],
+        commands=[entry["command"] for _, entry in run_record.stages(run)],
+        loss_off=f"{REPLAY_LOSS_OFF:.1%}",
         revision=(run.get("stages", {}).get("calibrate") or {}).get("revision"),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _stages(run: Json) -> str:
+    if not run.get("stages"):
+        return ""
+    table = card_rows.stages(run)
+    return f"{shown.markdown_table(table)}\n{shown.plain(table.note)}\n"
 
 
 def _checks(subject: Subject) -> str:

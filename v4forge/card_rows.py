@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from v4forge import layout
+from v4forge import layout, run_record
 from v4forge.intervals import Estimate
 from v4forge.layout import Config
 from v4forge.recipe import ALIASES, rule_for
@@ -172,20 +172,29 @@ def hardware(artifact_bytes: int, utilization: float) -> Table:
         fits = next((n for n in REPLICA_SIZES if n * room >= artifact_bytes), None)
         left = Cell(size_of(fits * room - artifact_bytes)) if fits else NONE
         rows.append([Cell(card), Cell(f"{size} GB"), Cell(str(fits)) if fits else Cell("more than 8"), left])
-    note = f"Computed from the shards' size and a memory utilization of {utilization:.2f}; the rest holds the KV cache."
-    heads = columns("<GPU", "memory", "GPUs a replica", "left for the KV cache")
+    note = (
+        f"Computed from the shards' size and a memory utilization of {utilization:.2f}; what is left holds the KV "
+        "cache and what a forward pass needs."
+    )
+    heads = columns("<GPU", "memory", "GPUs a replica", "left")
     return Table("hardware", "GPUs that hold it", heads, rows, note)
 
 
 def stages(run: Json) -> Table:
     """What making it took, and where: one row a stage of run.json."""
     rows = []
-    for name, entry in run.get("stages", {}).items():
+    for name, entry in run_record.stages(run):
         image = str(entry.get("image") or "")
         lane = (run.get("images", {}).get(image) or {}).get("lane")
         where = Cell(image.removeprefix("sha256:")[:12], f"lane {lane}") if image else Cell("no image")
         rows.append([Cell(name), number(entry.get("elapsed_s"), 1), where, Cell(machine_line(entry.get("machine")))])
-    return Table("stages", "What making it took", columns("<stage", "seconds", "<image", "<machine"), rows)
+    layers, together_s = run.get("layers", ()), run_record.layers_s(run)
+    note = (
+        "Of a stage that was resumed, or ran again with little left to do, these are the seconds of its last run alone."
+        + (f" The {len(layers)} layers computed for {together_s:,.1f} s together." if together_s else "")
+    )
+    heads = columns("<stage", "seconds, last run", "<image", "<machine")
+    return Table("stages", "What making it took", heads, rows, note)
 
 
 def machine_line(machine: Json | None) -> str:

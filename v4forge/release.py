@@ -8,7 +8,19 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from v4forge import card, certified, checkout, images, lock_check, publishing, registry, replay, report_inputs, results
+from v4forge import (
+    card,
+    certified,
+    checkout,
+    hints,
+    images,
+    lock_check,
+    publishing,
+    registry,
+    replay,
+    report_inputs,
+    results,
+)
 from v4forge.errors import UserError
 from v4forge.manifest import CARD, MANIFEST, RUN
 from v4forge.oci import Repository
@@ -131,10 +143,10 @@ def _noted(path: Path) -> str:
     for stage in STAGES:
         for name in NOTED:
             if not all(_values(noted, [stage, name])):
-                raise UserError(f"{path} does not say {name} of {stage}", f"make {stage} && make card")
+                raise UserError(f"{path} does not say {name} of {stage}", f"make {stage} card")
     seconds = sum(noted[stage]["elapsed_s"] for stage in STAGES)
     where = {str(noted[stage].get("image") or "the host")[:19] for stage in STAGES}
-    return f"{', '.join(STAGES)}: {seconds:,.0f} s, on {' and '.join(sorted(where))}"
+    return f"{', '.join(STAGES)}: {seconds:,.0f} s in their last runs, on {' and '.join(sorted(where))}"
 
 
 def benches(release: Release) -> str:
@@ -162,7 +174,7 @@ def evaluation(release: Release) -> str:
     if not path.is_file():
         return "not measured"
     if results.read(path, "make demo").get("sums_sha256") != release.sums:
-        raise UserError(f"{path} is of another artifact", f"rm {path}; make demo measures again")
+        raise UserError(f"{path} is of another artifact", f"rm {path}")
     return path.name
 
 
@@ -219,6 +231,6 @@ def rows(release: Release, progress: Callable[[int, str], None] = lambda _done, 
         try:
             found.append(Row(name, OK, check(release)))
         except UserError as error:
-            found.append(Row(name, FAILED, error.fact, error.hint))
+            found.append(Row(name, FAILED, error.fact, hints.for_work(error.hint, release.work)))
     progress(len(found), "done")
     return found

@@ -259,9 +259,9 @@ def copied(original: Original, folder: Path) -> Path:
         target = folder / shard.name
         target.unlink(missing_ok=True)
         try:
-            os.link(shard, target)
+            os.link(shard.resolve(), target)  # the hub's cache holds links, which lead nowhere from elsewhere
         except OSError:
-            target.symlink_to(shard.absolute())
+            target.symlink_to(shard.resolve())
     return folder / MANIFEST
 
 

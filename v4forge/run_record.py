@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from v4forge import images
 from v4forge.files import read_json, write_json
+from v4forge.layer_rows import ASIDE
 from v4forge.manifest import RUN
 
 FORM = 1
 STAGES = ("fetch", "calibrate", "postprocess", "verify")  # that make an artifact, in their order
 WORK = "$WORK"  # stands for the work folder in commands: where it lies is nobody's business
+ELSEWHERE = re.compile(r"(?<![\w$.-])/(?:[^\s/'\"]+/)+")  # what leads to an absolute path's last part
 
 Json = Mapping[str, Any]
 
@@ -41,6 +44,7 @@ def write(work: Path, artifact: Path) -> dict[str, Any]:
 def _stage(entry: Json, work: Path) -> dict[str, Any]:
     """The runner's entry, with its image by ID."""
     command = str(entry.get("command", "")).replace(str(work.absolute()), WORK).replace(str(work), WORK)
+    command = ELSEWHERE.sub("…/", command)
     known = {key: entry.get(key) for key in ("elapsed_s", "started", "machine", "revision")}
     return {**known, "command": command, "image": (entry.get("image") or {}).get("id")}
 
@@ -53,10 +57,27 @@ def _images(entries: Sequence[Json]) -> dict[str, Any]:
     return {ID: {"lane": image.get("lane"), "reference": digests.get(ID) or None} for ID, image in found.items()}
 
 
+def computing(seconds: Mapping[str, float]) -> float:
+    """The seconds of a layer in which it computed: reading and writing go on beside that."""
+    return sum(s for what, s in seconds.items() if what not in ASIDE)
+
+
+def layers_s(run: Json) -> float:
+    """What the layers of a run.json computed, all together and in whichever run each was made: what one run at
+    least takes. 0 where they do not tell."""
+    return sum(computing(layer["seconds"]) for layer in run.get("layers", ()))
+
+
+def stages(run: Json) -> list[tuple[str, Json]]:
+    """The stages of a run.json in the order in which they follow."""
+    found = run.get("stages", {})
+    return [(name, found[name]) for name in STAGES if name in found]
+
+
 def _layer(report: Json) -> dict[str, Any]:
-    """Seconds by stage of the rank that took longest, and the most memory that one of them had."""
+    """Seconds by stage of the rank that computed longest, and the most memory that one of them had."""
     ranks = report["run"]
-    longest = max(ranks, key=lambda rank: sum(rank["seconds"].values()))
+    longest = max(ranks, key=lambda rank: computing(rank["seconds"]))
     return {
         "layer": report["layer"],
         "ranks": len(ranks),
