@@ -9,17 +9,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from v4forge import estimate, events, stamps
+from v4forge import estimate, events, stamps, whole_run
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
 from v4forge.runner import READ_ONLY, Runner, StageFailed, say
 from v4forge.stages import PROFILES, STAGES, Stage
+from v4forge.whole_run import lock_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +77,7 @@ def again(args: argparse.Namespace) -> str:
     words = os.environ.get("MAKEFLAGS", "").partition(" -- ")[2]
     if "MAKELEVEL" in os.environ:
         return f"make {args.title or ' '.join(args.stages)} {words}".rstrip()
-    return " ".join(["python -m scripts.stage", *sys.argv[1:]])
+    return f"python -m scripts.{args.program} {shlex.join(sys.argv[1:])}"
 
 
 def fetch_options(args: argparse.Namespace) -> list[str]:
@@ -108,8 +112,15 @@ def run_all(args: argparse.Namespace, runner: Runner, lock: int) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None, table: Mapping[str, Stage] = STAGES, root: Path = ROOT) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    table: Mapping[str, Stage] = STAGES,
+    root: Path = ROOT,
+    program: str = "stage",
+) -> int:
+    """Runs or explains stages of a table -> exit code; `program` of scripts/ is the one that its user called."""
     args = parse(argv, list(table))
+    args.program = program
     runner = Runner(settings_of(args), table, root)
     if args.action == "why" or args.dry_run:
         lines = (
@@ -117,12 +128,14 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, Stage] = STAGES,
         )
         print("\n".join(lines))
         if runner.work.is_dir():
-            runner.digests.save()
+            with suppress(UserError):  # somebody else's folder
+                runner.digests.save()
         return 0
 
     check_writable(runner.work)
     with ExitStack() as held:
-        lock = held.enter_context(stamps.exclusive(lock_file(runner.work, args.stages), lambda: busy(runner.work)))
+        lock = held.enter_context(stamps.exclusive(lock_file(runner.work, args.stages), lambda: busy(runner)))
+        held.enter_context(ending_on_sigterm())
         held.callback(lambda: runner.digests.save())
         if events.VARIABLE in os.environ:  # a part of a run that tells of itself
             code = run_all(args, runner, lock)
@@ -136,10 +149,16 @@ def told_run(args: argparse.Namespace, runner: Runner, lock: int) -> int:
     """A whole run, with its events, and at its end what was estimated beside what it took."""
     estimates = estimate.of_run(args.stages, runner.values, runner.work, args.gpus)
     seconds = {each.stage: each.seconds for each in estimates}
+    others = ["fetch"] if args.stages != ["fetch"] else []
+    if not whole_run.lives(runner.work, others):
+        events.make_room(runner.work)
     events.emit("run", "", stages=args.stages, title=args.title, command=again(args), estimates=seconds)
     code = 1
     try:
         code = run_all(args, runner, lock)
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+        raise
     finally:
         events.emit("run-end", "", code=code)
     if code:
@@ -154,14 +173,23 @@ def told_run(args: argparse.Namespace, runner: Runner, lock: int) -> int:
     return 0
 
 
-def lock_file(work: Path, stages: Sequence[str]) -> Path:
-    """What keeps a second run out of the folder; a download may run beside one."""
-    return work / ".stamps" / ("fetch.lock" if list(stages) == ["fetch"] else "lock")
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM ends the run as Ctrl-C does: the download beside it too, and its end is told."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def busy(work: Path) -> UserError:
-    hint = "wait for it (make status), or give this run a folder of its own: make … SCRATCH=<folder>"
-    return UserError(f"another run is writing to {work}", hint)
+def busy(runner: Runner) -> UserError:
+    status = f"make status{runner.profile_word}"
+    hint = f"wait for it ({status}), or give this run a folder of its own: make … SCRATCH=<folder>"
+    return UserError(f"another run is writing to {runner.work}", hint)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -22,7 +24,7 @@ from hub_stand_in import Hub as StandIn
 from programs import ROOT, calibrate_arguments, contents, run_here, write_corpus, write_source
 from safetensors.torch import load_file
 
-from v4forge import arriving, fetching, layers, layout
+from v4forge import arriving, fetching, files, layers, layout
 from v4forge.checkpoint import Checkpoint, write_index, write_shard
 from v4forge.errors import UserError
 from v4forge.hub import Hub
@@ -86,6 +88,14 @@ def after(seconds: float, action: Callable[[], object]) -> Iterator[None]:
         timer.join()
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Fetch is at work, and index and headers are there."""
+    with arriving.marked(folder) as mark_ready:
+        mark_ready()
+        yield
+
+
 def fact(action: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         action()
@@ -107,7 +117,7 @@ def test_a_missing_shard_is_an_error_at_once_when_nobody_brings_it(incomplete: P
 
 def test_the_whole_layout_is_checked_by_headers(incomplete: Path, upstream: Path) -> None:
     whole = Checkpoint(upstream)
-    with arriving.marked(incomplete):
+    with filling(incomplete):
         opened = Checkpoint(incomplete)
         opened.validate(layout.upstream(opened.config))
     assert opened.shard_names == whole.shard_names
@@ -123,7 +133,7 @@ def test_a_wrong_header_is_refused(incomplete: Path) -> None:
     sizes = json.loads(good[8:])
     name = next(name for name in sizes if name != "__metadata__")
     gap = json.dumps(sizes | {name: sizes[name] | {"data_offsets": [7, 9]}}).encode()
-    with arriving.marked(incomplete):
+    with filling(incomplete):
         for bad in (b"", good[:100], good[:8] + b"x" * (len(good) - 8), len(gap).to_bytes(8, "little") + gap):
             header.write_bytes(bad)
             with pytest.raises(UserError) as caught:
@@ -133,14 +143,19 @@ def test_a_wrong_header_is_refused(incomplete: Path) -> None:
 
 def test_a_tensor_is_waited_for(incomplete: Path, upstream: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = next(n for n, shard in Checkpoint(upstream).weight_map.items() if shard == LAYERS[-1])
-    with arriving.marked(incomplete), after(0.2, lambda: bring(upstream, incomplete)):
+
+    def bring_once_waited_for() -> None:
+        wait_until(lambda: bool(caplog.records))
+        bring(upstream, incomplete)
+
+    with filling(incomplete), after(0, bring_once_waited_for):
         read = Checkpoint(incomplete).raw(name)
     assert torch.equal(read.view(torch.uint8), Checkpoint(upstream).raw(name).view(torch.uint8))
     assert [record.message for record in caplog.records] == [f"waiting for {LAYERS[-1]}, which fetch is bringing"]
 
 
-def test_a_fetch_that_ends_without_the_shard_ends_the_wait(incomplete: Path) -> None:
-    with arriving.marked(incomplete):
+def test_a_fetch_that_ends_without_the_shard_ends_the_wait(incomplete: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with filling(incomplete):
         opened = Checkpoint(incomplete)
         name = next(n for n, shard in opened.weight_map.items() if shard == LAYERS[-1])
         assert opened.raw("norm.weight") is not None
@@ -152,12 +167,18 @@ def test_a_fetch_that_ends_without_the_shard_ends_the_wait(incomplete: Path) -> 
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as fetch:
         assert fetch.stdout is not None and fetch.stdout.readline()
         assert arriving.live(incomplete)
-        with after(0.2, lambda: fetch.send_signal(signal.SIGKILL)):
+        caplog.clear()
+
+        def kill_once_waited_for() -> None:
+            wait_until(lambda: bool(caplog.records))
+            fetch.send_signal(signal.SIGKILL)
+
+        with after(0, kill_once_waited_for):
             assert fact(lambda: opened.raw(name)) == f"{expected}, and the fetch that was to bring it has ended"
 
 
 def test_a_shard_that_came_with_another_header_is_not_read(incomplete: Path, upstream: Path) -> None:
-    with arriving.marked(incomplete):
+    with filling(incomplete):
         opened = Checkpoint(incomplete)
         shutil.copyfile(upstream / ROOT_SHARD, incomplete / LAYERS[-1])
         name = next(n for n, shard in opened.weight_map.items() if shard == LAYERS[-1])
@@ -177,21 +198,21 @@ def test_the_reader_waits_and_reads_the_bytes_of_a_complete_checkpoint(incomplet
         whole = next(reader).tensors()
     watch = Watch(device)
     with (
-        arriving.marked(incomplete),
-        after(0.2, lambda: bring(upstream, incomplete)),
+        filling(incomplete),
+        after(1.0, lambda: bring(upstream, incomplete)),
         Reader(Checkpoint(incomplete), wanted, 1 << 30, device, watch) as reader,
     ):
         read = next(reader).tensors()
         assert all(torch.equal(read[name].view(torch.uint8), whole[name].view(torch.uint8)) for name in whole)
     waited = {span.what: span.end_s - span.start_s for span in watch.spans()}
-    assert waited["fetch"] > 0.1 > waited["read"]
+    assert waited["fetch"] > waited["read"] > 0
 
 
 def test_a_reader_that_waits_can_be_closed(incomplete: Path, upstream: Path) -> None:
     device = torch.device("cpu")
     began = time.monotonic()
     with (
-        arriving.marked(incomplete),
+        filling(incomplete),
         Reader(Checkpoint(incomplete), groups(upstream, "layers.2."), 1 << 30, device, Watch(device)),
     ):
         time.sleep(0.1)
@@ -201,7 +222,7 @@ def test_a_reader_that_waits_can_be_closed(incomplete: Path, upstream: Path) -> 
 def test_a_rank_waits_for_all_of_a_layer_not_only_for_its_own_experts(incomplete: Path, upstream: Path) -> None:
     """Else one rank would go on, and wait in a collective for those that have no shard yet."""
     index = json.loads((incomplete / arriving.INDEX).read_text())["weight_map"]
-    with arriving.marked(incomplete):
+    with filling(incomplete):
         opened = Checkpoint(incomplete)
         opened.weight_map["layers.1.ffn.experts.3.w1.weight"] = LAYERS[-1]  # a layer in two shards
         other = "layers.1.ffn.experts.0.w1.weight"
@@ -213,7 +234,7 @@ def test_a_rank_waits_for_all_of_a_layer_not_only_for_its_own_experts(incomplete
 def test_the_fingerprint_is_that_of_the_complete_checkpoint(incomplete: Path, upstream: Path, tmp_path: Path) -> None:
     names = Checkpoint(upstream).shard_names
     whole = layers.source_digests(upstream, names, tmp_path / "a.json")
-    with arriving.marked(incomplete):
+    with filling(incomplete):
         assert layers.source_digests(incomplete, names, tmp_path / "b.json") == whole
         arriving.write_plan(incomplete, arriving.Plan(None, None, {}))  # of a plain folder: no hashes
         with after(0.1, lambda: bring(upstream, incomplete)):
@@ -234,6 +255,51 @@ def test_a_program_that_starts_too_early_waits_for_index_and_headers(upstream: P
         assert arriving.ready(folder)
     with arriving.marked(folder):
         assert not arriving.ready(folder)  # of this fetch
+
+
+def test_a_folder_of_an_earlier_revision_is_not_opened_before_its_fetch_says_what_there_will_be(
+    upstream: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "upstream"
+    shutil.copytree(upstream, folder)  # whole, with an index of its own
+    other = json.loads((folder / arriving.INDEX).read_text())
+    other["weight_map"]["norm.weight"] = LAYERS[0]  # which no shard agrees with
+    new = (folder / arriving.INDEX).read_text()
+    (folder / arriving.INDEX).write_text(json.dumps(other))
+    with arriving.marked(folder) as mark_ready:
+
+        def renewed() -> None:
+            (folder / arriving.INDEX).write_text(new)
+            mark_ready()
+
+        with after(0.2, renewed):
+            assert Checkpoint(folder).weight_map["norm.weight"] == ROOT_SHARD
+
+
+def test_a_fetch_that_ends_before_the_digests_are_asked_for_is_named(incomplete: Path, tmp_path: Path) -> None:
+    with filling(incomplete):
+        names = Checkpoint(incomplete).shard_names
+    expected = f"shard {incomplete / LAYERS[-1]} is missing"
+    assert fact(lambda: layers.source_digests(incomplete, names, tmp_path / "digests.json")) == expected
+
+
+def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refused)
+    with pytest.raises(UserError, match=r"cannot lock .*: No locks available"), arriving.marked(tmp_path):
+        pass
+    assert not arriving.live(tmp_path)
+
+
+def test_who_asks_whether_fetch_lives_does_not_keep_it_from_beginning(tmp_path: Path) -> None:
+    with arriving.marked(tmp_path):
+        pass
+    asking = os.open(tmp_path / ".fetch" / "lock", os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    with after(0.1, lambda: os.close(asking)), arriving.marked(tmp_path):
+        assert arriving.live(tmp_path)
 
 
 # With the programs.

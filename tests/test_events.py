@@ -88,5 +88,23 @@ def test_torn_and_foreign_lines_are_left_out(log: Path) -> None:
     assert events.read(log) == [json.loads(whole)] * 2
 
 
+def test_a_large_file_makes_room_and_what_it_held_is_still_read(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(count: int) -> None:
+        events.emit("progress", "calibrate", done=count, doing="x" * 400)
+        events.make_room(tmp_path)
+
+    told(0)
+    assert not events.older(log).exists()
+    monkeypatch.setattr(events, "LARGE_BYTES", 100)
+    told(1)
+    assert events.older(log).exists() and not log.exists()
+    events.emit("end", "calibrate")
+    assert [event.get("done") for event in events.read(log)] == [0, 1, None]
+    told(2)
+    assert [event.get("done") for event in events.read(log)] == [None, 2]  # one older file stays
+
+
 def test_a_file_that_is_not_there_has_no_events(tmp_path: Path) -> None:
     assert events.read(tmp_path / "events.jsonl") == []

@@ -116,7 +116,7 @@ def test_killed_within_a_shard_it_goes_on_from_there(served: Hub, upstream: Path
     served.faults.append(slow)
     program = in_process(out, "--workers", 2)
     incoming, header = arriving.incoming(out), 1 << 19
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while not any(path.stat().st_size > header for path in incoming.glob("*.part") if path.exists()):
         assert program.poll() is None and time.monotonic() < deadline, program.communicate()
         time.sleep(0.01)
@@ -373,6 +373,36 @@ def test_the_plan_keeps_what_the_hub_says(served: Hub, upstream: Path, tmp_path:
         assert plan.files[name] == arriving.Expected(name, len(content), hashlib.sha256(content).hexdigest(), None)
     assert plan.files["config.json"].git_sha1 is not None
     assert arriving.ready(out) and not arriving.live(out)
+
+
+def test_what_an_earlier_revision_had_and_this_one_has_not_is_removed(
+    served: Hub, upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, commit = tmp_path / "upstream", "a" * 40
+    files = served.repos[REPO].commits[MAIN]
+    served.repos[REPO].commits[commit] = files | {"former.json": b"{}", "old/notes.py": b"# old"}
+    assert fetched(out, "--revision", commit) == 0
+    (out / "my notes.txt").write_text("of the user")
+    begun = arriving.incoming(out) / "model-00001-of-00009.safetensors.0123456789abcdef.part"
+    begun.parent.mkdir()
+    begun.write_bytes(b"half of a shard")
+    assert fetched(out) == 0
+    assert f"{out / 'former.json'} is of an earlier fetch, the hub has none: removed" in said(capsys)
+    assert (out / "my notes.txt").read_text() == "of the user"
+    (out / "my notes.txt").unlink()
+    assert_same(out, upstream)
+
+
+def test_half_a_file_that_is_linked_to_somebodys_own_is_not_written_to(tmp_path: Path) -> None:
+    own, file = tmp_path / "own", arriving.Expected("a.safetensors", 8, "0" * 64)
+    own.write_bytes(b"mine")
+    path = partial.path_of(tmp_path / "upstream", file)
+    path.parent.mkdir(parents=True)
+    path.hardlink_to(own)
+    with partial.Partial(path, file) as held:
+        assert held.size == 0
+        held.write(b"the hub's")
+    assert own.read_bytes() == b"mine"
 
 
 def test_shards_come_in_the_order_in_which_layers_need_them() -> None:

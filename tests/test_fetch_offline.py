@@ -23,7 +23,7 @@ from fetched import (
 from hub_stand_in import MAIN, Hub
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-from v4forge import arriving, files
+from v4forge import arriving, fetching, files
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,23 @@ def test_on_another_file_system_files_are_copied(
     assert (out / shards(upstream)[0]).stat().st_ino == before
 
 
+def test_where_nothing_can_be_linked_the_space_of_copies_is_asked_for(
+    upstream: Path,
+    tmp_path: Path,
+    no_network: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))  # as across the mounts of a container
+
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 0))
+    assert fetched(tmp_path / "linked", "--from", upstream) == 0
+    monkeypatch.setattr(fetching.os, "link", refused)
+    assert fetched(tmp_path / "upstream", "--from", upstream) == 1
+    assert "GB free, the checkpoint takes" in error(capsys)
+
+
 @pytest.mark.parametrize("form", ["downloaded", "snapshot"])
 def test_a_wrong_shard_of_a_folder_is_named(
     request: pytest.FixtureRequest,
@@ -136,7 +153,10 @@ def test_a_wrong_shard_of_a_folder_is_named(
     (folder / name).resolve().write_bytes(content)
     out = tmp_path / "upstream"
     assert fetched(out, "--from", folder) == 1
-    assert error(capsys).startswith(f"{folder / name} is damaged: sha256 ")
+    printed = capsys.readouterr().err
+    assert f"error: {folder / name} is damaged: sha256 " in printed
+    where = f"--cache-dir {tmp_path / 'hub'}" if form == "snapshot" else f"--local-dir {folder}"
+    assert f"hint: hf download {REPO} {name} --revision {MAIN} --force-download {where}\n" in printed
     assert not (out / name).exists()
 
 

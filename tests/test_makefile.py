@@ -58,9 +58,16 @@ def test_clean_refuses_an_empty_folder_and_keeps_the_download_and_what_was_measu
     assert "SCRATCH is empty" in make("clean", "SCRATCH=").stderr
     for name in ("upstream", "layers", "layers.old-1", "artifact", "reports", ".stamps"):
         (tmp_path / "tiny" / name).mkdir(parents=True)
-    for name in (".stamps/fetch.json", ".stamps/calibrate.json", "reports/run.json", "reports/draft-1.json"):
+    for name in (
+        ".stamps/fetch.json",
+        ".stamps/disk.json",
+        ".stamps/calibrate.json",
+        "reports/run.json",
+        "reports/draft-1.json",
+    ):
         (tmp_path / "tiny" / name).write_text("{}")
     assert make("clean", f"SCRATCH={tmp_path}").returncode == 0
     assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == [".stamps", "reports", "upstream"]
     assert [path.name for path in (tmp_path / "tiny/reports").iterdir()] == ["draft-1.json"]  # hours of measuring
-    assert [path.name for path in (tmp_path / "tiny/.stamps").iterdir()] == ["fetch.json"]
+    kept = sorted(path.name for path in (tmp_path / "tiny/.stamps").iterdir())
+    assert kept == ["disk.json", "fetch.json"]

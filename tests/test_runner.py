@@ -18,7 +18,9 @@ from scripts import stage
 from v4forge import arriving, events
 from v4forge.errors import UserError
 from v4forge.files import changed_json, read_json
-from v4forge.runner import LAUNCHER
+from v4forge.overlap import Fetch
+from v4forge.runner import LAUNCHER, Runner, StageFailed
+from v4forge.stamps import exclusive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +62,7 @@ def started(*words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, limit_s: float = 30) -> None:
+def wait_for(path: Path, limit_s: float = 100) -> None:
     end = time.monotonic() + limit_s
     while not path.exists():
         assert time.monotonic() < end, f"{path} does not appear"
@@ -68,7 +70,7 @@ def wait_for(path: Path, limit_s: float = 30) -> None:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     return process.returncode, said
 
 
@@ -132,7 +134,7 @@ def test_a_stage_that_needs_all_of_the_source_refuses_one_that_is_arriving(proje
         done = subprocess.run(command("run", "verify"), capture_output=True, text=True)
     assert done.returncode == 1
     assert "is still being downloaded" in done.stderr
-    assert "make status" in done.stderr
+    assert "make status PROFILE=flash" in done.stderr
 
 
 def test_calibrate_of_a_second_terminal_begins_on_what_the_first_downloads(project: Path) -> None:
@@ -182,24 +184,91 @@ def test_processes_that_change_one_json_file_lose_nothing_of_each_other(tmp_path
 
 
 def test_a_run_in_a_folder_that_is_written_to_names_status(project: Path) -> None:
-    from v4forge.stamps import exclusive
-
     with (
         exclusive(project / "scratch/flash/.stamps/lock", lambda: UserError("", "")),
-        pytest.raises(UserError, match="make status"),
+        pytest.raises(UserError, match="make status PROFILE=flash"),
     ):
         stage.main(["run", "verify", "--profile", "flash", "--runtime", "host"], TABLE, project)
+
+
+def test_a_download_that_ends_early_is_told_to_have_been_stopped_and_not_to_have_failed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = project / "scratch/flash"
+    run = Runner(
+        {"profile": "flash", "work": str(work), "runtime": "host", "source": f"{work}/upstream"}, TABLE, project
+    )
+    monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -TERM $$"])
+    monkeypatch.setattr(Runner, "launched", lambda *_: False)
+    with events.told(work), pytest.raises(StageFailed):
+        run._execute("fetch", 0)
+    assert stages_of(project)[-1] == ("interrupted", "fetch")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_was_killed_is_spoken_for(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = project / "scratch/flash"
+    run = Runner(
+        {"profile": "flash", "work": str(work), "runtime": "host", "source": f"{work}/upstream"}, TABLE, project
+    )
+    monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -KILL $$"])
+    monkeypatch.setattr(Runner, "launched", lambda *_: False)
+    with events.told(work), pytest.raises(StageFailed) as failed:
+        run._execute("calibrate", 0)
+    assert failed.value.code == 128 + signal.SIGKILL
+    assert capsys.readouterr().err.startswith("error: calibrate was ended by SIGKILL\nhint: sudo dmesg")
+    assert events.read(events.file_of(work))[-1]["fact"] == "calibrate was ended by SIGKILL"
+
+
+def test_a_fetch_of_another_terminal_that_has_yet_to_begin_is_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "fetch.lock"
+    with exclusive(lock, lambda: UserError("", "")):
+        fetch = Fetch.begin(tmp_path / "upstream", lock, tmp_path / "fetch.log", [])
+        assert fetch.process is None and fetch.running()
+    assert not fetch.running() and fetch.wait() == 0
+
+
+def test_a_failed_download_that_has_yet_to_exit_says_why_and_a_stopped_one_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "fetch.log"
+    log.write_text("error: the hub is gone\n")
+    for code, said in ((1, "error: the hub is gone\n"), (130, "")):
+        process = subprocess.Popen(["sh", "-c", f"sleep 0.3; exit {code}"])
+        Fetch(tmp_path / "upstream", tmp_path / "lock", log, process).stop()
+        assert process.returncode == code
+        assert capsys.readouterr().err == said
+
+
+def test_sigterm_ends_the_download_too_and_is_told(project: Path) -> None:
+    run = started("fetch", "calibrate", "--title", "artifact")
+    wait_for(project / "began")
+    run.send_signal(signal.SIGTERM)  # of the runner alone
+    code, _ = ended(run)
+    assert code == 143
+    assert not arriving.live(project / "scratch/flash/upstream")
+    assert (
+        events.read(events.file_of(project / "scratch/flash"))[-1].items() >= {"event": "run-end", "code": 143}.items()
+    )
 
 
 def test_ranks_that_are_stopped_end_without_a_traceback_of_their_launcher(project: Path) -> None:
     (project / "rank.py").write_text("import pathlib, time\npathlib.Path('began').write_text('')\ntime.sleep(60)\n")
     words = [sys.executable, "-m", LAUNCHER[0], *LAUNCHER[1:], "2", "rank.py"]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    wait_for(project / "began", 60)
+    wait_for(project / "began")
     os.killpg(run.pid, signal.SIGINT)
     code, said = ended(run)
     assert code == 128 + signal.SIGINT
     assert "SignalException" not in said
+
+
+def test_a_rank_that_is_killed_gives_the_signals_code(project: Path) -> None:
+    (project / "rank.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    words = [sys.executable, "-m", LAUNCHER[0], *LAUNCHER[1:], "1", "rank.py"]
+    assert subprocess.run(words, capture_output=True).returncode == 128 + signal.SIGKILL
 
 
 def test_a_rank_that_fails_gives_its_code_without_a_table_of_the_launcher(project: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,27 @@ def test_run_json_holds_seconds_and_command_of_the_last_run(project: Path) -> No
     entry = json.loads((project / "scratch/tiny/reports/run.json").read_text())["calibrate"]
     assert entry["elapsed_s"] > 0
     assert entry["command"].endswith("-m scripts.fake --source source --work scratch/tiny/layers --samples 8")
+
+
+def test_threads_may_learn_and_ask_at_once(tmp_path: Path) -> None:
+    digests = Digests(tmp_path / "digests.json")
+    paths = [tmp_path / f"file {number}" for number in range(400)]
+    for path in paths:
+        path.write_text(path.name)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(digests.of, [path]) for path in paths[:200]]
+            learnt = [pool.submit(digests.learn, path, "learnt") for path in paths[200:]]
+            saved = [pool.submit(digests.save) for _ in range(20)]
+            for job in (*asked, *learnt, *saved):
+                job.result()
+    finally:
+        sys.setswitchinterval(before)
+    digests.save()
+    known = Digests(tmp_path / "digests.json")
+    assert all(known.known(path) is not None for path in paths)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_a_stage_lives(project: Path) -> None:

@@ -12,7 +12,6 @@ A reader of a checkpoint takes names, dtypes and shapes from a header, and waits
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -27,13 +26,12 @@ from typing import Any
 from safetensors import safe_open
 
 from v4forge.errors import UserError
-from v4forge.files import make_folder, read_json, write_json
+from v4forge.files import is_locked, lock, make_folder, read_json, write_json, writing
 
 INDEX = "model.safetensors.index.json"
 FOLDER = ".fetch"
 READY = b"ready"
 POLL_S = 0.2
-LOCK_ATTEMPTS = 20  # POLL_S apart: who asks whether fetch lives holds its lock for a moment
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 log = logging.getLogger(__name__)
@@ -92,17 +90,13 @@ def marked(folder: Path) -> Iterator[Callable[[], None]]:
     Raises UserError when another fetch fills it.
     """
     make_folder(folder / FOLDER)
-    descriptor = os.open(folder / FOLDER / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    path = folder / FOLDER / "lock"
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        for attempt in range(LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == LOCK_ATTEMPTS - 1:
-                    hint = "wait until it has ended, or choose another --out"
-                    raise UserError(f"another fetch is writing to {folder}", hint) from None
-                time.sleep(POLL_S)
+        if not lock(descriptor, path):
+            hint = "wait until it has ended, or choose another --out"
+            raise UserError(f"another fetch is writing to {folder}", hint)
         os.ftruncate(descriptor, 0)
 
         def mark_ready() -> None:
@@ -115,19 +109,7 @@ def marked(folder: Path) -> Iterator[Callable[[], None]]:
 
 def live(folder: Path) -> bool:
     """Whether a fetch is filling the folder now."""
-    try:
-        descriptor = os.open(folder / FOLDER / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+    return is_locked(folder / FOLDER / "lock")
 
 
 def ready(folder: Path) -> bool:
@@ -151,7 +133,7 @@ def _missing(path: Path, waited: bool) -> UserError:
     ended = ", and the fetch that was to bring it has ended" if waited else ""
     return UserError(
         f"shard {path} is missing{ended}",
-        "make fetch, then the same command again: both go on where they stopped",
+        "make fetch PROFILE=flash, then the same command again: both go on where they stopped",
     )
 
 
@@ -190,15 +172,18 @@ def wait_until_ready(folder: Path) -> None:
 
 
 def digests_to_come(folder: Path, shards: Sequence[str]) -> dict[str, str]:
-    """shard -> the sha256 that it will have, for those that are not here yet. Waits for one whose is not known."""
+    """shard -> the sha256 that it will have, for those that are not here yet. Waits for one whose is not known.
+
+    Raises UserError for one that is not here when no fetch lives that would bring it.
+    """
     found: dict[str, str] = {}
     expected: Plan | None = None
     for shard in shards:
-        if not is_coming(folder / shard):
+        if (folder / shard).exists():
             continue
         expected = expected or plan(folder)
         known = expected.files.get(shard) if expected else None
-        if known is not None and known.sha256 is not None:
+        if known is not None and known.sha256 is not None and live(folder):
             found[shard] = known.sha256
         else:
             wait_for(folder / shard)

@@ -158,17 +158,18 @@ class Checkpoint:
     """A folder of safetensors shards under one index. Opening it reads headers only.
 
     `form` is "source" (upstream FP4/FP8) or "artifact"; it picks the column of the recipe by which `load` decodes.
+    While fetch fills the folder, opening waits until what there will be is known; `by_fetch`: fetch itself opens it.
     Raises UserError for a missing index or shard, a truncated shard, or an index that disagrees with the shards.
     """
 
-    def __init__(self, directory: Path, form: str = "source") -> None:
+    def __init__(self, directory: Path, form: str = "source", by_fetch: bool = False) -> None:
         self.directory = Path(directory)
         self.form = form
         self._hint = {
-            "source": f"restore the file in {self.directory}; python -m scripts.fetch downloads what is missing",
+            "source": f"restore the file in {self.directory}; make fetch PROFILE=flash brings what is missing there",
             "artifact": f"make it again: python -m scripts.postprocess --out {self.directory} …",
         }[form]
-        if arriving.is_coming(self.directory / INDEX):
+        if not by_fetch:  # index and headers may still be those of an earlier revision
             arriving.wait_until_ready(self.directory)
         try:
             self.weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]

@@ -2,7 +2,7 @@
 
 The runner names the file in the environment; every program that it starts appends to it, in containers too. A line is
 one write to a file opened for appending, so that lines of several processes do not mix. Telling must never stop the
-work: where it cannot be written, nothing is said.
+work: where it cannot be written, nothing is said. Once it is large, a run begins a new file, and one older stays.
 """
 
 from __future__ import annotations
@@ -18,11 +18,26 @@ from typing import Any
 VARIABLE = "V4FORGE_EVENTS"
 # The stage that a program runs as, where that is not its own name: two stages may be one program.
 STAGE = "V4FORGE_STAGE"
+LARGE_BYTES = 1 << 20  # some 3,000 lines
 
 
 def file_of(work: Path) -> Path:
     """Where a work folder's events are."""
     return work / "logs" / "events.jsonl"
+
+
+def older(path: Path) -> Path:
+    """Where the events are that came before those of a file."""
+    return path.with_name(f"{path.stem}.1{path.suffix}")
+
+
+def make_room(work: Path) -> None:
+    """Puts a large file aside, in the place of the older one. Not while a run of the folder lives: its first event
+    would be lost with the second file after it."""
+    path = file_of(work)
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > LARGE_BYTES:
+            path.replace(older(path))
 
 
 @contextlib.contextmanager
@@ -62,12 +77,12 @@ def _append(path: str, line: bytes) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a file, oldest first; none where there is no such file. Lines that are none are left out: the last
-    one may be half written, and a full disk cuts one short."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
+    """The events of a file, and of the older one, oldest first; none where there is no such file. Lines that are none
+    are left out: the last one may be half written, and a full disk cuts one short."""
+    lines: list[bytes] = []
+    for each in (older(path), path):
+        with contextlib.suppress(OSError):
+            lines += each.read_bytes().split(b"\n")
     return [event for line in lines if (event := _parsed(line)) is not None]
 
 

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -116,6 +116,7 @@ class Fetch:
         killed leaves what came so far, from which the next run goes on."""
         self._count(todo)
         self._check(todo, progress)
+        self._remove_former(todo)
         self._check_space(todo)
         arriving.write_plan(self.out, todo.plan)
         self._all([each for each in todo.missing if not each.name.endswith(SHARD_SUFFIX)], self._bring, progress)
@@ -137,7 +138,7 @@ class Fetch:
         from v4forge.checkpoint import Checkpoint
 
         try:
-            opened = Checkpoint(self.out)
+            opened = Checkpoint(self.out, by_fetch=True)
             opened.validate(layout.upstream(opened.config))
         except UserError:
             shutil.rmtree(arriving.incoming(self.out), ignore_errors=True)  # should a header have come damaged
@@ -192,10 +193,24 @@ class Fetch:
         blob.update(path.read_bytes())
         return "" if blob.hexdigest() == file.git_sha1 else f"git sha1 {blob.hexdigest()}, not {file.git_sha1}"
 
+    def _remove_former(self, todo: Todo) -> None:
+        """Removes what an earlier fetch brought, or had begun to bring, of another revision, and this one does not
+        have: a stage would take a small file for this revision's, and a shard takes its gigabytes."""
+        before = arriving.plan(self.out)
+        for name in sorted(before.files.keys() - todo.plan.files.keys() if before else ()):
+            path = self.out / name
+            if _is_wanted(name) and path.is_file():
+                self.say(f"{path} is of an earlier fetch, {self._origin()} has none: removed")
+                path.unlink()
+        begun = {partial.path_of(self.out, each) for each in todo.missing}
+        for path in arriving.incoming(self.out).glob("*"):
+            if path not in begun:
+                path.unlink()
+
     def _check_space(self, todo: Todo) -> None:
         needed = sum(each.bytes - self.took[each.name] for each in todo.missing)
-        if isinstance(self.source, Offline) and self.source.folder.stat().st_dev == self.out.stat().st_dev:
-            return  # linked
+        if isinstance(self.source, Offline) and self._links(self.source):
+            return
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise UserError(
@@ -203,6 +218,18 @@ class Fetch:
                 f" {(needed - free) / 1e9:,.1f} GB are missing",
                 "free that much there, or choose a larger disk: make … SCRATCH=<folder>",
             )
+
+    def _links(self, source: Offline) -> bool:
+        """Whether files of the source's folder can be linked here: not across file systems, nor across a container's
+        mounts of one, nor always those of another user."""
+        probe = arriving.incoming(self.out) / "probe"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source.paths[INDEX], probe)
+        except OSError:
+            return False
+        probe.unlink()
+        return True
 
     def _origin(self) -> str:
         return f"{self.source.folder}" if isinstance(self.source, Offline) else "the hub"
@@ -297,7 +324,7 @@ class Fetch:
                 head = self._head(file)
                 arriving.parsed(head, file.bytes)
                 break
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if isinstance(self.source, Hub):
                     partial.path_of(self.out, file).unlink()
                 if attempt + 1 == self.source.attempts:
@@ -310,6 +337,8 @@ class Fetch:
         if isinstance(self.source, Offline):
             return arriving.read_head(self.source.paths[file.name])
         path = partial.path_of(self.out, file)
+        with suppress(OSError, ValueError):
+            return arriving.read_head(path)  # of what came earlier, which need not be hashed for it
         with Partial(path, file) as held:
             self.source.bring(held, lambda size: self._took(file, size), min(HEADER_BYTES, file.bytes))
             needed = arriving.head_bytes(_first(path, 8))

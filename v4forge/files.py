@@ -7,12 +7,16 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from v4forge.errors import UserError
+
+# Who asks whether a file is locked holds its lock for a moment.
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.05
 
 
 @contextmanager
@@ -54,6 +58,41 @@ def link_or_copy(source: Path, target: Path) -> None:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
                 raise
             shutil.copyfile(source, temporary)
+
+
+def lock(descriptor: int, path: Path) -> bool:
+    """Locks an open file until it is closed -> False where another process keeps it locked.
+
+    Raises UserError on a file system without locks.
+    """
+    for attempt in range(LOCK_ATTEMPTS):
+        if attempt:
+            time.sleep(LOCK_PAUSE_S)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}", "choose a SCRATCH on a local disk") from None
+    return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has a file locked now; not where there is no such file, or its file system has no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def sync_folder(directory: Path) -> None:

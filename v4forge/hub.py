@@ -33,7 +33,8 @@ BACKOFF_S = 1.0  # before the first, doubled for each further one
 LONGEST_BACKOFF_S = 60.0
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 LISTING_TIMEOUT_S = 30.0
-AGAIN = "check the network, then run it again, it goes on where it stopped: make fetch"
+AGAIN = "check the network, then run it again, it goes on where it stopped: make fetch PROFILE=flash"
+LOGIN = ".venv/bin/hf auth login"
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ class Hub:
         """The error for a file that came damaged each time."""
         return UserError(
             f"{name} came damaged {self.attempts} times: {fault}",
-            "run it again later, or past the proxy: make fetch",
+            "run it again later, or past the proxy: make fetch PROFILE=flash",
         )
 
     def _stream(self, partial: Partial, end: int, took: Callable[[int], None]) -> None:
@@ -126,15 +127,17 @@ class Hub:
         if isinstance(error, GatedRepoError):
             whose = "this token has no access to it" if get_token() else "no token is set"
             page = f"{self.endpoint}/{self.repo}"
-            return UserError(f"{self.repo} is gated, and {whose}", f"accept its terms on {page}, then: hf auth login")
+            return UserError(f"{self.repo} is gated, and {whose}", f"accept its terms on {page}, then: {LOGIN}")
         if isinstance(error, RevisionNotFoundError):
             return UserError(f"{self.repo} has no revision {self.revision}", "correct FLASH_REVISION in versions.env")
         if isinstance(error, RepositoryNotFoundError):
-            return UserError(f"{self.repo} is not on the hub, or not for you", "hf auth login, or correct FLASH_REPO")
+            return UserError(f"{self.repo} is not on the hub, or not for you", f"{LOGIN}, or correct FLASH_REPO")
         if isinstance(error, OfflineModeIsEnabled):
-            return UserError("HF_HUB_OFFLINE is set, and fetch downloads", "unset it, or: make fetch FROM=<folder>")
+            return UserError(
+                "HF_HUB_OFFLINE is set, and fetch downloads", "unset it, or: make fetch PROFILE=flash FROM=<folder>"
+            )
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403) and get_token():
-            return UserError(f"the hub refuses the token: {_said(error)} for {what}", "hf auth login")
+            return UserError(f"the hub refuses the token: {_said(error)} for {what}", LOGIN)
         return UserError(f"{what} could not be downloaded: {_said(error)}", AGAIN)
 
 

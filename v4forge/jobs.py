@@ -27,7 +27,15 @@ SYSTEM = ("/bin", "/boot", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "
 OCCUPIED = ("/dev/shm", "/home/v4forge", "/opt/v4forge", "/opt/venv", "/run/v4forge", "/tmp")
 
 # Of the caller's environment, for programs that download.
-ONLINE = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+ONLINE = (
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+)
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 CA_FILE = "/run/v4forge/ca.pem"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,10 +40,14 @@ class Offline:
 
     def blame(self, name: str, fault: str) -> UserError:
         """The error for a file that is not what the hub has."""
-        again = {
-            "download": f"hf download {self.repo or '<repository>'} {name} --force-download --local-dir {self.folder}",
-            "snapshot": f"hf download {self.repo} {name} --force-download",
-        }.get(self.form, f"copy it to {self.folder} again")
+        words = ["hf", "download", self.repo or "<repository>", name, "--revision", str(self.revision)]
+        where = {
+            "download": ["--local-dir", str(self.folder)],
+            "snapshot": ["--cache-dir", str(self.folder.parents[2 if self.repo else 0])],
+        }.get(self.form)
+        again = f"copy it to {self.folder} again"
+        if where is not None:
+            again = shlex.join([*words, "--force-download", *where])
         return UserError(f"{self.folder / name} is damaged: {fault}", again)
 
 
@@ -50,7 +55,7 @@ def looked_at(folder: Path, repo: str, revision: str) -> Offline:
     """What a folder offers. Raises UserError when there is none, or when it says that it holds another revision."""
     folder = folder.absolute()
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", "make fetch FROM=<a folder with a checkpoint>")
+        raise UserError(f"{folder} is not a folder", "make fetch PROFILE=flash FROM=<a folder with a checkpoint>")
     if (folder / "snapshots").is_dir():
         folder = folder / "snapshots" / revision
         if not folder.is_dir():

@@ -6,40 +6,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from v4forge import arriving
-from v4forge.files import make_folder
+from v4forge.files import is_locked, make_folder
 
 POLL_S = 0.1
 SHOWN_LINES = 12
+ENDING_S = 5.0  # between the end of what downloads and that of the process which started it
+STOPPED = (130, 143)  # codes of a download that somebody stopped, which knows why
 
 
 @dataclass
 class Fetch:
-    """A running `fetch`; `process` is None where another terminal has started it."""
+    """A running `fetch`; `process` is None where another terminal has started it. `lock` is held while one runs."""
 
     source: Path
+    lock: Path
     log: Path
     process: subprocess.Popen[bytes] | None
 
     @classmethod
-    def begin(cls, source: Path, log: Path, options: Sequence[str]) -> Fetch:
+    def begin(cls, source: Path, lock: Path, log: Path, options: Sequence[str]) -> Fetch:
         """Starts `python -m scripts.stage run fetch` with these options, unless a download runs already.
 
         Ctrl-C reaches it through the terminal, as it does the stage beside it.
         """
-        if arriving.live(source):
-            return cls(source, log, None)
+        if arriving.live(source) or is_locked(lock):
+            return cls(source, lock, log, None)
         make_folder(log.parent)
         with open(log, "wb") as file:
             command = [sys.executable, "-m", "scripts.stage", "run", "fetch", *options]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-        return cls(source, log, process)
+        return cls(source, lock, log, process)
 
     def running(self) -> bool:
-        return arriving.live(self.source) if self.process is None else self.process.poll() is None
+        if self.process is None:
+            return arriving.live(self.source) or is_locked(self.lock)
+        return self.process.poll() is None
 
     def wait_until_ready(self) -> None:
         """Returns when a stage can begin on what is there, or the download has ended. What an earlier one left says
@@ -48,21 +54,28 @@ class Fetch:
             time.sleep(POLL_S)
 
     def wait(self) -> int:
-        """Waits for the end -> the exit code, after showing the end of the log where it is not 0."""
+        """Waits for the end -> the exit code, after showing the end of the log of one that has failed."""
         if self.process is None:
-            wait_until_ended(self.source)
+            while self.running():
+                time.sleep(POLL_S)
             return 0
         code = self.process.wait()
-        if code:
+        code = code if code >= 0 else 128 - code
+        if code and code not in STOPPED:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-SHOWN_LINES:]), file=sys.stderr, flush=True)
-        return code if code >= 0 else 128 - code
+        return code
 
     def stop(self) -> None:
-        """Ends it, and what it downloads; the next run goes on from there."""
-        if self.process is not None and self.process.poll() is None:
+        """Ends it, and what it downloads; the next run goes on from there. One that has failed by itself says why."""
+        if self.process is None:
+            return
+        if not arriving.live(self.source):  # what downloads has ended, perhaps in this moment
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(ENDING_S)
+        if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait()
+        self.wait()
 
 
 def wait_until_ended(source: Path) -> None:

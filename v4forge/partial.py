@@ -26,12 +26,17 @@ def path_of(folder: Path, file: Expected) -> Path:
 
 
 class Partial:
-    """An open partial file. `size` bytes of it are here, and hashed; opening it hashes those of an earlier run."""
+    """An open partial file. `size` bytes of it are here, and hashed; opening it hashes those of an earlier run.
+
+    One that is a link to a file of somebody's folder, left by a killed run, is not gone on with: it is not ours.
+    """
 
     def __init__(self, path: Path, file: Expected) -> None:
         self.path, self.expected = path, file
         make_folder(path.parent)
         with writing(path):
+            if path.exists() and path.stat().st_nlink > 1:
+                path.unlink()
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._hash_anew()
         while part := os.read(self._descriptor, CHUNK_BYTES):

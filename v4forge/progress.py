@@ -78,10 +78,11 @@ def _host_peak() -> int:
 def peak() -> Peak:
     """Of this process. A GPU is only looked at where the program uses one already: to ask torch would wake it."""
     host = _host_peak()
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # not there yet while another thread imports it
+    in_use = getattr(cuda, "is_initialized", None)
+    if cuda is None or in_use is None or not in_use():
         return Peak(host)
-    return Peak(host, max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
+    return Peak(host, max(cuda.max_memory_allocated(i) for i in range(cuda.device_count())))
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import arriving, checkout, containers, events, images, machine, pins, stamps
-from v4forge.errors import UserError
+from v4forge.errors import UserError, report
 from v4forge.files import changed_json, read_json
 from v4forge.image_files import layer_sizes, step_of
 from v4forge.jobs import Job
-from v4forge.overlap import Fetch, wait_until_ended
+from v4forge.overlap import STOPPED, Fetch, wait_until_ended
 from v4forge.stages import FILES, TARGETS, Stage
 from v4forge.stamps import Digests, Files
+from v4forge.whole_run import lock_file
 
 REASONS_SHOWN = 4
 READ_ONLY = ("source", "corpus", "heldout")
@@ -216,7 +217,7 @@ class Runner:
         self.say_unsaid()
         log = self.work / "logs" / "fetch.log"
         say(f"fetch: {self.table['fetch'].does}; its log is {log}")
-        self.fetch = Fetch.begin(source, log, options)
+        self.fetch = Fetch.begin(source, lock_file(self.work, ["fetch"]), log, options)
         self.fetch.wait_until_ready()
         if not self.fetch.running():
             self.end_fetch()
@@ -236,12 +237,8 @@ class Runner:
     def stop_fetch(self) -> None:
         """Ends the download beside a run that ends early; what had failed by itself says why."""
         fetch, self.fetch = self.fetch, None
-        if fetch is None:
-            return
-        if fetch.running():
+        if fetch is not None:
             fetch.stop()
-        else:
-            fetch.wait()
 
     def run(self, name: str, lock: int) -> bool:
         """Runs the stage unless it is up to date; whether it ran.
@@ -255,7 +252,8 @@ class Runner:
         arrives = "source" in stage.inputs and arriving.live(Path(self.values["source"]))
         if arrives and not stage.streams:
             fact = f"{name} needs the whole source, and {self.values['source']} is still being downloaded"
-            raise UserError(fact, "make status shows how far it is; then run the same command again")
+            hint = f"make status{self.profile_word} shows how far it is; then run the same command again"
+            raise UserError(fact, hint)
         inputs = [group for group in self.files(stage.inputs) if not (arrives and group.name == "source")]
         for group in inputs:
             if group.name not in stage.optional and not group.members():
@@ -308,22 +306,43 @@ class Runner:
             events.emit("interrupted", name)
             raise
         elapsed_s = round(time.monotonic() - clock, 3)
-        events.emit("failed" if code else "end", name, elapsed_s=elapsed_s, **({"code": code} if code else {}))
         if code:
+            told: dict[str, Any] = {"elapsed_s": elapsed_s, "code": code}
+            if code > 128 and code not in STOPPED:  # it could not say why
+                error = killed(name, code - 128)
+                report(error)
+                told["fact"] = error.fact
+            events.emit("interrupted" if code in STOPPED else "failed", name, **told)
             raise StageFailed(name, code)
+        events.emit("end", name, elapsed_s=elapsed_s)
         with changed_json(self.work / "reports" / "run.json") as content:
             content[name] = {"elapsed_s": elapsed_s, **entry}
         return elapsed_s
 
+    @property
+    def profile_word(self) -> str:
+        """What a command of make needs for this profile."""
+        return "" if self.values["profile"] == "tiny" else f" PROFILE={self.values['profile']}"
+
     def _maker(self, name: str) -> str:
         """What to do about missing files of this name."""
-        profile = "" if self.values["profile"] == "tiny" else f" PROFILE={self.values['profile']}"
+        profile = self.profile_word
         if name == "source":
             return f"make fetch{profile}" if not self.skipped("fetch") else "make … SOURCE=<an upstream checkpoint>"
         for stage, spec in self.table.items():
             if name in spec.outputs:
                 return f"make {stage}{profile}" if stage in TARGETS else "make demo"
         return f"make … {name.upper()}=<file>"
+
+
+def killed(name: str, number: int) -> UserError:
+    """The error of a stage whose program a signal has ended."""
+    try:
+        by = signal.Signals(number).name
+    except ValueError:
+        by = f"signal {number}"
+    why = "sudo dmesg | tail says whether memory ran out; then the same command again"
+    return UserError(f"{name} was ended by {by}", why)
 
 
 def listed(reasons: Sequence[str]) -> str:

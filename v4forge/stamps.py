@@ -13,13 +13,14 @@ import fcntl
 import fnmatch
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from v4forge.files import read_json, write_json
+from v4forge.files import lock, make_folder, read_json, write_json, writing
 
 CHUNK_BYTES = 8 << 20
 HASH_THREADS = min(8, os.cpu_count() or 1)
@@ -30,7 +31,7 @@ Record = dict[str, dict[str, Any]]
 class Digests:
     """sha256 of files, remembered in a JSON file. Hard links share an entry: the inode is what was read.
 
-    Several processes may use one file at a time: each adds what it has learnt.
+    Several processes may use one file at a time: each adds what it has learnt. Several threads may use one object.
     """
 
     def __init__(self, cache_file: Path) -> None:
@@ -38,13 +39,15 @@ class Digests:
         self._by_path: dict[str, list[Any]] = {}
         self._by_inode: dict[tuple[int, int, int], str] = {}
         self._own: dict[str, list[Any]] = {}  # what the file does not have yet
+        self._changing = threading.RLock()  # held for a moment, never while a file is hashed
         self.reload()
 
     def reload(self) -> None:
         """Takes in what other processes have learnt."""
         found = read_json(self.cache_file)
-        self._by_path = {**found, **self._own}
-        self._by_inode |= {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
+        with self._changing:
+            self._by_path = {**found, **self._own}
+            self._by_inode |= {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
 
     def of(self, paths: Sequence[Path]) -> dict[Path, str]:
         """path -> sha256 in hex. Raises OSError for a path that cannot be read."""
@@ -53,9 +56,11 @@ class Digests:
             self.reload()  # another process may know them
         unknown = {key: path for path, key in keys.items() if key not in self._by_inode}
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            self._by_inode.update(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
-        for path, key in keys.items():
-            self._remember(path, key, self._by_inode[key])
+            hashed = dict(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
+        with self._changing:
+            self._by_inode |= hashed
+            for path, key in keys.items():
+                self._remember(path, key, self._by_inode[key])
         return {path: self._by_inode[key] for path, key in keys.items()}
 
     def known(self, path: Path) -> str | None:
@@ -68,8 +73,9 @@ class Digests:
     def learn(self, path: Path, sha256: str) -> None:
         """Takes the digest of a file from who has just read it all, or written it."""
         key = _identity(path)
-        self._by_inode[key] = sha256
-        self._remember(path, key, sha256)
+        with self._changing:
+            self._by_inode[key] = sha256
+            self._remember(path, key, sha256)
 
     def _remember(self, path: Path, key: tuple[int, int, int], sha256: str) -> None:
         entry = [*key, sha256]
@@ -77,13 +83,14 @@ class Digests:
             self._by_path[str(path)] = self._own[str(path)] = entry
 
     def save(self) -> None:
-        """Writes what is new into the cache, which loses the files that are gone."""
-        if not self._own:
-            return
-        own, self._own = self._own, {}
-        self.cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.cache_file.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        """Writes what is new into the cache, which loses the files that are gone. UserError where it cannot."""
+        with self._changing:
+            if not self._own:
+                return
+            own, self._own = self._own, {}
+        make_folder(self.cache_file.parent)
+        with writing(self.cache_file), open(self.cache_file.with_suffix(".lock"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
             found = read_json(self.cache_file) | own
             write_json(self.cache_file, {path: entry for path, entry in found.items() if os.path.exists(path)})
 
@@ -234,15 +241,14 @@ def seal(path: Path, now: Record, outputs: Sequence[Files], digests: Digests) ->
 def exclusive(path: Path, busy: Callable[[], Exception]) -> Iterator[int]:
     """Holds a lock file. A program started with the yielded descriptor keeps holding it when its parent is killed.
 
-    Raises busy() when another process holds the lock.
+    Raises busy() when another process holds the lock, UserError where the file cannot be made or locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    make_folder(path.parent)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy() from None
+        if not lock(descriptor, path):
+            raise busy()
         yield descriptor
     finally:
         os.close(descriptor)

@@ -6,6 +6,7 @@ python -m v4forge.torchrun --standalone --nproc-per-node 8 -m scripts.calibrate 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,9 +19,11 @@ def main() -> int:
         run(parse_args(None))
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
+    except KeyboardInterrupt:  # before it has begun
+        return 128 + signal.SIGINT
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        return max(codes) if max(codes) > 0 else 1
+        return max(codes) if max(codes) > 0 else 128 - min(codes)
     return 0
 
 

@@ -5,14 +5,13 @@ Only the events, the time and whether the run's process lives go in; nothing is 
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from v4forge import estimate, events
+from v4forge.files import is_locked
 from v4forge.progress import Peak
 
 Event = Mapping[str, Any]
@@ -68,23 +67,17 @@ class WholeRun:
         return self.state == RUNNING
 
 
+def lock_file(work: Path, stages: Sequence[str]) -> Path:
+    """What keeps a second run out of a work folder; a download may run beside one."""
+    return work / ".stamps" / ("fetch.lock" if list(stages) == ["fetch"] else "lock")
+
+
 def lives(work: Path, stages: Sequence[str]) -> bool:
     """Whether a process holds the lock of a run of these stages: the runner, or a stage's program that has survived it.
 
     The lock is taken for a moment to find out.
     """
-    path = work / ".stamps" / ("fetch.lock" if list(stages) == ["fetch"] else "lock")
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    return is_locked(lock_file(work, stages))
 
 
 def last_run(history: Sequence[Event], alive: Callable[[Sequence[str]], bool]) -> Event | None:
