@@ -232,3 +232,10 @@ def test_estimate_against_actual_has_a_line_for_each_stage_that_ran() -> None:
         ["calibrate", "3", "min", "20", "s", "4", "min", "10", "s", "+25%"],
         ["card", "unknown", "2.0", "s"],
     ]
+
+
+def test_a_stage_that_is_none_of_the_pipelines_is_unknown(tmp_path: Path) -> None:
+    (found,) = estimate.of_run(
+        ["polish"], {"profile": "tiny", "source": "models/tiny", "work": str(tmp_path)}, tmp_path, 1
+    )
+    assert found == Estimate("polish", None, "no stage of the pipeline")

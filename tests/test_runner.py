@@ -201,7 +201,7 @@ def test_a_download_that_ends_early_is_told_to_have_been_stopped_and_not_to_have
     monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -TERM $$"])
     monkeypatch.setattr(Runner, "launched", lambda *_: False)
     with events.told(work), pytest.raises(StageFailed):
-        run._execute("fetch", 0)
+        run._execute("fetch", None, 0)
     assert stages_of(project)[-1] == ("interrupted", "fetch")
     assert capsys.readouterr().err == ""
 
@@ -216,7 +216,7 @@ def test_a_program_that_was_killed_is_spoken_for(
     monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -KILL $$"])
     monkeypatch.setattr(Runner, "launched", lambda *_: False)
     with events.told(work), pytest.raises(StageFailed) as failed:
-        run._execute("calibrate", 0)
+        run._execute("calibrate", None, 0)
     assert failed.value.code == 128 + signal.SIGKILL
     assert capsys.readouterr().err.startswith("error: calibrate was ended by SIGKILL\nhint: sudo dmesg")
     assert events.read(events.file_of(work))[-1]["fact"] == "calibrate was ended by SIGKILL"

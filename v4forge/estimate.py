@@ -56,14 +56,15 @@ def of_run(
 ) -> list[Estimate]:
     """An estimate a stage, for the runner's settings `values`. Only names and sizes of files are looked at; nothing has
     to be there."""
-    there = done(names, values, work)
-    ahead = [name for name in names if name not in there]
+    known = [name for name in names if name in STAGES]
+    there = done(known, values, work)
+    ahead = [name for name in known if name not in there]
     if values["profile"] == "tiny":
         found = [_of_tiny(name, values, gpus) for name in ahead]
     else:
         found = _of_layers(ahead, values, work, gpus, given) if ahead else []
-    by_name = {each.stage: each for each in found}
-    return [by_name[name] if name in by_name else Estimate(name, 0.0, there[name]) for name in names]
+    by_name = {name: Estimate(name, 0.0, why) for name, why in there.items()} | {each.stage: each for each in found}
+    return [by_name.get(name) or Estimate(name, None, "no stage of the pipeline") for name in names]
 
 
 def names_of(profile: str) -> list[str]:

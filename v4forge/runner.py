@@ -264,15 +264,16 @@ class Runner:
             self.unsaid.append(f"{name}: up to date")
             events.emit("up-to-date", name)
             return False
+        job = self.job(name) if self.values["runtime"] == "docker" else None
         self.say_unsaid()
         again = f" ({listed(reasons)})" if self.stamp_file(name).exists() else ""
         say(f"{name}: {stage.does.format(**self.values)}{again}")
         clock = time.monotonic()
-        elapsed_s = self._execute(name, lock)
+        elapsed_s = self._execute(name, job, lock)
         if arrives:
             self.end_fetch()
             wait_until_ended(Path(self.values["source"]))
-            now = self.record(name)
+            now["input"] = self.record(name)["input"]  # all of it now; code and settings as they were when it began
         outputs = self.files(stage.outputs)
         for group in outputs:
             if not group.members():
@@ -283,9 +284,9 @@ class Runner:
             say(f"{name}: done in {elapsed_s:.1f} s")
         return True
 
-    def _execute(self, name: str, lock: int) -> float:
-        """Runs the stage's program, and notes in run.json how -> seconds. Raises StageFailed."""
-        job = self.job(name) if self.values["runtime"] == "docker" else None
+    def _execute(self, name: str, job: Job | None, lock: int) -> float:
+        """Runs the stage's program, in a container where there is a job for it, and notes in run.json how -> seconds.
+        Raises StageFailed."""
         entry: dict[str, Any] = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": self.shown_command(name),
