@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from hub_stand_in import CHUNK_BYTES, MAIN, Hub, Repo, serving
 from huggingface_hub import constants
 from programs import ROOT, run_here
+from safetensors.torch import load_file
 from synthetic import write_checkpoint
 
 from v4forge import arriving, fetching, hub
+from v4forge.checkpoint import write_index, write_shard
 
 REPO = "some/model"
 LARGE = dict(shards=3, vocab_size=2048, hidden_size=256)  # shards larger than what is asked for as a header
@@ -27,6 +31,31 @@ def write_upstream(directory: Path) -> Path:
     (directory / "encoding").mkdir()
     (directory / "encoding" / "chat.py").write_text("# how a chat is written\n")
     (directory / "LICENSE").write_text("free\n")
+    return directory
+
+
+def shard_of_layer(layer: int) -> str:
+    return f"model-layer-{layer}.safetensors"
+
+
+ROOT_SHARD = "model-root.safetensors"
+
+
+def write_by_layer(source: Path, directory: Path) -> Path:
+    """The same checkpoint with one shard a layer, and one for root and MTP."""
+    directory.mkdir(exist_ok=True)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, directory / path.name)
+            continue
+        for name, tensor in load_file(path).items():
+            parts = name.split(".")
+            shard = shard_of_layer(int(parts[1])) if parts[0] == "layers" else ROOT_SHARD
+            shards.setdefault(shard, {})[name] = tensor
+    for shard, tensors in shards.items():
+        write_shard(directory / shard, tensors)
+    write_index(directory, {name: shard for shard, tensors in shards.items() for name in tensors}, 0)
     return directory
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fetched import ROOT_SHARD, shard_of_layer, write_by_layer
 from hub_stand_in import MAIN, Fault, Repo, serving, sha256_of
 from hub_stand_in import Hub as StandIn
 from programs import ROOT, calibrate_arguments, contents, run_here, write_corpus, write_source
-from safetensors.torch import load_file
 
 from v4forge import arriving, fetching, files, layers, layout
-from v4forge.checkpoint import Checkpoint, write_index, write_shard
+from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError
 from v4forge.hub import Hub
 from v4forge.stamps import Digests
@@ -33,26 +33,15 @@ from v4forge.streaming import Reader
 from v4forge.watch import Watch
 
 REPO = "some/model"
-ROOT_SHARD = "model-00001-of-00004.safetensors"
-LAYERS = [f"model-0000{number}-of-00004.safetensors" for number in (2, 3, 4)]
+LAYERS = [shard_of_layer(layer) for layer in range(3)]
 
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with one shard a layer, and one for root and MTP."""
-    directory = tmp_path_factory.mktemp("upstream")
-    write_source(directory)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for path in directory.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            parts = name.split(".")
-            shard = LAYERS[int(parts[1])] if parts[0] == "layers" else ROOT_SHARD
-            shards.setdefault(shard, {})[name] = tensor
-        path.unlink()
-    for shard, tensors in shards.items():
-        write_shard(directory / shard, tensors)
-    write_index(directory, {name: shard for shard, tensors in shards.items() for name in tensors}, 0)
-    return directory
+    made = tmp_path_factory.mktemp("made")
+    write_source(made)
+    return write_by_layer(made, tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture(autouse=True)

@@ -181,9 +181,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(disk, "measure", lambda _folder: Speed(1e9, 1e9))
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("PATH", "DOCKER_HOST", "HF_ENDPOINT", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(doctor_host.torch.version, "cuda", None)

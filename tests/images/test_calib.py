@@ -9,11 +9,15 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import container_log
 import docker
 import pytest
+from fetched import shard_of_layer, write_by_layer
+from hub_stand_in import Fault, Hub, Repo, serving, sha256_of
 from registries import Server
 
 from v4forge import image_files, images, pins
@@ -129,6 +133,44 @@ def test_pushed_wiped_pulled_by_digest_and_the_demo_run_in_it(documents: Path, t
     work = scratch / "tiny"
     assert json.loads((work / "artifact/certificate.json").read_text())["ok"]
     assert (work / "reports/index.html").stat().st_uid == SOMEBODY
+
+
+def test_calibration_in_a_container_begins_while_fetch_downloads_in_another(documents: Path, tmp_path: Path) -> None:
+    upstream = write_by_layer(ROOT / "models/tiny", tmp_path / "upstream")
+    log = overlapped(upstream, tmp_path / "scratch", "docker")
+    assert container_log.problems(log) == []
+
+
+def overlapped(upstream: Path, scratch: Path, runtime: str) -> str:
+    """Fetches this checkpoint and calibrates meanwhile, from a server that holds the last layer back until the first
+    one is finished; what the run said."""
+    work, last = scratch / "flash", shard_of_layer(3)
+    values, allowed = pins.read(), threading.Event()
+    repo = Repo.of(upstream, values["FLASH_REVISION"])
+    path = f"/cdn/{sha256_of((upstream / last).read_bytes())}"
+    with serving(Hub({values["FLASH_REPO"]: repo})) as hub:
+        hub.faults += [Fault(path), Fault(path, held=allowed)]  # its header comes, and then the rest does not
+        words = ["run", "fetch", "calibrate", "--profile", "flash", "--runtime", runtime, "--scratch", str(scratch)]
+        words += ["--corpus", str(ROOT / "models/tiny/calibration.jsonl"), "--samples", "4", "--seq-len", "64"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "scripts.stage", *words],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1,localhost"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as run:
+            try:
+                while run.poll() is None and not (work / "layers/layer-000.safetensors").exists():
+                    time.sleep(0.2)
+                assert run.poll() is None and not (work / "upstream" / last).exists()
+            finally:
+                allowed.set()
+            log, _ = run.communicate()
+    assert run.returncode == 0, log
+    assert len(list((work / "layers").glob("layer-*.safetensors"))) == 4
+    assert (work / "upstream" / last).read_bytes() == (upstream / last).read_bytes()
+    return log
 
 
 def demo_as_somebody(scratch: Path) -> str:
