@@ -113,7 +113,7 @@ help: ## Show this
 	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
 	@echo '              [SOURCE=<folder>] [CORPUS=<file>] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
 	@echo
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 .PHONY: demo
 demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GPU
