@@ -191,17 +191,23 @@ def test_a_run_in_a_folder_that_is_written_to_names_status(project: Path) -> Non
         stage.main(["run", "verify", "--profile", "flash", "--runtime", "host"], TABLE, project)
 
 
-def test_a_download_that_ends_early_is_told_to_have_been_stopped_and_not_to_have_failed(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def ended_by(signal_name: str, name: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> StageFailed:
+    """How a stage ends whose program gets this signal."""
     work = project / "scratch/flash"
     run = Runner(
         {"profile": "flash", "work": str(work), "runtime": "host", "source": f"{work}/upstream"}, TABLE, project
     )
-    monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -TERM $$"])
+    monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", f"kill -{signal_name} $$"])
     monkeypatch.setattr(Runner, "launched", lambda *_: False)
-    with events.told(work), pytest.raises(StageFailed):
-        run._execute("fetch", None, 0)
+    with events.told(work), pytest.raises(StageFailed) as failed:
+        run._execute(name, None, 0)
+    return failed.value
+
+
+def test_a_download_that_ends_early_is_told_to_have_been_stopped_and_not_to_have_failed(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended_by("TERM", "fetch", project, monkeypatch)
     assert stages_of(project)[-1] == ("interrupted", "fetch")
     assert capsys.readouterr().err == ""
 
@@ -209,17 +215,10 @@ def test_a_download_that_ends_early_is_told_to_have_been_stopped_and_not_to_have
 def test_a_program_that_was_killed_is_spoken_for(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = project / "scratch/flash"
-    run = Runner(
-        {"profile": "flash", "work": str(work), "runtime": "host", "source": f"{work}/upstream"}, TABLE, project
-    )
-    monkeypatch.setattr(Runner, "command", lambda *_: ["sh", "-c", "kill -KILL $$"])
-    monkeypatch.setattr(Runner, "launched", lambda *_: False)
-    with events.told(work), pytest.raises(StageFailed) as failed:
-        run._execute("calibrate", None, 0)
-    assert failed.value.code == 128 + signal.SIGKILL
+    assert ended_by("KILL", "calibrate", project, monkeypatch).code == 128 + signal.SIGKILL
     assert capsys.readouterr().err.startswith("error: calibrate was ended by SIGKILL\nhint: sudo dmesg")
-    assert events.read(events.file_of(work))[-1]["fact"] == "calibrate was ended by SIGKILL"
+    last = events.read(events.file_of(project / "scratch/flash"))[-1]
+    assert last["fact"] == "calibrate was ended by SIGKILL"
 
 
 def test_a_fetch_of_another_terminal_that_has_yet_to_begin_is_waited_for(tmp_path: Path) -> None:

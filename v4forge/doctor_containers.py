@@ -12,11 +12,11 @@ from v4forge import compose, containers, image_build, images, pins
 from v4forge.doctor_host import INSTALL_DOCKER, Host, NotChecked, Result, failed, numbers, ok, warning
 from v4forge.errors import UserError
 from v4forge.files import make_folder
+from v4forge.gpus import GIB
 from v4forge.jobs import Job
 
 API_MIN = (1, 40)  # the first in which a container asks for GPUs
 CONTAINER_LIMIT_S = 60.0
-GIB = 2**30
 TOOLKIT = ("nvidia-ctk", "nvidia-container-runtime-hook", "nvidia-container-cli")
 SET_UP_TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 # Ubuntu has no such package; NVIDIA's repository has. The list names the key as NVIDIA's own instructions do.

@@ -169,6 +169,11 @@ class Runner:
         layers = [{"bytes": size, "step": step_of(created_by)} for size, created_by in sizes]
         return {"id": self.image.id, "lane": self.image.lane, "layers": layers}
 
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        """The machine for run.json, asked once a run: nvidia-smi may have to wake every GPU first."""
+        return machine.facts()
+
     def job(self, name: str) -> Job:
         """The stage in a container, where it can write to the work folder, but not to a source in it."""
         stage = self.table[name]
@@ -290,7 +295,7 @@ class Runner:
         entry: dict[str, Any] = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": self.shown_command(name),
-            "machine": machine.facts(),
+            "machine": self.machine,
             "revision": checkout.revision("--untracked-files=no", root=self.root),
         }
         if job:
