@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from v4forge import headline, report, results, run_rows
+from v4forge import certified, headline, report, results, run_rows
 from v4forge.errors import UserError
 from v4forge.glance import Inputs
 from v4forge.layer_rows import layer_rows
@@ -19,11 +18,11 @@ PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
 
 def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
     """Raises UserError when the certificate is about other files than the artifact's."""
-    sums = artifact / "SHA256SUMS"
-    if not sums.is_file():
+    sums, digest = artifact / certified.SUMS, certified.sums_sha256(artifact)
+    if digest is None:
         raise UserError(f"{sums} does not exist", "make postprocess")
-    if certificate["sums_sha256"] != hashlib.sha256(sums.read_bytes()).hexdigest():
-        raise UserError(f"{artifact / 'certificate.json'} is about other files than {sums}", "make verify")
+    if certificate["sums_sha256"] != digest:
+        raise UserError(f"{artifact / certified.CERTIFICATE} is about other files than {sums}", "make verify")
 
 
 def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
