@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from v4forge import codec, layout, plan
-from v4forge.checkpoint import Checkpoint, write_index, write_shard
+from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_json
 from v4forge.layout import Config, Shape, stored_name
 from v4forge.recipe import rule_for
+from v4forge.writer import write_index, write_shard
 
 FP4_BATCH = 16  # matrices encoded at a time: 7 GB of temporaries on the device at full size
 # Of a predictable model: what a layer adds to the streams, beside the embedding, and the logit of the token to come,

@@ -30,10 +30,10 @@ from benchmarks.timeline import busy
 from scripts.cli import parser_for
 from v4forge import evaluation, plan, verification
 from v4forge.checkpoint import Checkpoint
+from v4forge.digests import Digests
 from v4forge.disk import forget
 from v4forge.errors import run_main
 from v4forge.files import write_json
-from v4forge.stamps import Digests
 from v4forge.watch import Watch
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge import calibration, corpus, experts, layers, plan, ranks, replay, report
+from v4forge import calibration, corpus, digests, experts, layers, plan, ranks, replay, report
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json, write_text
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device)
     samples, mark = place.told(prepared(arguments, settings, source, device) if place.rank == 0 else None)
     todo = source.config.layers
     if place.rank == 0:
-        done = [i for i in todo if layers.finished(arguments.work, i, layers.digest_of(mark))]
+        done = [i for i in todo if layers.finished(arguments.work, i, digests.digest_of(mark))]
         on = str(device) if place.size == 1 else f"{place.size} ranks, {device.type}"
         print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {on}")
     comparison = None
@@ -189,7 +189,7 @@ def calibrated(
 
     if place.rank == 0:
         for layer in todo:
-            if layers.finished(arguments.work, layer, layers.digest_of(mark)):
+            if layers.finished(arguments.work, layer, digests.digest_of(mark)):
                 finished(read_json(layers.layer_report(arguments.work, layer)))
     place.barrier()
     shown = steps("calibrate", len(todo), "layers", resumes=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from scripts.cli import parser_for
 from v4forge import card, card_page, run_record
+from v4forge.certified import CARD
 from v4forge.errors import run_main
 from v4forge.files import remove_leftovers, write_text
-from v4forge.manifest import CARD
 
 PAGE = "reports/card.html"
 

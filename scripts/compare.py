@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import results
+from v4forge import files, results
 from v4forge.comparison import Comparison, Delta, compare
 from v4forge.errors import UserError, run_main
 from v4forge.results import Result
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for bench in shared:
         for each in (one[bench], other[bench]):
             alone = partial(compare, {bench: each}, {bench: each})
-            results.understood(each.path, results.again(each.path, bench), alone)
+            files.understood(each.path, results.again(each.path, bench), alone)
     compared = compare(one, other)
     if args.json:
         print(json.dumps([each.json() for each in compared], indent=1))

@@ -10,8 +10,9 @@ from pathlib import Path
 from scripts.cli import parser_for, steps
 from v4forge.checkpoint import Checkpoint
 from v4forge.dequant import dequantize
+from v4forge.digests import digest_of
 from v4forge.errors import run_main
-from v4forge.layers import digest_of, source_digests
+from v4forge.layers import source_digests
 from v4forge.layout import upstream
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from scripts.cli import parser_for, steps
 from v4forge import arriving, fetching, hub, offline, pins
+from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.fetching import MIB, Fetch, Todo
 from v4forge.files import check_writable
 from v4forge.partial import path_of
-from v4forge.stamps import Digests
 
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FORMS = {

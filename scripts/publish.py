@@ -21,10 +21,10 @@ from rich.table import Table
 
 from scripts.cli import parser_for, steps
 from v4forge import certified, hints, publishing
+from v4forge.certified import CARD
+from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.manifest import CARD
 from v4forge.publishing import Member
-from v4forge.stamps import Digests
 from v4forge.uploading import LOGIN, Found, Repository
 
 MB = 10**6

@@ -19,10 +19,10 @@ from pathlib import Path
 from scripts import stage
 from scripts.cli import parser_for
 from v4forge import replay
+from v4forge.certified import MANIFEST
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json
 from v4forge.layers import FINGERPRINT
-from v4forge.manifest import MANIFEST
 from v4forge.stages import CALIBRATE, PROFILES, STAGES, Stage
 
 ORIGINAL = "original"  # folder of the work folder: the manifest, and what lies beside it

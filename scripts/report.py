@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import report, run_rows
+from v4forge import certified, report, run_rows
 from v4forge.bench_rows import standing
 from v4forge.errors import run_main
 from v4forge.files import write_text
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(args.work / MARKDOWN, markdown(inputs))
     write_text(args.work / PAGE, report.page(inputs))
     show(inputs, measured, args.work / PAGE)
-    return 0 if inputs.certificate is None or run_rows.verdict(inputs.certificate).ok else 1
+    return 0 if inputs.certificate is None or certified.verdict(inputs.certificate).ok else 1
 
 
 def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     """What there is, in a terminal."""
     console = Console(highlight=False)
-    verdict = run_rows.verdict(inputs.certificate) if inputs.certificate is not None else None
+    verdict = certified.verdict(inputs.certificate) if inputs.certificate is not None else None
     if inputs.evaluation:
         console.print(models_table(inputs.evaluation))
     for check in verdict.checks if verdict else ():

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from scripts.cli import parser_for, steps
 from v4forge import certificate, evaluation, heldout, verification
+from v4forge.certified import verdict
 from v4forge.checkpoint import Checkpoint
+from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.heldout import FORMS, SHORTEST
-from v4forge.run_rows import verdict
-from v4forge.stamps import Digests
 
 
 def chosen_tokens(arguments: argparse.Namespace, source: Checkpoint) -> Sequence[torch.Tensor]:

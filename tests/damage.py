@@ -16,8 +16,9 @@ from synthetic import TINY
 from torch import Tensor
 
 from v4forge import certificate, codec, evaluation, heldout, verification
-from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
-from v4forge.stamps import Digests
+from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.digests import Digests
+from v4forge.writer import write_index, write_shard
 
 Tensors = dict[str, Tensor]
 EXPERT = "layers.1.ffn.experts.2.w3"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from synthetic import write_checkpoint
 
 from v4forge import arriving, fetching, hub
-from v4forge.checkpoint import write_index, write_shard
+from v4forge.writer import write_index, write_shard
 
 REPO = "some/model"
 LARGE = dict(shards=3, vocab_size=2048, hidden_size=256)  # shards larger than what is asked for as a header

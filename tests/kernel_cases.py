@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from v4forge import gptq, kernels
+from v4forge import gptq, kernels, model_kernels
 
 DAMPENING = 0.01
 TORCH_BLOCK, KERNEL_BLOCK = gptq._sweep_block, kernels.sweep_block
@@ -141,7 +141,7 @@ def mixed(tokens: tuple[int, ...], hidden: int, dtype: torch.dtype, device: str,
     exact = torch.einsum("...fh,...ft->...th", streams.double(), comb.double())
     if kind != "carried":
         exact += post.double().unsqueeze(-1) * output.double().unsqueeze(-2)
-    found = kernels.mixed(streams, comb, post, None if kind == "carried" else output)
+    found = model_kernels.mixed(streams, comb, post, None if kind == "carried" else output)
     assert (found.dtype, found.shape) == (dtype, streams.shape)
     return Mixed(
         float((found.double() - exact).abs().max() / exact.abs().max()),

@@ -229,10 +229,10 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 def _die_at(moment: str, name: str, count: int) -> None:
-    from v4forge import checkpoint
+    from v4forge import writer
 
     kill = signal.SIGKILL
-    replace, tensor_bytes, written = os.replace, checkpoint.tensor_bytes, 0
+    replace, tensor_bytes, written = os.replace, writer.tensor_bytes, 0
 
     def dying_replace(temporary: Any, final: Any) -> None:
         if Path(final).name != name:
@@ -249,7 +249,7 @@ def _die_at(moment: str, name: str, count: int) -> None:
         return tensor_bytes(tensor)
 
     if moment == "half":
-        checkpoint.tensor_bytes = dying_tensor_bytes
+        writer.tensor_bytes = dying_tensor_bytes
     else:
         os.replace = dying_replace
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from v4forge import codec, layout, tiny_train
-from v4forge.checkpoint import write_index, write_shard
 from v4forge.recipe import rule_for
+from v4forge.writer import write_index, write_shard
 
 Tensors = dict[str, Tensor]
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"

@@ -24,11 +24,11 @@ from hub_stand_in import MAIN, Fault, Repo, serving, sha256_of
 from hub_stand_in import Hub as StandIn
 from programs import ROOT, calibrate_arguments, contents, run_here, write_corpus, write_source
 
-from v4forge import arriving, fetching, files, layers, layout
+from v4forge import arriving, fetching, files, layers, layout, safetensors_header
 from v4forge.checkpoint import Checkpoint
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.hub import Hub
-from v4forge.stamps import Digests
 from v4forge.streaming import Reader
 from v4forge.watch import Watch
 
@@ -56,7 +56,7 @@ def incomplete(upstream: Path, tmp_path: Path) -> Path:
     shutil.copytree(upstream, folder)
     header = arriving.header_file(folder, LAYERS[-1])
     header.parent.mkdir(parents=True)
-    header.write_bytes(arriving.read_head(folder / LAYERS[-1]))
+    header.write_bytes(safetensors_header.read_head(folder / LAYERS[-1]))
     size = (folder / LAYERS[-1]).stat().st_size
     digest = sha256_of((folder / LAYERS[-1]).read_bytes())
     arriving.write_plan(

@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 from test_report import CHECKS, EVALUATION, MANIFEST, RUN, layer
 
 from scripts import report as program
-from v4forge import bench_rows, bench_tables, figures, glance, headline, published, report, results, run_rows, shown
+from v4forge import (
+    bench_rows,
+    bench_tables,
+    certified,
+    figures,
+    glance,
+    headline,
+    published,
+    report,
+    results,
+    run_rows,
+    shown,
+)
 from v4forge.bench_rows import standing
 from v4forge.errors import UserError
 from v4forge.glance import Inputs
@@ -302,7 +314,7 @@ def test_markdown_has_every_table_of_the_page() -> None:
     tables = [table for section in report.sections(FLASH) for table in section.tables]
     tables += [glance.table(inputs), headline.table(FLASH, headline.pipeline(RUN, MANIFEST))]
     tables += [run_rows.models_table(EVALUATION), run_rows.losses_table(layer_rows([layer(0), layer(1)]))]
-    tables += [run_rows.certificate_table(run_rows.verdict(certificate))]
+    tables += [run_rows.certificate_table(certified.verdict(certificate))]
     for table in tables:
         assert shown.markdown_table(table) in text, table.name
     assert "| 0 | CSA | 3.000 | 1.500 |" in text

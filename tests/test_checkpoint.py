@@ -19,9 +19,10 @@ from safetensors import safe_open
 from synthetic import OTHER, Tensors, edit, write_checkpoint
 from torch import Tensor
 
-from v4forge import checkpoint, files, layout
-from v4forge.checkpoint import INDEX, Checkpoint, write_shard
+from v4forge import files, layout, writer
+from v4forge.checkpoint import INDEX, Checkpoint
 from v4forge.errors import UserError
+from v4forge.writer import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,18 +215,18 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_checkpoint import METADATA, every_dtype
-from v4forge import checkpoint
+from v4forge import writer
 folder = Path(sys.argv[1])
-checkpoint.write_shard(folder / "same.safetensors", every_dtype(), dict(reversed(METADATA.items())))
-write, left = checkpoint.tensor_bytes, 3
+writer.write_shard(folder / "same.safetensors", every_dtype(), dict(reversed(METADATA.items())))
+write, left = writer.tensor_bytes, 3
 def dying(tensor):
     global left
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(tensor)
-checkpoint.tensor_bytes = dying
-checkpoint.write_shard(folder / "killed.safetensors", every_dtype())
+writer.tensor_bytes = dying
+writer.write_shard(folder / "killed.safetensors", every_dtype())
 """
 
 
@@ -252,7 +253,7 @@ def test_safetensors_reads_what_write_shard_wrote(tmp_path: Path) -> None:
         for name, tensor in every_dtype().items():
             read = file.get_tensor(name)
             assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
-            assert bytes(checkpoint.tensor_bytes(read)) == bytes(checkpoint.tensor_bytes(tensor))
+            assert bytes(writer.tensor_bytes(read)) == bytes(writer.tensor_bytes(tensor))
 
 
 def test_a_killed_write_leaves_nothing_under_the_final_name(child: Path) -> None:
@@ -273,7 +274,7 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_the_old_file(
     def interrupted(_: Tensor) -> memoryview:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "tensor_bytes", interrupted)
+    monkeypatch.setattr(writer, "tensor_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, every_dtype())
     assert path.read_bytes() == before

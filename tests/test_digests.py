@@ -1,4 +1,4 @@
-"""v4forge.stamps.Digests: what is known of a file is not read again, whoever of several processes has found it out."""
+"""v4forge.digests.Digests: what is known of a file is not read again, whoever of several processes has found it out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import stamps
-from v4forge.stamps import Digests
+from v4forge import digests
+from v4forge.digests import Digests
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read."""
     found: list[Path] = []
-    sha256 = stamps._sha256
-    monkeypatch.setattr(stamps, "_sha256", lambda path: found.append(path) or sha256(path))
+    sha256 = digests._sha256
+    monkeypatch.setattr(digests, "_sha256", lambda path: found.append(path) or sha256(path))
     return found
 
 

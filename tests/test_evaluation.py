@@ -16,7 +16,7 @@ from rich.console import Console
 from synthetic import edit, write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, drafts, evaluation, experts, forward, layers, model
+from v4forge import calibration, drafts, evaluation, forward, layers, model, model_experts
 from v4forge.artifact import assemble
 from v4forge.checkpoint import Checkpoint
 from v4forge.errors import UserError
@@ -163,8 +163,10 @@ def test_a_model_that_leaves_the_finite_numbers_is_named_with_the_place(
 @pytest.mark.parametrize("which", [0, 1], ids=["source", "artifact"])
 def test_experts_decoded_together_are_those_decoded_one_by_one(case: Case, prefix: str, which: int) -> None:
     checkpoint, numbers = case.models[which], range(3, 8)
-    with Reader(checkpoint, [(0, experts.stored_order(checkpoint, prefix, numbers))], 0, CPU, Watch(CPU)) as reader:
-        gate_up, down = experts.decoded(checkpoint, prefix, numbers, next(reader))
+    with Reader(
+        checkpoint, [(0, model_experts.stored_order(checkpoint, prefix, numbers))], 0, CPU, Watch(CPU)
+    ) as reader:
+        gate_up, down = model_experts.decoded(checkpoint, prefix, numbers, next(reader))
     inner, hidden = checkpoint.config.moe_intermediate_size, checkpoint.config.hidden_size
     for i, e in enumerate(numbers):
         w1, w3 = (checkpoint.load(f"{prefix}ffn.experts.{e}.{w}.weight", (inner, hidden)) for w in ("w1", "w3"))

@@ -15,10 +15,11 @@ from synthetic import write_checkpoint
 from torch import Tensor
 
 from v4forge import calibration, experts, gptq, layers, layout, model, one_layer
-from v4forge.checkpoint import Checkpoint, write_shard
+from v4forge.checkpoint import Checkpoint
 from v4forge.codec import unpack_int4
 from v4forge.corpus import Corpus
 from v4forge.watch import Watch
+from v4forge.writer import write_shard
 
 RARE = 5  # the only token that layer 0 sends to expert 2
 HASHED, ROUTED = 0, 1

@@ -32,8 +32,9 @@ from fetched import (
 from hub_stand_in import CHUNK_BYTES, MAIN, Call, Fault, Hub, Repo, sha256_of
 from programs import ROOT
 
-from v4forge import arriving, fetching, partial, stamps
+from v4forge import arriving, fetching, partial
 from v4forge.checkpoint import INDEX
+from v4forge.digests import Digests
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def test_what_fetch_has_verified_is_not_hashed_again(
     out = tmp_path / "upstream"
     assert fetched(out) == 0
     hashed: list[Path] = []
-    monkeypatch.setattr(stamps, "_sha256", lambda path: hashed.append(path) or "?")
-    digests = stamps.Digests(tmp_path / ".stamps" / "digests.json")
+    monkeypatch.setattr("v4forge.digests._sha256", lambda path: hashed.append(path) or "?")
+    digests = Digests(tmp_path / ".stamps" / "digests.json")
     for path, digest in digests.of([path for path in out.iterdir() if path.is_file()]).items():
         assert digest == sha256_of(path.read_bytes())
     assert fetched(out) == 0

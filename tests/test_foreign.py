@@ -18,10 +18,11 @@ from torch import Tensor
 
 from v4forge import card, layout
 from v4forge.artifact import SHARD
-from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
+from v4forge.checkpoint import INDEX, Checkpoint
 from v4forge.files import read_json
 from v4forge.foreign import opened, recognized
 from v4forge.recipe import rule_for
+from v4forge.writer import write_index, write_shard
 
 SINGLE = "model.safetensors"
 REPAIRABLE = ("hybrid", "gptq", "hf")

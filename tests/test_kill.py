@@ -33,8 +33,9 @@ from programs import (
 from safetensors.torch import load_file
 
 from v4forge import calibration, layers
-from v4forge.checkpoint import Checkpoint, write_shard
+from v4forge.checkpoint import Checkpoint
 from v4forge.streaming import Reader
+from v4forge.writer import write_shard
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from v4forge import arriving, corpus, layers, machine, manifest, recipe
+from v4forge import arriving, certified, corpus, layers, machine, manifest, recipe
 
 MARK: dict[str, Any] = {
     "source": {"config.json": "", "model.safetensors": ""},
@@ -91,13 +91,13 @@ def test_two_runs_give_the_same_bytes(folders: tuple[Path, Path]) -> None:
 
 
 def test_what_determines_no_bytes_is_named_and_not_summed(folders: tuple[Path, Path]) -> None:
-    for name in manifest.UNSUMMED:
+    for name in certified.UNSUMMED:
         (folders[1] / name).write_text("later")
     content = written(folders)
     sums = (folders[1] / "SHA256SUMS").read_text()
     assert content["run"] == "run.json"
     assert content["files"].keys() == MARK["source"].keys()
-    assert not any(f"  {name}\n" in sums for name in manifest.UNSUMMED) and "  manifest.json\n" in sums
+    assert not any(f"  {name}\n" in sums for name in certified.UNSUMMED) and "  manifest.json\n" in sums
 
 
 def text(name: str, file_sha256: str = "3" * 64) -> corpus.Corpus:

@@ -347,7 +347,7 @@ def test_digests_that_an_earlier_stage_made_are_not_made_again(
     hub: UploadHub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(artifact) == 0
-    for reader in ("v4forge.stamps._sha256", "huggingface_hub.lfs.sha_fileobj"):
+    for reader in ("v4forge.digests._sha256", "huggingface_hub.lfs.sha_fileobj"):
         monkeypatch.setattr(reader, lambda path: pytest.fail(f"{path} was read again"))
     assert run(artifact, "--yes") == 0
     assert sha256_of((artifact / "LICENSE").read_bytes()) in (artifact.parent / ".stamps/digests.json").read_text()

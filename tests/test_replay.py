@@ -15,9 +15,9 @@ from programs import calibrate_arguments, run_here, write_corpus, write_source
 from safetensors.torch import load_file
 
 from scripts import replay as program
-from v4forge import corpus, layers, replay
-from v4forge.checkpoint import write_shard
+from v4forge import corpus, digests, layers, replay
 from v4forge.errors import UserError
+from v4forge.writer import write_shard
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -186,7 +186,7 @@ def test_elsewhere_too_few_equal_codes_are_a_difference(
     tensors = load_file(shard)
     for name in [name for name in tensors if name.endswith("w1.weight_packed")]:
         tensors[name][: len(tensors[name]) // 4] ^= 0x11111111
-    metadata = {"fingerprint": layers.digest_of(json.loads((made.folder / "layers/fingerprint.json").read_text()))}
+    metadata = {"fingerprint": digests.digest_of(json.loads((made.folder / "layers/fingerprint.json").read_text()))}
     write_shard(shard, tensors, metadata)
     shutil.copytree(made.folder / "layers", tmp_path / "layers")
     assert made.calibrate(tmp_path / "layers", edited) == 1

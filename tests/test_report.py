@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from scripts import evaluate
 from scripts import report as program
-from v4forge import charts, report, run_rows
+from v4forge import certified, charts, report, run_rows
 from v4forge.errors import UserError
 from v4forge.glance import Inputs
 from v4forge.layer_rows import layer_rows
@@ -153,7 +153,7 @@ def test_a_failed_check_is_exit_code_1_and_named(run_folder: Path, capsys: pytes
 @given(st.lists(st.booleans(), max_size=6), st.booleans())
 def test_a_certificate_is_ok_only_if_it_and_every_check_say_so(oks: list[bool], ok: bool) -> None:
     checks = [{"name": str(i), "ok": value, "detail": ""} for i, value in enumerate(oks)]
-    verdict = run_rows.verdict({"ok": ok, "checks": checks})
+    verdict = certified.verdict({"ok": ok, "checks": checks})
     assert verdict.ok == (ok and oks != [] and all(oks))
     assert (verdict.line == "certificate: ok") == verdict.ok
     assert [check.ok for check in verdict.checks] == sorted(oks), "failed checks come first"

@@ -15,10 +15,11 @@ import pytest
 
 from scripts import stage
 from v4forge import pins, stamps
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.runner import Runner
 from v4forge.stages import FILES, STAGES, Stage
-from v4forge.stamps import Digests, Files
+from v4forge.stamps import Files
 
 # Copies the source and appends the sample count, so that its output depends on an input, a setting and its code.
 PROGRAM = """

@@ -19,11 +19,12 @@ from synthetic import Tensors, write_checkpoint
 from test_checkpoint import METADATA, every_dtype, refusal
 from torch import Tensor
 
-from v4forge import checkpoint, streaming
-from v4forge.checkpoint import Checkpoint, SharedShard, tensor_bytes, write_shard
+from v4forge import streaming, writer
+from v4forge.checkpoint import Checkpoint
 from v4forge.layout import TensorSpec
 from v4forge.streaming import Group, Reader, done
 from v4forge.watch import Watch
+from v4forge.writer import SharedShard, tensor_bytes, write_shard
 
 CPU = torch.device("cpu")
 ENOUGH = 1 << 30
@@ -295,7 +296,7 @@ def test_a_full_disk_is_an_error_of_a_shared_shard_without_a_file(
         shard.write(tensors)
         shard.publish()
 
-    monkeypatch.setattr(checkpoint.os, call, full)
+    monkeypatch.setattr(writer.os, call, full)
     assert refusal(written) == f"cannot write {shard.path}: No space left on device"
     shard.close()
     assert not shard.path.exists()
@@ -305,7 +306,7 @@ def test_a_full_disk_in_a_writing_thread_is_an_error_of_done(tmp_path: Path, mon
     tensors = every_dtype()
     shard = SharedShard(tmp_path / "shared.safetensors", specs_of(tensors))
     shard.create()
-    monkeypatch.setattr(checkpoint.os, "pwrite", full)
+    monkeypatch.setattr(writer.os, "pwrite", full)
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(shard.write, {name: tensor}) for name, tensor in tensors.items()]
         assert refusal(lambda: done(jobs)) == f"cannot write {shard.path}: No space left on device"
@@ -319,7 +320,7 @@ def test_a_file_system_that_cannot_reserve_space_is_written_all_the_same(
     def unsupported(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    monkeypatch.setattr(checkpoint.os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(writer.os, "posix_fallocate", unsupported)
     tensors = every_dtype()
     write_shard(tmp_path / "whole.safetensors", tensors)
     shard = SharedShard(tmp_path / "shared.safetensors", specs_of(tensors))

@@ -16,8 +16,8 @@ from programs import calibrate_arguments, run_here, write_corpus, write_source
 
 from v4forge import verification
 from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.stamps import Digests
 
 SHARD = "model-00001-of-00005.safetensors"
 

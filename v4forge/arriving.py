@@ -12,7 +12,6 @@ A reader of a checkpoint takes names, dtypes and shapes from a header, and waits
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -27,12 +26,12 @@ from safetensors import safe_open
 
 from v4forge.errors import UserError
 from v4forge.files import is_locked, lock, make_folder, read_json, write_json, writing
+from v4forge.safetensors_header import Slice, parsed, read_head
 
 INDEX = "model.safetensors.index.json"
 FOLDER = ".fetch"
 READY = b"ready"
 POLL_S = 0.2
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 log = logging.getLogger(__name__)
 
@@ -195,18 +194,6 @@ def with_header(path: Path) -> Path:
     return path if path.exists() else header_file(path.parent, path.name)
 
 
-@dataclass(frozen=True)
-class _Slice:
-    dtype: str
-    shape: list[int]
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-    def get_shape(self) -> list[int]:
-        return self.shape
-
-
 class Shard:
     """A shard that is not here yet, with the methods of safetensors' own file that a Checkpoint uses.
 
@@ -232,8 +219,8 @@ class Shard:
     def metadata(self) -> dict[str, str] | None:
         return self._metadata
 
-    def get_slice(self, name: str) -> _Slice:
-        return _Slice(self._tensors[name]["dtype"], self._tensors[name]["shape"])
+    def get_slice(self, name: str) -> Slice:
+        return Slice(self._tensors[name]["dtype"], self._tensors[name]["shape"])
 
     @cached_property
     def _file(self) -> Any:
@@ -244,52 +231,3 @@ class Shard:
 
     def get_tensor(self, name: str) -> Any:
         return self._file.get_tensor(name)
-
-
-def read_head(path: Path) -> bytes:
-    """The first bytes of a safetensors file: eight that say how long the header is, and the header.
-
-    Raises ValueError where there are fewer, OSError where the file cannot be read.
-    """
-    with open(path, "rb") as file:
-        head = file.read(8)
-        size = head_bytes(head)
-        head += file.read(size - len(head))
-    if len(head) < size:
-        raise ValueError("it ends within the header")
-    return head
-
-
-def head_bytes(start: bytes) -> int:
-    """How many bytes `read_head` gives of a file that begins so; ValueError where that cannot be."""
-    size = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or not 2 <= size <= MAX_HEADER_BYTES:
-        raise ValueError("it does not begin with a header")
-    return 8 + size
-
-
-def parsed(head: bytes, size: int | None) -> dict[str, Any]:
-    """A shard's header, name -> dtype, shape and data_offsets, checked as safetensors does: the tensors lie one behind
-    the other up to the end of the file, which has `size` bytes. Raises ValueError.
-
-    https://github.com/huggingface/safetensors#format
-    """
-    header = json.loads(head[8:])
-    if not isinstance(header, dict):
-        raise ValueError("its header is not an object")
-    try:
-        spans = sorted(each["data_offsets"] for name, each in header.items() if name != "__metadata__")
-        sound = all(
-            isinstance(each["dtype"], str) and all(isinstance(n, int) and n >= 0 for n in each["shape"])
-            for name, each in header.items()
-            if name != "__metadata__"
-        )
-        ends = [0, *(stop for _, stop in spans)]
-        sound = sound and all(start == before <= stop for (start, stop), before in zip(spans, ends, strict=False))
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError("its header describes no row of tensors")
-    if size is not None and len(head) + ends[-1] != size:
-        raise ValueError(f"its header describes {len(head) + ends[-1]} bytes, it has {size}")
-    return header

@@ -12,12 +12,13 @@ from typing import Any
 
 from safetensors import safe_open
 
-from v4forge import layers, layout, manifest, recipe
-from v4forge.checkpoint import INDEX, Checkpoint, write_index, write_shard
+from v4forge import certified, digests, layers, layout, manifest, recipe
+from v4forge.checkpoint import INDEX, Checkpoint
 from v4forge.conversion import converted
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, link_or_copy, make_folder, read_json, remove_leftovers, write_json
 from v4forge.layout import Config
+from v4forge.writer import write_index, write_shard
 
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = (
@@ -45,7 +46,7 @@ def finished_layers(source: Checkpoint, work: Path) -> list[Path]:
     again = f"python -m scripts.calibrate --source {source.directory} --work {work} …"
     if not mark:
         raise UserError(f"{work} holds no calibration", again)
-    digest = layers.digest_of(mark)
+    digest = digests.digest_of(mark)
     for layer in source.config.layers:
         if not layers.finished(work, layer, digest):
             raise UserError(f"{layers.layer_file(work, layer)} is missing or of another run", again)
@@ -126,9 +127,9 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
     groups = {"root": list(layout.root_parameters(config)), "mtp": list(layout.mtp_parameters(config))}
     total = len(config.layers) + len(groups)
     names = [f"model-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
-    written = {*names, *(path.name for path in side_files), INDEX, "config.json", manifest.MANIFEST}
-    claim_output(out, (source.directory, origin.folder), {*written, *TOKENIZER_FILES, *manifest.UNSUMMED})
-    for stale in sorted({*TOKENIZER_FILES, *manifest.UNSUMMED} - written):
+    written = {*names, *(path.name for path in side_files), INDEX, "config.json", certified.MANIFEST}
+    claim_output(out, (source.directory, origin.folder), {*written, *TOKENIZER_FILES, *certified.UNSUMMED})
+    for stale in sorted({*TOKENIZER_FILES, *certified.UNSUMMED} - written):
         (out / stale).unlink(missing_ok=True)
     reports = []
     for layer, name in zip(config.layers, names, strict=False):

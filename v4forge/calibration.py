@@ -19,8 +19,9 @@ from torch import Tensor
 from v4forge import hidden_states, layout, model
 from v4forge.checkpoint import Checkpoint
 from v4forge.corpus import Corpus
+from v4forge.digests import digest_of
 from v4forge.files import remove_leftovers
-from v4forge.layers import Settings, digest_of, finished
+from v4forge.layers import Settings, finished
 from v4forge.one_layer import Layer, Run, groups_of, stored_parts
 from v4forge.ranks import Ranks
 from v4forge.streaming import Reader, done

@@ -20,6 +20,7 @@ from v4forge import (
     bench_tables,
     card_rows,
     certified,
+    files,
     headline,
     layout,
     published,
@@ -31,11 +32,11 @@ from v4forge import (
 )
 from v4forge.bench_rows import FLASH, standing
 from v4forge.bounds import REPLAY_LOSS_OFF
-from v4forge.certified import CERTIFICATE
+from v4forge.certified import CERTIFICATE, FORMAT, MANIFEST, RUN
 from v4forge.errors import UserError
+from v4forge.files import understood
 from v4forge.layout import Config
-from v4forge.manifest import FORMAT, MANIFEST, RUN
-from v4forge.results import BENCHES, understood
+from v4forge.results import BENCHES
 from v4forge.shown import Table
 
 Json = Mapping[str, Any]
@@ -94,13 +95,13 @@ def require(artifact: Path) -> None:
 def gathered(work: Path, artifact: Path) -> Subject:
     """Reads everything that there is. Raises UserError where manifest or config.json are missing, or a file is not
     what it must be."""
-    manifest = results.read(artifact / MANIFEST, "make postprocess")
+    manifest = files.read(artifact / MANIFEST, "make postprocess")
     if manifest.get("format") != FORMAT:
         fact = f"{artifact / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
         raise UserError(fact, "make postprocess")
     certificate = None
     if (artifact / CERTIFICATE).is_file():
-        certificate = results.read(artifact / CERTIFICATE, "make verify")
+        certificate = files.read(artifact / CERTIFICATE, "make verify")
     sums = certified.sums_sha256(artifact)
     benches: dict[str, Json] = {}
     others: dict[str, str] = {}
@@ -112,12 +113,12 @@ def gathered(work: Path, artifact: Path) -> Subject:
             others[bench] = f"{result.path.name} is of {'another artifact' if measured else 'an unknown artifact'}"
     evaluation = None
     if (path := work / "reports" / EVALUATION).is_file():
-        found = results.read(path, "make demo")
+        found = files.read(path, "make demo")
         if found.get("sums_sha256") == sums:
             evaluation = found
         else:
             others["evaluation"] = f"{path.name} is of another artifact"
-    run = results.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
+    run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
     stands = certified.standing(artifact)
     config = layout.load_config(artifact)
     return Subject(manifest, config, run, certificate, stands, evaluation, benches, others, license_of(artifact))
@@ -171,7 +172,7 @@ def warning(subject: Subject) -> str:
 
 
 def _failed(subject: Subject) -> list[str]:
-    found = run_rows.verdict(subject.certificate or {"ok": False, "checks": []})
+    found = certified.verdict(subject.certificate or {"ok": False, "checks": []})
     return [check.name for check in found.checks if not check.ok]
 
 
@@ -360,7 +361,7 @@ def _stages(run: Json) -> str:
 def _checks(subject: Subject) -> str:
     if subject.certificate is None:
         return ""
-    return shown.markdown_table(run_rows.certificate_table(run_rows.verdict(subject.certificate)))
+    return shown.markdown_table(run_rows.certificate_table(certified.verdict(subject.certificate)))
 
 
 def text(work: Path, artifact: Path) -> str:

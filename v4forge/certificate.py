@@ -26,20 +26,19 @@ from v4forge.bounds import (
     MOVED_CODES,
     PERPLEXITY_PERCENT,
 )
-from v4forge.checkpoint import DTYPE_NAMES, Checkpoint, matches
+from v4forge.certified import MANIFEST, SUMS, members
+from v4forge.checkpoint import Checkpoint, matches
 from v4forge.corpus import check_vocabulary, load_tokenizer
+from v4forge.digests import Digests, digest_of
 from v4forge.errors import UserError
 from v4forge.evaluation import Quality, agreement, mean, perplexity_change
 from v4forge.files import read_json
 from v4forge.independent import Matrix
 from v4forge.intervals import share
-from v4forge.layers import digest_of
-from v4forge.layout import Config, TensorSpec
-from v4forge.manifest import MANIFEST, SUMS, members
+from v4forge.layout import DTYPE_NAMES, Config, TensorSpec
 from v4forge.recipe import rule_for
 from v4forge.resolution import unresolved
 from v4forge.scan import Seen, scan
-from v4forge.stamps import Digests
 
 SHOWN = 5  # failures of one check that the certificate spells out
 METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}

@@ -1,6 +1,6 @@
-"""What an artifact's certificate and checksums say of the files beside them: serving, publishing and releasing ask it.
+"""The artifact folder: what its files are called, which of them SHA256SUMS covers, what its certificate says of them.
 
-Standard library only, as the certificate is read where there is no torch.
+Serving, publishing, releasing and the reports ask it. Standard library only: it is read where there is no torch.
 """
 
 from __future__ import annotations
@@ -9,11 +9,20 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from v4forge.errors import UserError
 from v4forge.files import read_json
 
-CERTIFICATE, SUMS = "certificate.json", "SHA256SUMS"
+FORMAT = 2  # of the manifest
+MANIFEST, SUMS, CARD, RUN, CERTIFICATE = "manifest.json", "SHA256SUMS", "README.md", "run.json", "certificate.json"
+UNSUMMED = (SUMS, CERTIFICATE, CARD, RUN)  # written after the sums, or holding them
+
+
+def members(artifact: Path) -> list[Path]:
+    """The files that SHA256SUMS covers, in name order."""
+    files = [path for path in artifact.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(path for path in files if path.name not in UNSUMMED)
 
 
 @dataclass(frozen=True)
@@ -75,3 +84,37 @@ def stated_sums(artifact: Path, again: str) -> dict[str, str]:
             raise UserError(f"{path} has a line that is no checksum: {line[:80]!r}", again)
         stated[name] = digest
     return stated
+
+
+def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
+    """Raises UserError when the certificate is about other files than the artifact's."""
+    sums, digest = artifact / SUMS, sums_sha256(artifact)
+    if digest is None:
+        raise UserError(f"{sums} does not exist", "make postprocess")
+    if certificate["sums_sha256"] != digest:
+        raise UserError(f"{artifact / CERTIFICATE} is about other files than {sums}", "make verify")
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The certificate's checks, failed ones first; `line` is what a run ends with."""
+
+    ok: bool
+    line: str
+    checks: list[Check]
+
+
+def verdict(certificate: Mapping[str, Any]) -> Verdict:
+    """A certificate is good when it says so and so does each of its checks; one without checks proves nothing."""
+    checks = [Check(check["name"], check["ok"] is True, check["detail"]) for check in certificate["checks"]]
+    failed = sum(not check.ok for check in checks)
+    ok = certificate["ok"] is True and bool(checks) and not failed
+    line = "certificate: ok" if ok else f"certificate: FAILED ({failed} of {len(checks)} checks)"
+    return Verdict(ok, line, sorted(checks, key=lambda check: check.ok))

@@ -1,14 +1,11 @@
-"""Sharded safetensors checkpoints: a reader over the index that checks before it reads, and an atomic shard writer.
+"""Sharded safetensors checkpoints: a reader over the index that checks before it reads.
 
 Shards that a living fetch has yet to bring are known by their headers; reading one of their tensors waits (`arriving`).
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import cached_property
@@ -19,139 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4forge import arriving
+from v4forge import arriving, safetensors_header
 from v4forge.arriving import INDEX
 from v4forge.codec import FORMATS, CodecError
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, sync_folder, write_json, writing
-from v4forge.layout import Config, TensorSpec, load_config, stored_name
+from v4forge.layout import DTYPE_NAMES, DTYPES, Config, TensorSpec, load_config, stored_name
 from v4forge.recipe import rule_for
 
-# Names of the safetensors format, https://github.com/huggingface/safetensors#format
-DTYPES = {
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTEGER_TABLES = (torch.int32, torch.int64)  # tid2eid keeps whichever its source has
-
-
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors file's first bytes, where in the file each tensor starts, and the size of the whole.
-
-    The library's own writer orders more than one metadata entry at random, so the header is made here.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
-    order = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))  # wide types first: all data aligned
-    starts, offset = {}, 0
-    for name in order:
-        dtype, shape = specs[name].dtype, specs[name].shape
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        starts[name], offset = offset, end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    head = len(head).to_bytes(8, "little") + head
-    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
-    head, starts, _ = _header({n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(head)
-        for name in starts:
-            file.write(tensor_bytes(tensors[name]))
-
-
-class SharedShard:
-    """A safetensors file that threads and processes of one file system fill together, a tensor at a time.
-
-    One of them calls `create`, which reserves the space; all may `write` and end with `sync`; then one calls `publish`.
-    The bytes are those of `write_shard`, whoever writes what in which order. Raises UserError where the disk is full.
-    """
-
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.shared.tmp")
-        self._specs = dict(specs)
-        self._head, self._starts, self._size = _header(specs, metadata)
-        self._file = -1
-
-    def create(self) -> None:
-        """Makes the file under its temporary name, with its header, at its full size."""
-        with writing(self.path):
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                os.posix_fallocate(self._file, 0, self._size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                os.ftruncate(self._file, self._size)
-            os.pwrite(self._file, self._head, 0)
-
-    def open(self) -> None:
-        """Opens the file that another process has created."""
-        with writing(self.path):
-            if self._file < 0:
-                self._file = os.open(self._temporary, os.O_RDWR)
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts tensors in their places and waits until the disk has them."""
-        with writing(self.path):
-            for name, tensor in tensors.items():
-                if TensorSpec(tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
-                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._specs[name]}")
-                data, offset = tensor_bytes(tensor), self._starts[name]
-                while len(data):
-                    count = os.pwrite(self._file, data, offset)
-                    data, offset = data[count:], offset + count
-            os.fdatasync(self._file)
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-    def publish(self) -> None:
-        """Gives the file its name, once everybody has written."""
-        with writing(self.path):
-            os.fsync(self._file)
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a tensor of any dtype, on the CPU, without a copy where it lies contiguous there."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Writes model.safetensors.index.json: tensor name -> shard."""
-    write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
-
-
-def carries(path: Path, fingerprint: str) -> bool:
-    """Whether a safetensors file is there, whole, and of the run with this fingerprint."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint") == fingerprint
-    except (OSError, SafetensorError):
-        return False
 
 
 class Checkpoint:
@@ -228,7 +100,7 @@ class Checkpoint:
         path = self.directory / shard
         if shard not in self._places:
             try:
-                head = arriving.read_head(arriving.with_header(path))
+                head = safetensors_header.read_head(arriving.with_header(path))
                 self._places[shard] = json.loads(head[8:]) | {"": len(head)}
             except (OSError, ValueError) as error:
                 raise UserError(f"shard {path} cannot be read: {error}", self._hint) from None

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from v4forge import layout
 from v4forge.artifact import claim_output, copy, tokenizer_files
-from v4forge.checkpoint import INDEX, Checkpoint, matches, write_index, write_shard
+from v4forge.checkpoint import INDEX, Checkpoint, matches
 from v4forge.files import write_json
 from v4forge.layout import TensorSpec
 from v4forge.recipe import rule_for
+from v4forge.writer import write_index, write_shard
 
 
 def expected(config: layout.Config) -> dict[str, TensorSpec]:

@@ -16,14 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from v4forge import arriving, partial
+from v4forge import arriving, partial, safetensors_header
 from v4forge.arriving import INDEX, Expected, Plan
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, link_or_copy, sync_folder, writing
 from v4forge.hub import Hub
 from v4forge.offline import Offline
 from v4forge.partial import Partial
-from v4forge.stamps import Digests
 
 SHARD_SUFFIX = ".safetensors"
 # What a repository may hold and nobody here reads: weights in other forms, and what is for people's eyes.
@@ -322,7 +322,7 @@ class Fetch:
         for attempt in range(self.source.attempts):
             try:
                 head = self._head(file)
-                arriving.parsed(head, file.bytes)
+                safetensors_header.parsed(head, file.bytes)
                 break
             except (ValueError, RecursionError) as error:
                 if isinstance(self.source, Hub):
@@ -335,15 +335,15 @@ class Fetch:
 
     def _head(self, file: Expected) -> bytes:
         if isinstance(self.source, Offline):
-            return arriving.read_head(self.source.paths[file.name])
+            return safetensors_header.read_head(self.source.paths[file.name])
         path = partial.path_of(self.out, file)
         with suppress(OSError, ValueError):
-            return arriving.read_head(path)  # of what came earlier, which need not be hashed for it
+            return safetensors_header.read_head(path)  # of what came earlier, which need not be hashed for it
         with Partial(path, file) as held:
             self.source.bring(held, lambda size: self._took(file, size), min(HEADER_BYTES, file.bytes))
-            needed = arriving.head_bytes(_first(path, 8))
+            needed = safetensors_header.head_bytes(_first(path, 8))
             self.source.bring(held, lambda size: self._took(file, size), min(needed, file.bytes))
-        return arriving.read_head(path)
+        return safetensors_header.read_head(path)
 
     def _took(self, file: Expected, size: int) -> None:
         self.took[file.name] = size

@@ -1,4 +1,5 @@
-"""Files that appear under their name only when they are whole."""
+"""Files that appear under their name only when they are whole; locks; JSON read and written, and what to do about one
+of another form."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from v4forge.errors import UserError
 
@@ -164,3 +165,31 @@ def changed_json(path: Path) -> Iterator[dict[str, Any]]:
         content = read_json(path)
         yield content
         write_json(path, content)
+
+
+T = TypeVar("T")
+
+
+def read(path: Path, hint: str) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError when it is missing or something else."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", hint)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}", hint) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object", hint)
+    return value
+
+
+def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
+    """What `rows` makes of the content of `path`; raises UserError when its form is another."""
+    try:
+        return rows()
+    except KeyError as error:
+        raise UserError(f"{path} has no {error.args[0]!r}", hint) from None
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path} has another form than expected: {error}", hint) from None

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4forge import layout
-from v4forge.checkpoint import DTYPE_NAMES, DTYPES, INDEX, Checkpoint, matches
+from v4forge.checkpoint import INDEX, Checkpoint, matches
 from v4forge.codec import INT4_GROUP
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.layout import Config, Shape, TensorSpec
+from v4forge.layout import DTYPE_NAMES, DTYPES, Config, Shape, TensorSpec
 from v4forge.recipe import ALIASES, Rule, rule_for
 from v4forge.resolution import unresolved
 

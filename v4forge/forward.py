@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4forge import experts, layout, model
+from v4forge import layout, model, model_experts
 from v4forge.checkpoint import Checkpoint
 from v4forge.dispatch import Dispatch
 from v4forge.errors import UserError
@@ -67,7 +67,7 @@ class Forward:
         for index, prefix, parameters in [*blocks, (config.num_hidden_layers, "mtp.0.", layout.mtp_parameters(config))]:
             yield index, self._stored((n, s) for n, s in parameters if not model.EXPERT.search(n))
             for numbers in self._steps(prefix):
-                yield index, experts.stored_order(self.checkpoint, prefix, numbers)
+                yield index, model_experts.stored_order(self.checkpoint, prefix, numbers)
 
     def _stored(self, parameters: Any) -> list[str]:
         form = self.checkpoint.form
@@ -76,7 +76,7 @@ class Forward:
     def _steps(self, prefix: str) -> list[range]:
         """Which experts are read and decoded together."""
         count = self.checkpoint.config.n_routed_experts
-        names = experts.stored_order(self.checkpoint, prefix, [0])
+        names = model_experts.stored_order(self.checkpoint, prefix, [0])
         specs = [self.checkpoint.spec(name) for name in names]
         step = max(1, GROUP_BYTES // sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in specs))
         return [range(start, min(start + step, count)) for start in range(0, count, step)]
@@ -93,7 +93,7 @@ class Forward:
         for numbers in self._steps(prefix):
             with self.watch.compute("decode"):
                 group = next(self._reader).on(self.device)
-                both = experts.decoded(self.checkpoint, prefix, numbers, group)
+                both = model_experts.decoded(self.checkpoint, prefix, numbers, group)
             yield numbers, both
 
     def layer(self, index: int) -> None:

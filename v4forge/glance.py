@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from v4forge import bench_rows, run_rows
+from v4forge import bench_rows, certified, run_rows
 from v4forge.bench_rows import SURE, SpeedRow, standing
 from v4forge.layer_rows import Json, layer_rows
 from v4forge.results import BENCHES
@@ -76,7 +76,7 @@ def _recipe(manifest: Json) -> str:
 
 
 def _certificate(certificate: Json) -> Cell:
-    found = run_rows.verdict(certificate)
+    found = certified.verdict(certificate)
     failed = [check.name for check in found.checks if not check.ok]
     if found.ok:
         return Cell(f"ok, {len(found.checks)} check{'s' * (len(found.checks) != 1)}", mark="good")

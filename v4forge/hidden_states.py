@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4forge.checkpoint import carries, write_shard
 from v4forge.errors import UserError
+from v4forge.writer import carries, write_shard
 
 FOLDER = "streams"
 

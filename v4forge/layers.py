@@ -7,7 +7,6 @@ digest of a fingerprint: the source, the corpus, the settings, the code, the lib
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,13 +18,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from v4forge import arriving, machine
-from v4forge.checkpoint import INDEX, carries, tensor_bytes
+from v4forge.checkpoint import INDEX
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
+from v4forge.digests import Digests, changed
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, remove_leftovers, write_json
 from v4forge.layout import COMPRESS_RATIOS, Config
-from v4forge.stamps import Digests
+from v4forge.writer import carries, tensor_bytes
 
 FINGERPRINT = "fingerprint.json"
 DETERMINING_MODULES = (
@@ -42,9 +42,13 @@ DETERMINING_MODULES = (
     "layers",
     "layout",
     "model",
+    "model_experts",
+    "model_kernels",
     "one_layer",
     "ranks",
     "recipe",
+    "safetensors_header",
+    "writer",
 )
 DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
 
@@ -109,19 +113,6 @@ def _described(corpus: Corpus) -> dict[str, Any]:
         "seq_len": seq_len,
         "seed": corpus.seed,
     }
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of JSON data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def changed(before: Any, after: Any, path: str = "") -> list[str]:
-    """Dotted names at which two JSON values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted(before.keys() | after.keys())
-        return [p for k in keys for p in changed(before.get(k), after.get(k), f"{path}.{k}" if path else k)]
-    return [] if before == after else [path]
 
 
 def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[str], None]) -> None:

@@ -18,6 +18,26 @@ from v4forge.codec import FORMATS, FP4_GROUP, INT4_GROUP, Shape
 from v4forge.errors import UserError
 from v4forge.recipe import ALIASES, rule_for
 
+# Names of the safetensors format, https://github.com/huggingface/safetensors#format
+DTYPES = {
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMPRESS_RATIOS = {0: "sliding window", 4: "CSA", 128: "HCA"}
 
 

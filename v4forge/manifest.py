@@ -12,23 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import arriving, recipe
+from v4forge.certified import FORMAT, MANIFEST, RUN, SUMS, members
+from v4forge.digests import Digests
 from v4forge.files import write_json, write_text
-from v4forge.stamps import Digests
-
-FORMAT = 2
-MANIFEST, SUMS, CARD, RUN = "manifest.json", "SHA256SUMS", "README.md", "run.json"
-UNSUMMED = (SUMS, "certificate.json", CARD, RUN)  # written after the sums, or holding them
 
 
 def _listed(paths: list[Path], digests: Digests) -> dict[str, dict[str, Any]]:
     sums = digests.of(paths)
     return {path.name: {"sha256": sums[path], "bytes": path.stat().st_size} for path in sorted(paths)}
-
-
-def members(artifact: Path) -> list[Path]:
-    """The files that SHA256SUMS covers, in name order."""
-    files = [path for path in artifact.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return sorted(path for path in files if path.name not in UNSUMMED)
 
 
 def mean_losses(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -306,9 +306,9 @@ def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None = N
     [..., hidden] -> like streams.
     """
     if streams.is_cuda and not (streams.requires_grad or comb.requires_grad):  # the kernel has no gradient
-        from v4forge import kernels
+        from v4forge import model_kernels
 
-        return kernels.mixed(streams, comb, post, output)
+        return model_kernels.mixed(streams, comb, post, output)
     carried = torch.matmul(comb.mT, streams)
     return carried if output is None else post.unsqueeze(-1) * output.unsqueeze(-2) + carried
 

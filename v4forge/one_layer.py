@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4forge import experts, gptq, hidden_states, layer_rows, layers, layout, model
-from v4forge.checkpoint import Checkpoint, SharedShard
+from v4forge import experts, gptq, hidden_states, layer_rows, layers, layout, model, model_experts
+from v4forge.checkpoint import Checkpoint
 from v4forge.conversion import converted
 from v4forge.dispatch import Dispatch
 from v4forge.errors import UserError
@@ -26,6 +26,7 @@ from v4forge.ranks import Ranks
 from v4forge.recipe import rule_for
 from v4forge.streaming import Group, Reader, done, on_host
 from v4forge.watch import Watch, seconds
+from v4forge.writer import SharedShard
 
 # Experts at a time. On the CPU one, whose bits then depend on nothing else.
 EXPERT_BATCH = {"cuda": 32, "cpu": 1}
@@ -73,7 +74,7 @@ def groups_of(run: Run, layer: int, quantizes: bool) -> list[list[str]]:
     ]
     if not quantizes:
         return [frame]
-    return [frame, *(experts.stored_order(run.source, f"layers.{layer}.", step) for step in run.own_steps())]
+    return [frame, *(model_experts.stored_order(run.source, f"layers.{layer}.", step) for step in run.own_steps())]
 
 
 def _expert(layer: int, expert: int, which: str) -> str:
@@ -257,7 +258,7 @@ class Layer:
         """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
         run, watch = self.run, self.run.watch
         with watch.compute("decode"):
-            gate_up, down = experts.decoded(run.source, f"layers.{self.index}.", own, group.on(run.device))
+            gate_up, down = model_experts.decoded(run.source, f"layers.{self.index}.", own, group.on(run.device))
         h = None
         if run.settings.method == "gptq":
             with watch.compute("Hessian"):

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from v4forge import arriving
 from v4forge.arriving import Expected
+from v4forge.digests import CHUNK_BYTES
 from v4forge.files import make_folder, sync_folder, writing
-from v4forge.stamps import CHUNK_BYTES
 
 
 def git_blob(size: int) -> hashlib._Hash:

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from v4forge import certified
+from v4forge.certified import UNSUMMED
+from v4forge.digests import HASH_THREADS, Digests
 from v4forge.errors import UserError
-from v4forge.manifest import UNSUMMED
-from v4forge.stamps import HASH_THREADS, Digests
 
 # Beside what SHA256SUMS lists; what writes each.
 WRITTEN_BY = {"SHA256SUMS": "make postprocess", "certificate.json": "make verify"}

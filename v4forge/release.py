@@ -12,6 +12,7 @@ from v4forge import (
     card,
     certified,
     checkout,
+    files,
     hints,
     images,
     lock_check,
@@ -21,11 +22,12 @@ from v4forge import (
     report_inputs,
     results,
 )
+from v4forge.certified import CARD, MANIFEST, RUN
+from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.manifest import CARD, MANIFEST, RUN
+from v4forge.files import understood
 from v4forge.oci import Repository
-from v4forge.results import BENCHES, Result, understood
-from v4forge.stamps import Digests
+from v4forge.results import BENCHES, Result
 
 OK, FAILED = "ok", "failed"
 # What manifest.json says at least, by dotted name, beside what a replay asks for; "layers" stands for each of them.
@@ -138,7 +140,7 @@ def run_record(release: Release) -> str:
 
 
 def _noted(path: Path) -> str:
-    stages = results.read(path, "make card").get("stages")
+    stages = files.read(path, "make card").get("stages")
     noted = stages if isinstance(stages, Mapping) else {}
     for stage in STAGES:
         for name in NOTED:
@@ -173,7 +175,7 @@ def evaluation(release: Release) -> str:
     path = release.work / "reports" / card.EVALUATION
     if not path.is_file():
         return "not measured"
-    if results.read(path, "make demo").get("sums_sha256") != release.sums:
+    if files.read(path, "make demo").get("sums_sha256") != release.sums:
         raise UserError(f"{path} is of another artifact", f"rm {path}")
     return path.name
 

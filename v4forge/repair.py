@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4forge import layers, layout
+from v4forge import digests, layers, layout
 from v4forge.artifact import Origin, build, tokenizer_files
-from v4forge.checkpoint import DTYPE_NAMES, INDEX, Checkpoint, carries, write_shard
+from v4forge.checkpoint import INDEX, Checkpoint
 from v4forge.conversion import converted
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.foreign import EXPERT_NAMES, QUANTIZE_AGAIN, Foreign, Matrices, matrices, opened
-from v4forge.layout import Config
-from v4forge.stamps import Digests
+from v4forge.layout import DTYPE_NAMES, Config
+from v4forge.writer import carries, write_shard
 
-DETERMINING_MODULES = ("checkpoint", "codec", "conversion", "foreign", "layout", "recipe", "repair")
+DETERMINING_MODULES = (
+    *("checkpoint", "codec", "conversion", "foreign", "layout", "recipe", "repair"),
+    *("safetensors_header", "writer"),
+)
 
 
 def exact_scale(scale: Tensor, name: str) -> Tensor:
@@ -75,7 +79,7 @@ def repair(
     _check_values(foreign, taken, config)
     cache = out.parent / ".stamps" / "digests.json"
     mark = _mark(source, foreign, cache)
-    digest = layers.digest_of(mark)
+    digest = digests.digest_of(mark)
 
     def place(layer: int, path: Path) -> dict[str, Any]:
         done = carries(path, digest)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from v4forge import corpus, layers
+from v4forge import corpus, digests, layers
 from v4forge.bounds import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
+from v4forge.certified import FORMAT, MANIFEST, RUN
 from v4forge.checkpoint import INDEX
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, make_folder, read_json
-from v4forge.manifest import FORMAT, MANIFEST, RUN, layer_entry
-from v4forge.results import read, understood
+from v4forge.files import atomic_path, make_folder, read, read_json, understood
+from v4forge.manifest import layer_entry
 
 Json = Mapping[str, Any]
 
@@ -112,11 +112,11 @@ def check_inputs(original: Original, mark: Json) -> None:
             fact = f"the source's {name}: sha256 {_short(there)} in {original.path}, {_short(here)} here"
             raise UserError(fact, "make reproduce … SOURCE=<the checkpoint that it was made from>")
     made = original.content["calibration"]
-    if names := layers.changed(made["settings"], mark["settings"]):
+    if names := digests.changed(made["settings"], mark["settings"]):
         there, here = made["settings"].get(names[0]), mark["settings"].get(names[0])
         fact = f"{names[0]} is {there} in {original.path}, {here} here"
         raise UserError(fact, f"make reproduce MANIFEST={original.path}, which sets it")
-    if names := layers.changed(made["corpus"], mark["corpus"]):
+    if names := digests.changed(made["corpus"], mark["corpus"]):
         fact = f"the calibration text is not that of {original.path}: {', '.join(names[:4])} differ"
         raise UserError(fact, "make reproduce … CORPUS=<the file that it was made with>")
 
@@ -127,9 +127,9 @@ def differences(original: Original, mark: Json, ranks: int) -> list[str]:
     found = []
     if made["hardware"] != mark["hardware"]:
         found.append(f"hardware: {made['hardware']} there, {mark['hardware']} here")
-    for name in layers.changed(made["versions"], mark["versions"]):
+    for name in digests.changed(made["versions"], mark["versions"]):
         found.append(f"{name} {made['versions'].get(name)} there, {mark['versions'].get(name)} here")
-    if code := layers.changed(made["code"], mark["code"]):
+    if code := digests.changed(made["code"], mark["code"]):
         found.append(f"code: {', '.join(code)} changed")
     if str(mark["hardware"]).startswith(GPU) and original.ranks != ranks:
         found.append(f"GPUs: {original.ranks or 'an unknown number of'} there, {ranks} here")
@@ -166,7 +166,7 @@ class Comparison:
                 there, here = (_at(each["codes"].get(which, ()), expert) for each in (theirs, ours))
                 if there != here:
                     raise self._fail(layer, f"expert {expert}, {which}, codes and scales", there, here)
-        for name in layers.changed(theirs["error"], ours["error"]):
+        for name in digests.changed(theirs["error"], ours["error"]):
             which, _, method = name.partition(".")
             there, here = (each["error"].get(which, {}).get(method) for each in (theirs, ours))
             raise self._fail(layer, f"{which}, mean loss with {method}", there, here)

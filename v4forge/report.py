@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from v4forge import bench_tables, charts, figures, glance, headline, run_rows, shown
+from v4forge import bench_tables, certified, charts, figures, glance, headline, run_rows, shown
 from v4forge.glance import Inputs
 from v4forge.layer_rows import KINDS, Json, cost_rows, layer_rows
 from v4forge.results import BENCHES
@@ -30,7 +30,7 @@ def sections(results: Mapping[str, Json]) -> list[Section]:
 def page(inputs: Inputs) -> str:
     """The report as one HTML document that needs no other file."""
     made = headline.pipeline(inputs.run, inputs.manifest)
-    judged = run_rows.verdict(inputs.certificate) if inputs.certificate is not None else None
+    judged = certified.verdict(inputs.certificate) if inputs.certificate is not None else None
     return _rendered(
         "report.html.j2",
         **_layers(inputs.layers),
@@ -56,7 +56,7 @@ def markdown(inputs: Inputs, level: int = 2) -> str:
         tables.append(run_rows.models_table(inputs.evaluation))
     last = [run_rows.losses_table(layer_rows(inputs.layers))] if inputs.layers else []
     if inputs.certificate is not None:
-        last.append(run_rows.certificate_table(run_rows.verdict(inputs.certificate)))
+        last.append(run_rows.certificate_table(certified.verdict(inputs.certificate)))
     benches = [bench_tables.section(bench, inputs.results.get(bench)) for bench in BENCHES]
     return "\n".join(
         [

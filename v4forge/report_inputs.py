@@ -9,20 +9,12 @@ from typing import Any
 
 from v4forge import certified, headline, report, results, run_rows
 from v4forge.errors import UserError
+from v4forge.files import read, understood
 from v4forge.glance import Inputs
 from v4forge.layer_rows import layer_rows
-from v4forge.results import Result, read, understood
+from v4forge.results import Result
 
 PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
-
-
-def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
-    """Raises UserError when the certificate is about other files than the artifact's."""
-    sums, digest = artifact / certified.SUMS, certified.sums_sha256(artifact)
-    if digest is None:
-        raise UserError(f"{sums} does not exist", "make postprocess")
-    if certificate["sums_sha256"] != digest:
-        raise UserError(f"{artifact / certified.CERTIFICATE} is about other files than {sums}", "make verify")
 
 
 def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
@@ -53,7 +45,7 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
         "evaluation": (run_rows.models_table,),
         "run": (run_rows.stage_rows, run_rows.image_rows),
-        "certificate": (run_rows.verdict, lambda each: check_certificate(work / "artifact", each)),
+        "certificate": (certified.verdict, lambda each: certified.check_certificate(work / "artifact", each)),
         "manifest": (run_rows.provenance, lambda each: headline.pipeline(inputs.run, each)),
     }
     for name, content in found.items():

@@ -1,15 +1,15 @@
-"""JSON files that earlier programs left, read for people: what is not as expected is named with what to do about it."""
+"""The result files of the benches, read for people: what is not as expected is named with what to do about it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from v4forge import measurement
 from v4forge.errors import UserError
+from v4forge.files import read
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ HEAD: dict[str, type | tuple[type, ...]] = {
     "commands": list,
     "started": str,
 }
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,31 +53,6 @@ class Result:
     @property
     def bench(self) -> str:
         return str(self.content["bench"])
-
-
-def read(path: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError when it is missing or something else."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist", hint)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", hint) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}", hint) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object", hint)
-    return value
-
-
-def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
-    """What `rows` makes of the content of `path`; raises UserError when its form is another."""
-    try:
-        return rows()
-    except KeyError as error:
-        raise UserError(f"{path} has no {error.args[0]!r}", hint) from None
-    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{path} has another form than expected: {error}", hint) from None
 
 
 def again(path: Path, bench: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import images
+from v4forge.certified import RUN
 from v4forge.files import read_json, write_json
 from v4forge.layer_rows import ASIDE
-from v4forge.manifest import RUN
 
 FORM = 1
 STAGES = ("fetch", "calibrate", "postprocess", "verify")  # that make an artifact, in their order

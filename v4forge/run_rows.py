@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from v4forge.certified import Verdict
 from v4forge.layer_rows import KINDS, Json, LayerRow
 from v4forge.shown import Cell, Table, columns, number
 
@@ -88,31 +89,6 @@ def image_rows(run: Json) -> list[ImageRow]:
             layers = [(layer["bytes"] / 2**20, layer["step"]) for layer in image["layers"]]
             rows.setdefault(image["id"], ImageRow(image["id"], image["lane"], [], layers)).stages.append(stage.name)
     return list(rows.values())
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The certificate's checks, failed ones first; `line` is what a run ends with."""
-
-    ok: bool
-    line: str
-    checks: list[Check]
-
-
-def verdict(certificate: Json) -> Verdict:
-    """A certificate is good when it says so and so does each of its checks; one without checks proves nothing."""
-    checks = [Check(check["name"], check["ok"] is True, check["detail"]) for check in certificate["checks"]]
-    failed = sum(not check.ok for check in checks)
-    ok = certificate["ok"] is True and bool(checks) and not failed
-    line = "certificate: ok" if ok else f"certificate: FAILED ({failed} of {len(checks)} checks)"
-    return Verdict(ok, line, sorted(checks, key=lambda check: check.ok))
 
 
 Group = tuple[str, list[tuple[str, str]]]

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import arriving, checkout, containers, events, images, machine, pins, stamps
+from v4forge.digests import Digests
 from v4forge.errors import UserError, report
 from v4forge.files import changed_json, read_json
 from v4forge.image_files import layer_sizes, step_of
 from v4forge.jobs import Job
 from v4forge.overlap import STOPPED, Fetch, wait_until_ended
 from v4forge.stages import FILES, TARGETS, Stage
-from v4forge.stamps import Digests, Files
+from v4forge.stamps import Files
 from v4forge.whole_run import lock_file
 
 REASONS_SHOWN = 4

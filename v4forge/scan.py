@@ -20,11 +20,11 @@ from torch import Tensor
 
 from v4forge import independent, layout
 from v4forge.checkpoint import Checkpoint
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.layers import matrix_digest
 from v4forge.layout import Shape, TensorSpec
 from v4forge.recipe import ALIASES, rule_for
-from v4forge.stamps import Digests
 from v4forge.streaming import open_file, read_into
 
 THREADS = min(16, os.cpu_count() or 1)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
 from v4forge import codec, layout, model
-from v4forge.checkpoint import write_index, write_shard
 from v4forge.files import write_json
 from v4forge.recipe import rule_for
+from v4forge.writer import write_index, write_shard
 
 # Every field of the upstream config.json, at sizes inside vLLM's kernel limits.
 CONFIG: dict[str, Any] = {

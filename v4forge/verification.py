@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from v4forge.certificate import CHECKS, Row, Subject
+from v4forge.certified import SUMS
 from v4forge.checkpoint import Checkpoint
+from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.evaluation import Quality
 from v4forge.files import remove_leftovers, write_json
-from v4forge.manifest import SUMS
-from v4forge.stamps import Digests
 
 CERTIFICATE = "certificate.json"
 # what a check lacked -> why it was not run
