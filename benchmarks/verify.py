@@ -29,6 +29,7 @@ from benchmarks.machine import machine
 from benchmarks.timeline import busy
 from scripts.cli import parser_for
 from v4forge import evaluation, plan, verification
+from v4forge.checkout import ROOT
 from v4forge.checkpoint import Checkpoint
 from v4forge.digests import Digests
 from v4forge.disk import forget
@@ -36,7 +37,7 @@ from v4forge.errors import run_main
 from v4forge.files import write_json
 from v4forge.watch import Watch
 
-TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
+TINY = ROOT / "models" / "tiny"
 
 
 def made(work: Path, layers: int, small: bool, device: str) -> tuple[Path, Path]:

@@ -19,9 +19,9 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 
-ROOT = Path(__file__).resolve().parents[1]
 # environment -> its locks in the order of installation
 ENVIRONMENTS = {"host": ("calib", "host", "dev"), "calib": ("calib",), "serve-cpu": ("serve-cpu",)}
 # What an environment is given besides, as packages that vLLM loads by itself.

@@ -28,11 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v4forge import locks, pins
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import atomic_path
 from v4forge.locks import Lock, Source
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)

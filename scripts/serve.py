@@ -27,6 +27,7 @@ from rich.table import Table
 
 from scripts.cli import parser_for, steps
 from v4forge import containers, gpus, images, probe, replicas, serving, starting, status
+from v4forge.checkout import ROOT
 from v4forge.compose import Compose
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
@@ -34,7 +35,6 @@ from v4forge.probe import FLOOR, Check, Expected
 from v4forge.replicas import Plan, Runtime
 from v4forge.supervised import Supervised
 
-ROOT = Path(__file__).resolve().parents[1]
 ARTIFACT = "scratch/tiny/artifact"
 CPU_REPLICAS = 2
 # Where vllm is without docker.

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import estimate, events, stamps, whole_run
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
 from v4forge.runner import READ_ONLY, Runner, StageFailed, say
 from v4forge.stages import PROFILES, STAGES, Stage
 from v4forge.whole_run import lock_file
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from v4forge import pins
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.replicas import METRICS, ROUTER, Plan, Process
 
-ROOT = Path(__file__).resolve().parents[1]
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
 PAIR = 2
 MOST = 4

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 import torch
 
 from v4forge import containers, gpus, plan
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.gpus import Gpu, Topology
 from v4forge.layout import Config
 from v4forge.stages import PROFILES
 
-ROOT = Path(__file__).resolve().parents[1]
 OK, WARNING, FAILED = "ok", "warning", "failed"
 COMMAND_LIMIT_S = 20.0
 INSTALL_DOCKER = "sudo apt-get install docker.io"

@@ -11,9 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from v4forge import pins
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "images.lock"
 # What an image holds of the project, at HOME in it.
 PROJECT = ("LICENSE", "docker/serve/settings.toml", "models", "scripts", "v4forge", "versions.env")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from v4forge import arriving, machine
+from v4forge.checkout import ROOT
 from v4forge.checkpoint import INDEX
 from v4forge.codec import decode_int4
 from v4forge.corpus import Corpus
@@ -90,16 +91,20 @@ def fingerprint(
     source: Mapping[str, str], corpus: Corpus | None, settings: Settings, device: torch.device
 ) -> dict[str, Any]:
     """All that determines the bytes of the layer files, as JSON data."""
-    here = Path(__file__).parent
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_identity()
     return {
         "source": dict(source),
         "corpus": None if corpus is None else _described(corpus),
         "settings": asdict(settings),
-        "code": {m: hashlib.sha256((here / f"{m}.py").read_bytes()).hexdigest() for m in DETERMINING_MODULES},
+        "code": {m: code_digest(m) for m in DETERMINING_MODULES},
         "versions": {p: version(p) for p in DETERMINING_PACKAGES},
         "hardware": hardware,
     }
+
+
+def code_digest(module: str) -> str:
+    """sha256 of a module's file; the name is its path below v4forge/, without .py."""
+    return hashlib.sha256((ROOT / "v4forge" / f"{module}.py").read_bytes()).hexdigest()
 
 
 def _described(corpus: Corpus) -> dict[str, Any]:

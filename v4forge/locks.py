@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-DOCKER = Path(__file__).resolve().parents[1] / "docker"
+DOCKER = ROOT / "docker"
 HEADER = "# Written by `make lock` from versions.env and {source}. Do not edit.\n"
 # nvidia-ml-py is no part of CUDA: pure Python bindings that llmcompressor imports everywhere.
 CUDA_PACKAGE = re.compile(r"cuda-.+|nvidia-(?!ml-py$).+")

@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
+from v4forge.checkout import ROOT
 from v4forge.disk import Speed
 from v4forge.files import read_json
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 # Of a layer's compute, the parts that grow with the tokens; factorizing, sweeping and packing see only Hessians.
 BY_TOKENS = ("forward 1", "forward 2", "Hessian")
 

@@ -18,9 +18,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[1] / "patches"
+FOLDER = ROOT / "patches"
 FIELDS = ("purpose", "upstream", "drop-when", "check")
 _FIELD = re.compile(r"([a-z-]+): +(\S.*(?:\n +\S.*)*)\n?")
 _FILE = re.compile(r"(\S+) sha256:([0-9a-f]{64})")

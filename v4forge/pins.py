@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from pathlib import Path
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-FILE = Path(__file__).resolve().parents[1] / "versions.env"
+FILE = ROOT / "versions.env"
 _LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(\S*)")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,11 @@ def _mark(source: Checkpoint, foreign: Foreign, cache: Path) -> dict[str, Any]:
     digests = Digests(cache)
     by_path = digests.of([path for path in paths if path.is_file()])
     digests.save()
-    here = Path(__file__).parent
     return {
         "source": layers.source_digests(source.directory, source.shard_names, cache),
         "from": f"routed experts saved by {foreign.maker}, everything else from the source",
         "files": {path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in by_path.items()},
-        "code": {m: hashlib.sha256((here / f"{m}.py").read_bytes()).hexdigest() for m in DETERMINING_MODULES},
+        "code": {m: layers.code_digest(m) for m in DETERMINING_MODULES},
     }
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 
+from v4forge.checkout import ROOT
 from v4forge.endpoints import PIN
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "docker" / "serve" / "haproxy.cfg.j2"
+TEMPLATE = ROOT / "docker" / "serve" / "haproxy.cfg.j2"
 SILENCE_S = 3600
 DOCKER_RESOLVER = "127.0.0.11:53"
 ERRORS = {

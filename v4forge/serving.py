@@ -7,12 +7,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-FILE = Path(__file__).resolve().parents[1] / "docker" / "serve" / "settings.toml"
+FILE = ROOT / "docker" / "serve" / "settings.toml"
 OVERRIDE = "the operator"
 NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
 # A word that compose, a shell and supervisord hand on as it is.

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 from supervisor.xmlrpc import Faults, SupervisorTransport
 
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.replicas import ROUTER, Plan, Process
 
-REPLICA = Path(__file__).resolve().parents[1] / "docker" / "serve" / "replica"
+REPLICA = ROOT / "docker" / "serve" / "replica"
 # supervisord's words -> ours; the others are told as they are.
 STATES = {"RUNNING": "running", "STARTING": "starting", "BACKOFF": "exited", "EXITED": "exited", "FATAL": "exited"}
 ANSWERS_S = 20.0
