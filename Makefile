@@ -12,7 +12,7 @@ SCRATCH := scratch
 RUNTIME :=
 GPUS := 1
 DEVICES :=
-# Empty: what the profile says (v4forge/stages.py).
+# Empty: what the profile says (v4forge/pipeline/stages.py).
 SOURCE :=
 CORPUS :=
 SAMPLES :=
@@ -288,16 +288,16 @@ test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs
 
 .PHONY: docs-check
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
-	@.venv/bin/python -m scripts.docs_check
+	@.venv/bin/python -m dev.docs_check
 
 .PHONY: lint
 lint: env ## ruff, mypy, hadolint, shellcheck, schemas
-	@.venv/bin/python -m scripts.lint
+	@.venv/bin/python -m dev.lint
 
 .PHONY: lock-check
 lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions.env; offline
 	@$(need_python)
-	@$(PYTHON) -m scripts.lock_check
+	@$(PYTHON) -m dev.lock_check
 
 .PHONY: ci
 ci: lint lock-check test docs-check test-images test-serve ## What CI runs; needs docker
@@ -310,12 +310,12 @@ env: ## Build .venv from the locks when they changed; other targets do it by the
 .PHONY: lock
 lock: ## Write the hash locks in docker/ from versions.env
 	@$(need_python)
-	@$(PYTHON) -m scripts.lock
+	@$(PYTHON) -m dev.lock
 
 .PHONY: image-lock
 image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what changed; all or nothing
 	@$(need_python)
-	@$(PYTHON) -m scripts.lock $(SET)
+	@$(PYTHON) -m dev.lock $(SET)
 
 .PHONY: clean
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv

@@ -30,14 +30,17 @@ from benchmarks.machine import ceilings, machine
 from benchmarks.peer import against_peer
 from benchmarks.timeline import busy, drawn, timeline
 from scripts.cli import parser_for
-from v4forge import calibration, layers, layout, model, plan
-from v4forge.checkpoint import Checkpoint
-from v4forge.corpus import Corpus
-from v4forge.disk import forget
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
 from v4forge.files import write_json, write_text
-from v4forge.layer_rows import READING, WRITING, mean_losses
-from v4forge.watch import Span, Watch, seconds
+from v4forge.model import deepseek_v4
+from v4forge.model.corpus import Corpus
+from v4forge.pipeline import requirements
+from v4forge.pipeline.disk_speed import forget
+from v4forge.profiling import Span, Watch, seconds
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.layer_reports import READING, WRITING, mean_losses
 
 ORIGINAL_H = 15.09  # GPTQ of the published artifact, on eight H200
 LINK_GBPS = 200.0  # between GPUs, for the projection: less than half of NVLink's 450 in one direction
@@ -59,13 +62,13 @@ def work_of(config: layout.Config, layer: int, tokens: int, seq_len: int) -> dic
     frame = sum(
         math.prod(shape)
         for name, shape in layout.layer_parameters(c, layer)
-        if len(shape) == 2 and not model.EXPERT.search(name) and not name.endswith(("tid2eid", "ape"))
+        if len(shape) == 2 and not deepseek_v4.EXPERT.search(name) and not name.endswith(("tid2eid", "ape"))
     )
     ratio = c.compress_ratios[layer]
     keys = seq_len + (seq_len // ratio if ratio else 0)
     attention = 2 * 2 * c.num_attention_heads * c.head_dim * keys
     weights = e * 3 * hidden * inner
-    sizes = plan.sizes_of(c)
+    sizes = requirements.sizes_of(c)
     return {
         "read": Work(sizes.upstream[f"layers.{layer}"], "disk read GB/s"),
         "decode": Work(weights * (0.5 + 1 / 32 + 2), "copy GB/s"),
@@ -91,16 +94,16 @@ def measured_layers(
     shutil.rmtree(work, ignore_errors=True)
     corpus = Corpus(tokens, "sha256", 0, "Zipf-distributed tokens")
     mark = {"benchmark": "calibrate"}
-    layers.claim(work, mark, "refuse", print)
+    layer_files.claim(work, mark, "refuse", print)
     for shard in source.shard_names:
         forget(source.directory / shard)
     watch = Watch(device)
     start = watch.now()
-    calibration.calibrate(
-        source, corpus, work, layers.Settings(), mark, device, keep_every=keep_every, log=print, watch=watch
+    calibrate.calibrate(
+        source, corpus, work, layer_files.Settings(), mark, device, keep_every=keep_every, log=print, watch=watch
     )
     wall = watch.now() - start
-    reports = [json.loads(layers.layer_report(work, i).read_text()) for i in source.config.layers]
+    reports = [json.loads(layer_files.layer_report(work, i).read_text()) for i in source.config.layers]
     return {
         "wall_s": wall,
         "spans": [asdict(span) for span in watch.spans()],
@@ -123,14 +126,14 @@ def projection(
 
     Computing is divided by the GPUs, because samples and experts are; the exchange of tokens between them is added.
     """
-    sizes = plan.sizes_of(config)
+    sizes = requirements.sizes_of(config)
     ratios = config.compress_ratios[: config.num_hidden_layers]
     compute = sum(by_kind[ratio] for ratio in ratios) / gpus
     rows = samples * seq_len * config.num_experts_per_tok * config.hidden_size * 2
     exchanged = 2 * rows * (gpus - 1) / gpus / gpus * len(ratios)
     exchange = exchanged / LINK_GBPS / 1e9
-    read_s = plan.layer_bytes(sizes.upstream) / read / 1e9
-    write_s = plan.layer_bytes(sizes.artifact) / write / 1e9
+    read_s = requirements.layer_bytes(sizes.upstream) / read / 1e9
+    write_s = requirements.layer_bytes(sizes.artifact) / write / 1e9
     total = max(compute + exchange, read_s + write_s)
     counts = " + ".join(f"{ratios.count(ratio)} x {by_kind[ratio]:.2f}" for ratio in sorted(by_kind))
     return {
@@ -221,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
         "quantization_s": quantization,
         "timeline": timeline(spans, 0),
     }
-    flash = plan.flash_config()
+    flash = requirements.flash_config()
     disk = found["ceilings"]
     found["projection"] = [
         projection(flash, by_kind, args.samples, args.seq_len, gpus, *speeds)

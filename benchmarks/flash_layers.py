@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from v4forge import codec, layout, plan
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint import codec, layout
+from v4forge.checkpoint.layout import Config, Shape, stored_name
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_json
-from v4forge.layout import Config, Shape, stored_name
-from v4forge.recipe import rule_for
-from v4forge.writer import write_index, write_shard
+from v4forge.pipeline import requirements
 
 FP4_BATCH = 16  # matrices encoded at a time: 7 GB of temporaries on the device at full size
 # Of a predictable model: what a layer adds to the streams, beside the embedding, and the logit of the token to come,
@@ -64,7 +65,7 @@ def config_dict(layers: int, small: bool = False) -> dict[str, Any]:
         "num_hash_layers": 1,
         "num_hidden_layers": layers,
     }
-    return plan.flash_config().raw | (SMALL if small else {}) | depth
+    return requirements.flash_config().raw | (SMALL if small else {}) | depth
 
 
 def random_tensor(name: str, shape: Shape, config: Config, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from v4forge import disk, gptq
+from v4forge.pipeline import disk_speed
+from v4forge.quantization import gptq
 
 DISK_BYTES = 4 << 30
 
@@ -54,7 +55,7 @@ def ceilings(device: torch.device, folder: Path, small: bool) -> dict[str, float
     with gptq.tf32():
         found["tf32 TFLOP/s"] = flops / timed(lambda: a @ a, device) / 1e12
     found["copy GB/s"] = copy_speed(1 << 24 if small else 1 << 32, device)
-    speed = disk.measure(folder, DISK_BYTES // 64 if small else DISK_BYTES)
+    speed = disk_speed.measure(folder, DISK_BYTES // 64 if small else DISK_BYTES)
     return found | {"disk write GB/s": speed.write_bytes_s / 1e9, "disk read GB/s": speed.read_bytes_s / 1e9}
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import clocked
-from v4forge import dispatch, experts, gptq, layers, model, one_layer
-from v4forge.checkpoint import Checkpoint
-from v4forge.ranks import Ranks
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import deepseek_v4, expert_dispatch
+from v4forge.model.distributed import Ranks
+from v4forge.quantization import experts, gptq, layer, layer_files
 
 PEER_BATCH = 32  # experts llm-compressor quantizes at a time
 CHECKED = 4  # experts of a batch whose loss is computed in float64
@@ -23,24 +24,24 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
     Theirs a module at a time, in batches of 32 experts; w1 and w3 are modules of their own there. Neither scales nor
     copies that their kernel may overwrite are in the times.
     """
-    config, hf_config = source.config, model.hf_config(source.config)
-    weights = model.Weights(source, device)
-    root = model.load_root(weights, hf_config)
-    frame = model.load_layer(weights, hf_config, 0, experts=False)
-    rotary = model.Rotary(hf_config, device, weights.dtype)
+    config, hf_config = source.config, deepseek_v4.hf_config(source.config)
+    weights = deepseek_v4.Weights(source, device)
+    root = deepseek_v4.load_root(weights, hf_config)
+    frame = deepseek_v4.load_layer(weights, hf_config, 0, experts=False)
+    rotary = deepseek_v4.Rotary(hf_config, device, weights.dtype)
     attended = [
-        model.attend(frame, model.embed(root, hf_config, batch), rotary.context(batch))
-        for batch in tokens.to(device).split(layers.Settings().micro_batch)
+        deepseek_v4.attend(frame, deepseek_v4.embed(root, hf_config, batch), rotary.context(batch))
+        for batch in tokens.to(device).split(layer_files.Settings().micro_batch)
     ]
     x, indices = torch.cat([a.x for a in attended]), torch.cat([a.indices for a in attended])
     del attended, root, frame
-    routed = dispatch.Dispatch(Ranks(), x, indices, config.n_routed_experts)
+    routed = expert_dispatch.Dispatch(Ranks(), x, indices, config.n_routed_experts)
     sample = routed.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
     common = experts.Common(gptq.gram(x) / len(x), sample)
-    inner, damp = config.moe_intermediate_size, layers.Settings().dampening
+    inner, damp = config.moe_intermediate_size, layer_files.Settings().dampening
     ours_s, theirs_s, equal, codes = [], [], 0, 0
     losses = {"ours": 0.0, "theirs": 0.0}
-    at_once = one_layer.EXPERT_BATCH[device.type]
+    at_once = layer.EXPERT_BATCH[device.type]
     for first in range(0, config.n_routed_experts, PEER_BATCH):
         some = range(first, min(first + PEER_BATCH, config.n_routed_experts))
         matrices = {

@@ -18,10 +18,11 @@ from statistics import median
 from typing import Any
 
 from scripts.cli import parser_for, steps
-from v4forge import estimate, events, machine
+from v4forge import machine
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json, write_json
-from v4forge.stages import PROFILES
+from v4forge.pipeline import estimate, events
+from v4forge.pipeline.stages import PROFILES
 
 TINY = PROFILES["tiny"]
 

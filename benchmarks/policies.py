@@ -27,20 +27,21 @@ from rich.table import Table
 from benchmarks.machine import machine
 from scripts.cli import parser_for
 from scripts.evaluate import heldout_tokens
-from v4forge import calibration, corpus, layers
-from v4forge.artifact import assemble
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
-from v4forge.evaluation import Quality, evaluate
 from v4forge.files import write_json
-from v4forge.layer_rows import mean_losses
-from v4forge.stages import PROFILES
+from v4forge.model import corpus
+from v4forge.model.evaluation import Quality, evaluate
+from v4forge.pipeline.stages import PROFILES
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.layer_reports import mean_losses
+from v4forge.quantization.postprocess import assemble
 
 CPU = torch.device("cpu")
 TINY = PROFILES["tiny"]
 HELDOUT = 32, 512  # sequences, and tokens in each
-GPTQ = [layers.Settings(experts=seen, dampening=share) for seen, share in product(("routed", "all"), (0.01, 0.1))]
-DEFAULT, NEAREST = layers.Settings(), layers.Settings(method="rtn")
+GPTQ = [layer_files.Settings(experts=seen, dampening=share) for seen, share in product(("routed", "all"), (0.01, 0.1))]
+DEFAULT, NEAREST = layer_files.Settings(), layer_files.Settings(method="rtn")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Outcome:
     calibrate_s: float
 
 
-def outcome(settings: layers.Settings, seed: int, source: Checkpoint, heldout: torch.Tensor) -> Outcome:
+def outcome(settings: layer_files.Settings, seed: int, source: Checkpoint, heldout: torch.Tensor) -> Outcome:
     """Calibrates, assembles and evaluates in a folder that is gone afterwards. `seed` picks the samples."""
     samples = None
     if settings.method == "gptq":
@@ -58,13 +59,15 @@ def outcome(settings: layers.Settings, seed: int, source: Checkpoint, heldout: t
         samples = corpus.load(source.directory, Path(TINY.corpus), TINY.samples, TINY.seq_len, seed, size)
     with tempfile.TemporaryDirectory() as name:
         work, artifact = Path(name, "layers"), Path(name, "artifact")
-        digests = layers.source_digests(source.directory, source.shard_names, Path(name, ".stamps", "digests.json"))
-        mark = layers.fingerprint(digests, samples, settings, CPU)
-        layers.claim(work, mark, "refuse", print)
+        digests = layer_files.source_digests(
+            source.directory, source.shard_names, Path(name, ".stamps", "digests.json")
+        )
+        mark = layer_files.fingerprint(digests, samples, settings, CPU)
+        layer_files.claim(work, mark, "refuse", print)
         start = time.perf_counter()
-        calibration.calibrate(source, samples, work, settings, mark, CPU)
+        calibrate.calibrate(source, samples, work, settings, mark, CPU)
         calibrate_s = time.perf_counter() - start
-        reports = [json.loads(layers.layer_report(work, i).read_text()) for i in source.config.layers]
+        reports = [json.loads(layer_files.layer_report(work, i).read_text()) for i in source.config.layers]
         assemble(source, work, artifact)
         quality = evaluate(Checkpoint(artifact, form="artifact"), heldout, CPU)
     return Outcome(quality, means([mean_losses(report) for report in reports if report["error"]]), calibrate_s)
@@ -83,7 +86,9 @@ def pooled(found: Sequence[Outcome]) -> Outcome:
     return Outcome(quality, means([each.loss for each in found]), fmean(each.calibrate_s for each in found))
 
 
-def row(settings: layers.Settings, seed: int | str, found: Outcome, best: Quality, default: Quality) -> dict[str, Any]:
+def row(
+    settings: layer_files.Settings, seed: int | str, found: Outcome, best: Quality, default: Quality
+) -> dict[str, Any]:
     """One line's figures. Changes are percent of perplexity and their standard errors over the held-out sequences."""
     return {
         "settings": asdict(settings),
@@ -131,7 +136,7 @@ def main() -> None:
     source = Checkpoint(Path(TINY.source))
     heldout = heldout_tokens(source.directory, Path(TINY.heldout), *HELDOUT, source.config.vocab_size)
     best = evaluate(source, heldout, CPU)
-    found: dict[layers.Settings, dict[int | str, Outcome]] = {}
+    found: dict[layer_files.Settings, dict[int | str, Outcome]] = {}
     for settings in (*GPTQ, NEAREST):
         found[settings] = {}
         for seed in args.seeds if settings.method == "gptq" else [""]:

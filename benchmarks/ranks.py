@@ -35,22 +35,23 @@ from torch import Tensor
 from benchmarks import flash_layers
 from benchmarks.machine import machine
 from scripts.cli import parser_for
-from v4forge import calibration, layers, ranks
-from v4forge.bounds import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
-from v4forge.checkpoint import Checkpoint
-from v4forge.corpus import Corpus
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, read_json, write_json
-from v4forge.layer_rows import READING, WRITING, mean_losses
-from v4forge.replay import equal_codes
-from v4forge.watch import Span, Watch, seconds
+from v4forge.model import distributed
+from v4forge.model.corpus import Corpus
+from v4forge.profiling import Span, Watch, seconds
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.layer_reports import READING, WRITING, mean_losses
+from v4forge.verification.reproduce import equal_codes
+from v4forge.verification.tolerances import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
 
 MARK = {"benchmark": "ranks"}
 POLL_S = 0.05
 
 
 @dataclass(frozen=True)
-class TimedRanks(ranks.Ranks):
+class TimedRanks(distributed.Ranks):
     """Ranks whose exchanges of rows leave their seconds, waiting for the others included, in `spent`."""
 
     gpu: bool = False
@@ -79,18 +80,20 @@ class TimedRanks(ranks.Ranks):
 
 def worker(args: argparse.Namespace) -> None:
     """One rank of a run, started by torchrun; rank 0 writes what all of them measured."""
-    torch.set_num_threads(layers.Settings().threads)
-    with ranks.joined(torch.device(args.device)) as (joined, device):
+    torch.set_num_threads(layer_files.Settings().threads)
+    with distributed.joined(torch.device(args.device)) as (joined, device):
         source = Checkpoint(args.work / "upstream")
         tokens = flash_layers.zipf_tokens(args.samples, args.seq_len, source.config.vocab_size, 0)
         corpus = Corpus(tokens, "sha256", 0, "Zipf-distributed tokens")
         if joined.rank == 0:
-            layers.claim(args.into, MARK, "refuse", print)
+            layer_files.claim(args.into, MARK, "refuse", print)
         joined.barrier()
         watch = Watch(device)
         place = TimedRanks(joined.rank, joined.size, device.type == "cuda")
         start = watch.now()
-        calibration.calibrate(source, corpus, args.into, layers.Settings(), MARK, device, place, log=print, watch=watch)
+        calibrate.calibrate(
+            source, corpus, args.into, layer_files.Settings(), MARK, device, place, log=print, watch=watch
+        )
         own = {
             "wall_s": watch.now() - start,
             "exchange_s": place.exchange_s(),
@@ -121,7 +124,7 @@ def killed(args: argparse.Namespace, size: int, into: Path) -> dict[str, Any]:
     """A run whose last rank is killed once a layer is finished, and the run after it, which ends what it began."""
     shutil.rmtree(into, ignore_errors=True)
     run = launched(args, size, into)
-    first = layers.layer_file(into, 0)
+    first = layer_files.layer_file(into, 0)
     wait_for(first.exists, run)
     victim = process_of(run.pid, size - 1)
     os.kill(victim, signal.SIGKILL)

@@ -34,12 +34,12 @@ from benchmarks.machine import machine
 from benchmarks.serve_client import Server, gpu_memory, tpot
 from benchmarks.serve_load import random_prompts, tokens_a_second
 from scripts.cli import parser_for
-from v4forge import heldout
 from v4forge.checkout import ROOT
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json, write_text
-from v4forge.serving import DRAFTS, TENSOR_PARALLEL, serving
+from v4forge.model import heldout
+from v4forge.serving.settings import DRAFTS, TENSOR_PARALLEL, serving
 
 TINY = ROOT / "models" / "tiny"
 SCRATCH = Path("scratch")

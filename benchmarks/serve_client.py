@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from v4forge import exposition
 from v4forge.errors import UserError
-from v4forge.serving import Serving
+from v4forge.serving import metrics
+from v4forge.serving.settings import Serving
 
 TOP = 5  # alternatives that the server names beside each token
 FIRST_S = 300.0  # for a server's first answers, which compile kernels
@@ -200,7 +200,7 @@ def tpot(pieces: Sequence[tuple[float, int]]) -> float:
 
 def counters(text: str) -> Drafts:
     """The counters in an answer of /metrics; no steps and no places where the server does not speculate."""
-    counts = exposition.read(text, time.time()).counts
+    counts = metrics.read(text, time.time()).counts
     return Drafts(int(counts.drafts or 0), tuple(map(int, counts.accepted_at or ())))
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.serve_client import Answer, Drafts
-from v4forge import drafts, evaluation
-from v4forge.checkpoint import Checkpoint
-from v4forge.forward import Forward
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.intervals import Estimate, share
-from v4forge.watch import Watch
+from v4forge.model import drafts, evaluation
+from v4forge.model.forward import Forward
+from v4forge.profiling import Watch
 
 DRAFTS = 3
 # What a server's numbers may differ by from the forward in BF16 with F32 logits: its attention's activations and KV

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.verify import TINY, program
 from scripts.cli import parser_for
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
 from v4forge.files import write_json
 

@@ -24,10 +24,10 @@ import torch
 from benchmarks.clients import Outcome, ask_all, kill, message, processes
 from benchmarks.machine import machine
 from scripts.cli import parser_for
-from v4forge import replicas, status
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
-from v4forge.replicas import Plan
+from v4forge.serving import deployment, status
+from v4forge.serving.deployment import Plan
 
 POLL_S = 1.0
 
@@ -108,7 +108,7 @@ def main() -> int:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    plan = replicas.load(args.folder)
+    plan = deployment.load(args.folder)
     assert plan
     victim = plan.replicas - 1
     struck: list[float] = []

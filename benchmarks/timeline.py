@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from v4forge.watch import Span
+from v4forge.profiling import Span
 
 
 def busy(spans: list[Span]) -> float:

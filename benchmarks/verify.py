@@ -28,14 +28,16 @@ from benchmarks import flash_layers
 from benchmarks.machine import machine
 from benchmarks.timeline import busy
 from scripts.cli import parser_for
-from v4forge import evaluation, plan, verification
 from v4forge.checkout import ROOT
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
-from v4forge.disk import forget
 from v4forge.errors import run_main
 from v4forge.files import write_json
-from v4forge.watch import Watch
+from v4forge.model import evaluation
+from v4forge.pipeline import requirements
+from v4forge.pipeline.disk_speed import forget
+from v4forge.profiling import Watch
+from v4forge.verification import certificate
 
 TINY = ROOT / "models" / "tiny"
 
@@ -78,7 +80,7 @@ def reading(upstream: Path, artifact: Path, rounds: int) -> dict[str, Any]:
 
     def check(hashing: bool) -> None:
         digests = Digests(artifact / ".no-cache.json")
-        checks, not_run, _ = verification.verify(artifact, Checkpoint(upstream), digests, expect="rtn", hashing=hashing)
+        checks, not_run, _ = certificate.verify(artifact, Checkpoint(upstream), digests, expect="rtn", hashing=hashing)
         assert all(each.ok for each in checks), [each for each in checks if not each.ok]
         assert ("recorded" in not_run) != hashing
 
@@ -125,7 +127,7 @@ def predicting(upstream: Path, artifact: Path, sequences: int, device: torch.dev
     computed = {i: busy([span for span in spans if span.layer == i]) for i in (*config.layers, count)}
     steady = list(taken.values())[1:count] or list(taken.values())[:1]  # behind the first, which loads libraries
     rest = times[0] + sum(list(taken.values())[count:])
-    flash = plan.flash_config().num_hidden_layers
+    flash = requirements.flash_config().num_hidden_layers
     first = next(iter(taken.values()))
     return {
         "tokens": tokens.numel(),

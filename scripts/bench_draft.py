@@ -20,13 +20,13 @@ from rich.table import Table
 from scripts import benching
 from scripts.cli import steps
 from scripts.serve import say
-from v4forge import acceptance, measurement, published, workloads
-from v4forge.acceptance import Kept, Sampling
-from v4forge.bench_rows import Standing, standing
+from v4forge.bench import acceptance, measurement, published_figures, workloads
+from v4forge.bench.acceptance import Kept, Sampling
+from v4forge.bench.bench_rows import Standing, standing
+from v4forge.bench.measurement import Measurement
+from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
-from v4forge.measurement import Measurement
-from v4forge.target import Target, sha256_of
-from v4forge.workloads import RANDOM, WORKLOADS, Prompt
 
 FEWEST_TOKENS = 8  # of an answer: fewer leave no room for drafts
 ROUGH_TOK_S = 88  # of the published original for one reader: only for how long it may take
@@ -199,7 +199,7 @@ def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Standing) -> Ta
     if offline:
         row("against offline", lambda part: points(part["offline"] and part["offline"]["difference"]["acceptance"]))
     if worth.published_model:
-        originals = {name: published.by_key()[f"draft/{name}"].original for name in parts}
+        originals = {name: published_figures.by_key()[f"draft/{name}"].original for name in parts}
         shown = [f"{each.value:.1f}%" if each else "-" for each in originals.values()]
         drawn.add_row("published, k=1", *shown, *([""] if offline else []))
     for at in range(k):

@@ -25,13 +25,16 @@ from typing import Any
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge import containers, derive, endpoints, harness, images, measurement, pins, quality, sandbox
+from v4forge import pins
+from v4forge.bench import lm_eval, lm_eval_tasks, measurement, quality, sandbox
+from v4forge.bench.lm_eval import Asked, Environment, Limits
+from v4forge.bench.measurement import Measurement
+from v4forge.bench.quality import Output, Task
+from v4forge.bench.served_model import Target, sha256_of
 from v4forge.errors import UserError
 from v4forge.files import make_folder, write_json
-from v4forge.harness import Asked, Environment, Limits
-from v4forge.measurement import Measurement
-from v4forge.quality import Output, Task
-from v4forge.target import Target, sha256_of
+from v4forge.images import containers, definitions
+from v4forge.serving import client
 
 WORK = "quality-work"  # below the reports: derived tasks, data, answers so far
 LOG = "lm-eval.log"
@@ -146,18 +149,18 @@ def prepare(args: argparse.Namespace, tasks: list[Task], data: Mapping[str, Mapp
     """Finds lm-eval, and derives its tasks with their data. Raises UserError where a whole run would lack parts."""
     environment = environment_of(args)
     program, spec = environment.work / "derive.py", environment.work / "spec.json"
-    shutil.copyfile(derive.__file__, program)
+    shutil.copyfile(lm_eval_tasks.__file__, program)
     specs = {task.name: spec_of(args, task, data[task.name]) for task in tasks}
     write_json(spec, {"folder": str(environment.work / "tasks"), "tasks": specs})
     log = environment.work / "derive.log"
     log.unlink(missing_ok=True)
     words = [environment.python, str(program), str(spec)]
-    said = harness.run(environment, words, {}, log, Limits(PROBE_LIMIT_S, PROBE_LIMIT_S))
+    said = lm_eval.run(environment, words, {}, log, Limits(PROBE_LIMIT_S, PROBE_LIMIT_S))
     try:
         found = json.loads(said.strip().splitlines()[-1])
         prepared = Prepared(environment, found["lm_eval"], found["tasks"])
     except (ValueError, KeyError, IndexError):
-        raise UserError(f"the tasks could not be derived: {harness.last_line(said)}", f"more is in {log}") from None
+        raise UserError(f"the tasks could not be derived: {lm_eval.last_line(said)}", f"more is in {log}") from None
     for task in tasks:
         names, missing = (prepared.found[task.name][key] for key in ("names", "missing"))
         if not names or (missing and args.limit is None):
@@ -172,7 +175,7 @@ def environment_of(args: argparse.Namespace) -> Environment:
     if folder := benching.programs(args):
         return Environment(work, folder)
     reads = [args.datasets.absolute()] if args.datasets else []
-    return Environment(work, engine=containers.connect(), image=images.resolve("serve"), reads=reads)
+    return Environment(work, engine=containers.connect(), image=definitions.resolve("serve"), reads=reads)
 
 
 def tokenizer_of(args: argparse.Namespace, at: Target) -> Path | None:
@@ -263,17 +266,17 @@ class Bench:
     def part(self, task: Task, data: Mapping[str, Any]) -> dict[str, Any]:
         """Measures a task. Raises UserError when that fails; the answers that came are there for the next run."""
         begun = time.monotonic()
-        image = self.args.sandbox_image or images.resolve("serve")
+        image = self.args.sandbox_image or definitions.resolve("serve")
         engine = sandbox.connect(image) if task.runs_code else None
         asked = self.asked(task)
-        endpoints.ask(self.at.endpoint, "/v1/models")  # a server that is gone is told at once
+        client.ask(self.at.endpoint, "/v1/models")  # a server that is gone is told at once
         folder = self.prepared.environment.work / self.opened.path.stem / task.name
         shutil.rmtree(folder / "results", ignore_errors=True)  # of a run that was killed after lm-eval had ended
         make_folder(folder)
         make_folder(self.kept)
-        words = harness.command(self.prepared.environment.python, task, asked, self.prepared.tasks / task.name, folder)
+        words = lm_eval.command(self.prepared.environment.python, task, asked, self.prepared.tasks / task.name, folder)
         limits = Limits(asked.timeout_s)
-        said = harness.run(
+        said = lm_eval.run(
             self.prepared.environment,
             words,
             self.variables(),
@@ -299,7 +302,7 @@ class Bench:
             "command": shlex.join(words),
             "max_tokens": asked.max_tokens,
             "differs": differs(task, asked, described, self.prepared.found[task.name]["missing"]),
-            "answers_of_earlier_runs": harness.cached(said),
+            "answers_of_earlier_runs": lm_eval.cached(said),
             "elapsed_s": round(time.monotonic() - begun, 1),
             **{key: value for key, value in scores.items() if key != "metrics"},
         }

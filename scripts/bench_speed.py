@@ -26,16 +26,17 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge import images, load, measurement, speed, target, workloads
+from v4forge.bench import measurement, served_model, speed, vllm_bench, workloads
+from v4forge.bench.measurement import Measurement
+from v4forge.bench.served_model import Target
+from v4forge.bench.speed import Point
+from v4forge.bench.vllm_bench import Client, Load
+from v4forge.bench.workloads import Vocabulary
 from v4forge.errors import UserError
-from v4forge.exposition import Counts
 from v4forge.files import make_folder
-from v4forge.load import Client, Load
-from v4forge.measurement import Measurement
-from v4forge.replicas import Plan
-from v4forge.speed import Point
-from v4forge.target import Target
-from v4forge.workloads import Vocabulary
+from v4forge.images import definitions
+from v4forge.serving.deployment import Plan
+from v4forge.serving.metrics import Counts
 
 DRAFTS = (0, 1, 2, 3)
 CONCURRENCY = (1, 4, 16)
@@ -99,7 +100,7 @@ class Bench:
 
     def hashes(self, points: Sequence[Point]) -> dict[str, str]:
         """Of the prompts of one server's points, as the client reads them: key without drafts -> sha256."""
-        texts = {point.key.partition("/")[2]: load.lines(self.prompts(point)) for point in points}
+        texts = {point.key.partition("/")[2]: vllm_bench.lines(self.prompts(point)) for point in points}
         return {f"prompts/{key}": hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()}
 
     def begin(self, about: Mapping[str, Any], drafts: Sequence[int]) -> Measurement:
@@ -136,12 +137,12 @@ class Bench:
         fixed = (point.output_tokens, point.concurrency, self.slo_ms, self.arguments.seed)
         asked = Load(at.url, at.model, self.prompts(point), *fixed)
         before = Load(at.url, at.model, self.prompts(point, warm_up=True), *fixed)
-        load.warm_up(at.endpoint, before, min(limit_s, self.arguments.request_timeout))
+        vllm_bench.warm_up(at.endpoint, before, min(limit_s, self.arguments.request_timeout))
         earlier = counts(at)
         if earlier.generated is not None:
             at.wait_until_idle()
             earlier = counts(at)
-        result = load.measure(self.client, asked, self.artifact, self.folder, at.key, limit_s)
+        result = vllm_bench.measure(self.client, asked, self.artifact, self.folder, at.key, limit_s)
         found = speed.figures(result, point, len(asked.prompts), self.slo_ms)
         return {**found, "acceptance": counts(at).since(earlier).acceptance}
 
@@ -201,7 +202,7 @@ def client_of(arguments: argparse.Namespace) -> Client:
     if plan:
         return Client(plan.program, plan.image)
     folder = benching.programs(arguments)
-    return Client(str(folder)) if folder else Client(image=images.resolve("serve"))
+    return Client(str(folder)) if folder else Client(image=definitions.resolve("serve"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -220,7 +221,7 @@ def measure_own(arguments: argparse.Namespace) -> int:
     plan = plan_for(arguments, drafts[0])
     check_fits(arguments, plan.serving.max_model_len)
     bench = prepared(arguments, Path(plan.artifact))
-    about = target.planned(plan, bench.client.version(bench.folder), dict(arguments.set))
+    about = served_model.planned(plan, bench.client.version(bench.folder), dict(arguments.set))
     opened = bench.begin(about, drafts)
     for k in drafts:
         missing = [point.key for point in bench.points(k) if opened.part(point.key) is None]

@@ -4,8 +4,8 @@ python -m scripts.bench tools --artifact DIR
 python -m scripts.bench tools --url http://127.0.0.1:8000 --limit 1
 python -m scripts.bench tools --leave-out smoke recovery/busy-once
 
-Scenarios: v4forge/data/tools/*.yaml, five categories of three, pass 2, partial 1, fail 0, as in ToolCall-15; the tools'
-answers are in the files. Conversations: v4forge/data/smoke.yaml, four quick ones, four of writing, two of code; Python
+Scenarios: bench/data/tools/*.yaml, five categories of three, pass 2, partial 1, fail 0, as in ToolCall-15; the tools'
+answers are in the files. Conversations: bench/data/smoke.yaml, four quick ones, four of writing, two of code; Python
 is run in a container without network, a page is opened in headless Chromium. --limit N: of each category and group.
 """
 
@@ -21,13 +21,15 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge import browser, conversation, images, measurement, sandbox, scenarios, smoke, toolcalls
-from v4forge.conversation import Speaker
+from v4forge.bench import measurement, sandbox
+from v4forge.bench.measurement import Measurement
+from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.tools import answer_assertions, browser, chat_client, play, scenarios
+from v4forge.bench.tools.answer_assertions import CHROMIUM, DOCKER, Prompt
+from v4forge.bench.tools.chat_client import Speaker
+from v4forge.bench.tools.scenarios import Suite
 from v4forge.errors import UserError
-from v4forge.measurement import Measurement
-from v4forge.scenarios import Suite
-from v4forge.smoke import CHROMIUM, DOCKER, Prompt
-from v4forge.target import Target, sha256_of
+from v4forge.images import definitions
 
 TURN_TOKENS = 1024
 THINKING_TOKENS = 8192  # more, where the model thinks before it answers
@@ -66,15 +68,13 @@ class Bench:
             prompt = self.prompts[key]
             checked_with = check_needs(self.arguments, prompt)
             speaker = self.speaker(prompt.max_tokens)
-            found = smoke.part(
-                prompt, lambda text: conversation.reply(speaker, [{"role": "user", "content": text}]), self.programs
+            found = answer_assertions.part(
+                prompt, lambda text: chat_client.reply(speaker, [{"role": "user", "content": text}]), self.programs
             )
             return {**found, "checked_with": checked_with}
         scenario = next(each for each in self.suite.scenarios if each.key == key)
         speaker = self.speaker(TURN_TOKENS)
-        return toolcalls.part(
-            self.suite, scenario, lambda messages, tools: conversation.reply(speaker, messages, tools)
-        )
+        return play.part(self.suite, scenario, lambda messages, tools: chat_client.reply(speaker, messages, tools))
 
     def programs(self, programs: Sequence[str]) -> list[tuple[bool, str]]:
         """Runs Python programs, each in a container: whether it came to its end, and what it said if not."""
@@ -89,7 +89,7 @@ def tokens(arguments: argparse.Namespace, most: int) -> int:
 
 
 def image_of(arguments: argparse.Namespace) -> str:
-    return arguments.sandbox_image or images.resolve("serve")
+    return arguments.sandbox_image or definitions.resolve("serve")
 
 
 def check_needs(arguments: argparse.Namespace, prompt: Prompt) -> dict[str, str]:
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UserError(f"--max-tokens {arguments.max_tokens} leaves no answer", "--max-tokens 1024, or leave it out")
     suite = scenarios.load()
-    prompts = {prompt.key: prompt for prompt in smoke.load()}
+    prompts = {prompt.key: prompt for prompt in answer_assertions.load()}
     everything = [*(scenario.key for scenario in suite.scenarios), *prompts]
     keys = scenarios.choose(everything, arguments.limit, arguments.leave_out)
     if arguments.dry_run:
@@ -156,7 +156,7 @@ def begin(bench: Bench, keys: Sequence[str]) -> Measurement:
         "scoring": "pass 2, partial 1, fail 0; five categories of three scenarios",
     }
     sampling = {name: value for name, value in bench.speaker(TURN_TOKENS).sampling().items() if name != "max_tokens"}
-    files = [*bench.suite.files, smoke.FILE]
+    files = [*bench.suite.files, answer_assertions.FILE]
     hashes = {str(path.relative_to(scenarios.FOLDER.parent)): sha256_of(path) for path in files}
     return benching.begin(arguments, bench.target, settings, sampling, hashes)
 
@@ -172,7 +172,7 @@ def show(arguments: argparse.Namespace, suite: Suite, prompts: Mapping[str, Prom
     most = len(played) * suite.max_turns + len(keys) - len(played)
     rough = len(played) * ROUGH_TURNS + len(keys) - len(played)
     serve.say(
-        f"tools: {len(played)} scenarios of {toolcalls.PASS} points, at most {suite.max_turns} turns of "
+        f"tools: {len(played)} scenarios of {play.PASS} points, at most {suite.max_turns} turns of "
         f"{tokens(arguments, TURN_TOKENS)} tokens; {len(keys) - len(played)} conversations"
     )
     minutes = max(1, round(rough * ROUGH_TOKENS / ROUGH_TOK_S / 60))
@@ -192,17 +192,17 @@ def summarize(opened: Measurement, suite: Suite, prompts: Mapping[str, Prompt], 
         own = [key for key in keys if key.startswith(beginning)]
         return f"{sum(key in parts for key in own)}/{len(own)}"
 
-    points = toolcalls.points(parts)
+    points = play.points(parts)
     for category in scenarios.CATEGORIES:
         got, most = points.get(category, (0, 0))
         if any(key.startswith(f"{category}/") for key in keys):
             table.add_row(category, measured_of(f"{category}/"), str(got) if most else "-", str(most))
     if points:
         got, most = (sum(column) for column in zip(*points.values(), strict=True))
-        whole = most == toolcalls.MOST
-        table.add_row("tool calls", "", str(got), f"{most}" if whole else f"{most} (all: {toolcalls.MOST})")
-    for group, (ok, count) in smoke.counts(parts).items():
-        table.add_row(f"smoke {group}", measured_of(f"{smoke.PREFIX}/{group}/"), str(ok), str(count))
+        whole = most == play.MOST
+        table.add_row("tool calls", "", str(got), f"{most}" if whole else f"{most} (all: {play.MOST})")
+    for group, (ok, count) in answer_assertions.counts(parts).items():
+        table.add_row(f"smoke {group}", measured_of(f"{answer_assertions.PREFIX}/{group}/"), str(ok), str(count))
     console = Console()
     console.print(table)
     for key in keys:

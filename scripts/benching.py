@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts import serve
-from v4forge import measurement, replicas, target
+from v4forge.bench import measurement, served_model
+from v4forge.bench.measurement import Measurement
+from v4forge.bench.served_model import Target
 from v4forge.errors import UserError
-from v4forge.measurement import Measurement
-from v4forge.target import Target
+from v4forge.serving import deployment
 
 REQUEST_LIMIT_S = 600
 
@@ -47,7 +48,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def check_stopped(arguments: argparse.Namespace) -> None:
     """Raises UserError while a deployment runs in --folder, of whose GPUs a bench's own servers would take memory."""
-    if replicas.load(arguments.folder):
+    if deployment.load(arguments.folder):
         fact = f"this bench starts its own servers, and one runs already from {arguments.folder}"
         raise UserError(fact, "make serve-stop, then again; or measure that one: --url URL")
 
@@ -55,7 +56,7 @@ def check_stopped(arguments: argparse.Namespace) -> None:
 def programs(arguments: argparse.Namespace) -> Path | None:
     """The folder of vllm's and lm-eval's programs on this machine, None where they are in the serving image: as the
     deployment runs that is measured, unless the arguments say where."""
-    running = replicas.load(arguments.folder)
+    running = deployment.load(arguments.folder)
     if running and not (arguments.runtime or arguments.program):
         return Path(running.program) if running.runtime == "host" else None
     if (arguments.runtime or ("docker" if arguments.backend == "cuda" else "host")) == "docker":
@@ -74,25 +75,25 @@ def served(arguments: argparse.Namespace, **more: Any) -> Iterator[Target]:
     if more:
         check_stopped(arguments)
     key = serve.read_key(arguments.api_key_file)
-    running = replicas.load(arguments.folder)
+    running = deployment.load(arguments.folder)
     if arguments.url:
-        yield target.look(arguments.url, key, arguments.folder, _given_artifact(arguments))
+        yield served_model.look(arguments.url, key, arguments.folder, _given_artifact(arguments))
         return
     if running:
-        yield target.look(running.url, key or running.key, arguments.folder)
+        yield served_model.look(running.url, key or running.key, arguments.folder)
         return
     options = argparse.Namespace(**{**vars(arguments), **more})
     options.folder = arguments.folder.with_name(f"{arguments.folder.name}-bench")
-    if replicas.load(options.folder):  # of a bench that was killed
+    if deployment.load(options.folder):  # of a bench that was killed
         serve.stop(options)
     if key:
         os.environ["API_KEY"] = key  # serve.up takes it away again
     options.api_key_file = ""
     serve.up(options)
     try:
-        plan = replicas.load(options.folder)
+        plan = deployment.load(options.folder)
         assert plan
-        yield target.look(plan.url, key, options.folder)
+        yield served_model.look(plan.url, key, options.folder)
     finally:
         serve.stop(options)
 
@@ -115,8 +116,8 @@ def begin(
     about = at.facts if isinstance(at, Target) else dict(at)
     facts = {
         "target": about,
-        "machine": target.machine(),
-        "versions": {**target.versions(about), **(versions or {})},
+        "machine": served_model.machine(),
+        "versions": {**served_model.versions(about), **(versions or {})},
         "settings": dict(settings),
         "sampling": dict(sampling),
         "seed": arguments.seed,

@@ -17,16 +17,21 @@ from typing import Any
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge import calibration, corpus, digests, experts, layers, plan, ranks, replay, report
-from v4forge.checkpoint import Checkpoint
+from v4forge import digests
+from v4forge.checkpoint.layout import upstream
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json, write_text
-from v4forge.layout import upstream
-from v4forge.stamps import exclusive
+from v4forge.model import corpus, distributed
+from v4forge.pipeline import requirements
+from v4forge.pipeline.stamps import exclusive
+from v4forge.quantization import calibrate, experts, layer_files
+from v4forge.reporting import page as report_page
+from v4forge.verification import reproduce
 
 
 def main() -> None:
-    defaults = layers.Settings()
+    defaults = layer_files.Settings()
     parser = parser_for("calibrate", __doc__)
     add = parser.add_argument
     add("--source", type=Path, required=True, metavar="DIR", help="upstream shards, index, config.json, tokenizer.json")
@@ -85,7 +90,7 @@ def main() -> None:
     add(
         "--keep-every",
         type=int,
-        default=plan.KEEP_EVERY,
+        default=requirements.KEEP_EVERY,
         metavar="LAYERS",
         help="keep hidden states on disk every so many layers, to resume from; 0: never (default: %(default)s)",
     )
@@ -109,12 +114,12 @@ def main() -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"argument --device: there is no {device} here")
     torch.set_num_threads(arguments.threads)
-    with ranks.joined(device) as (place, own_device):
+    with distributed.joined(device) as (place, own_device):
         run(arguments, place, own_device)
 
 
-def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device) -> None:
-    settings = layers.Settings(
+def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.device) -> None:
+    settings = layer_files.Settings(
         method=arguments.method,
         scales=arguments.scales,
         dampening=arguments.dampening,
@@ -124,11 +129,11 @@ def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device)
     )
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
-    original = replay.load(arguments.compare) if arguments.compare else None
+    original = reproduce.load(arguments.compare) if arguments.compare else None
     samples, mark = place.told(prepared(arguments, settings, source, device) if place.rank == 0 else None)
     todo = source.config.layers
     if place.rank == 0:
-        done = [i for i in todo if layers.finished(arguments.work, i, digests.digest_of(mark))]
+        done = [i for i in todo if layer_files.finished(arguments.work, i, digests.digest_of(mark))]
         on = str(device) if place.size == 1 else f"{place.size} ranks, {device.type}"
         print(f"{len(todo)} layers, {len(done)} finished; {samples.description if samples else 'no corpus'}; {on}")
     comparison = None
@@ -143,15 +148,15 @@ def run(arguments: argparse.Namespace, place: ranks.Ranks, device: torch.device)
 
 
 def compared(
-    original: replay.Original, work: Path, mark: Mapping[str, Any], place: ranks.Ranks, device: torch.device
-) -> replay.Comparison:
+    original: reproduce.Original, work: Path, mark: Mapping[str, Any], place: distributed.Ranks, device: torch.device
+) -> reproduce.Comparison:
     """How layers are compared with a manifest; says first what lets them differ. Raises UserError for other inputs."""
-    replay.check_inputs(original, mark)
-    differing = replay.differences(original, mark, place.size)
+    reproduce.check_inputs(original, mark)
+    differing = reproduce.differences(original, mark, place.size)
     if place.rank == 0:
         for line in differing:
             print(f"byte identity is not promised: {line}", flush=True)
-    return replay.Comparison(original, work, not differing, device)
+    return reproduce.Comparison(original, work, not differing, device)
 
 
 def sole_run(work: Path) -> AbstractContextManager[int]:
@@ -162,19 +167,19 @@ def sole_run(work: Path) -> AbstractContextManager[int]:
 
 def calibrated(
     arguments: argparse.Namespace,
-    settings: layers.Settings,
+    settings: layer_files.Settings,
     source: Checkpoint,
     samples: corpus.Corpus | None,
     mark: Mapping[str, Any],
-    place: ranks.Ranks,
+    place: distributed.Ranks,
     device: torch.device,
-    comparison: replay.Comparison | None = None,
+    comparison: reproduce.Comparison | None = None,
 ) -> None:
     todo = source.config.layers
     if place.rank == 0:
-        layers.claim(arguments.work, mark, arguments.on_mismatch, print)
+        layer_files.claim(arguments.work, mark, arguments.on_mismatch, print)
         kept = samples.tokens.shape if samples and arguments.keep_every else (0, 0)
-        plan.require_space(plan.calibration_parts(source.config, arguments.work, *kept), arguments.work)
+        requirements.require_space(requirements.calibration_parts(source.config, arguments.work, *kept), arguments.work)
     place.barrier()
     page = arguments.work / "calibration.html"
     lines: list[str] = []  # one a layer that this run has finished
@@ -189,12 +194,12 @@ def calibrated(
 
     if place.rank == 0:
         for layer in todo:
-            if layers.finished(arguments.work, layer, digests.digest_of(mark)):
-                finished(read_json(layers.layer_report(arguments.work, layer)))
+            if layer_files.finished(arguments.work, layer, digests.digest_of(mark)):
+                finished(read_json(layer_files.layer_report(arguments.work, layer)))
     place.barrier()
     shown = steps("calibrate", len(todo), "layers", resumes=True)
     with shown if place.rank == 0 else nullcontext(lambda *_: None) as progress:
-        calibration.calibrate(
+        calibrate.calibrate(
             source,
             samples,
             arguments.work,
@@ -208,12 +213,14 @@ def calibrated(
             finished_layer=finished,
         )
     if place.rank == 0 and settings.method == "gptq" and (lines or not page.exists()):
-        write_text(page, report.calibration_page([read_json(layers.layer_report(arguments.work, i)) for i in todo]))
+        write_text(
+            page, report_page.calibration_page([read_json(layer_files.layer_report(arguments.work, i)) for i in todo])
+        )
         print(f"calibration: {page}")
 
 
 def prepared(
-    arguments: argparse.Namespace, settings: layers.Settings, source: Checkpoint, device: torch.device
+    arguments: argparse.Namespace, settings: layer_files.Settings, source: Checkpoint, device: torch.device
 ) -> tuple[corpus.Corpus | None, dict[str, Any]]:
     """The samples and the fingerprint."""
     samples = None
@@ -223,8 +230,8 @@ def prepared(
             arguments.source, arguments.corpus, arguments.samples, arguments.seq_len, arguments.seed, vocab_size
         )
     cache = arguments.work.parent / ".stamps" / "digests.json"
-    digests = layers.source_digests(arguments.source, source.shard_names, cache)
-    return samples, layers.fingerprint(digests, samples, settings, device)
+    digests = layer_files.source_digests(arguments.source, source.shard_names, cache)
+    return samples, layer_files.fingerprint(digests, samples, settings, device)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.cli import parser_for
-from v4forge import card, card_page, run_record
-from v4forge.certified import CARD
+from v4forge.artifact_folder import CARD
 from v4forge.errors import run_main
 from v4forge.files import remove_leftovers, write_text
+from v4forge.reporting import card, card_html, run_record
 
 PAGE = "reports/card.html"
 
@@ -28,7 +28,7 @@ def main() -> None:
     subject = card.gathered(arguments.work, arguments.artifact)
     text = card.text(arguments.work, arguments.artifact)
     write_text(arguments.artifact / CARD, text)
-    write_text(arguments.work / PAGE, card_page.page(text))
+    write_text(arguments.work / PAGE, card_html.page(text))
     warning = card.warning(subject)
     print(f"card: {arguments.artifact / CARD}, {arguments.work / PAGE}" + (f"; it says: {warning}" if warning else ""))
 

@@ -16,9 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from v4forge import events
 from v4forge.errors import UserError
-from v4forge.progress import Pace, Standing
+from v4forge.pipeline import events
+from v4forge.pipeline.progress import Pace, Standing
 
 QUIET_S = 10.0  # without a terminal, a line at most this often
 TOLD_S = 1.0  # an event of progress at most this often

@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import files, results
-from v4forge.comparison import Comparison, Delta, compare
+from v4forge import files
+from v4forge.bench import results
+from v4forge.bench.comparison import Comparison, Delta, compare
+from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
-from v4forge.results import Result
-from v4forge.shown import p_value
+from v4forge.reporting.tables import p_value
 
 SETTING_SHOWN = 60  # characters of it
 

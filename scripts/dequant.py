@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.cli import parser_for, steps
-from v4forge.checkpoint import Checkpoint
-from v4forge.dequant import dequantize
+from v4forge.checkpoint.layout import upstream
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import digest_of
 from v4forge.errors import run_main
-from v4forge.layers import source_digests
-from v4forge.layout import upstream
+from v4forge.quantization.dequant import dequantize
+from v4forge.quantization.layer_files import source_digests
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from scripts.cli import QUIET_S, parser_for
-from v4forge import doctor
-from v4forge.doctor import Row
-from v4forge.doctor_host import FAILED, OK, WARNING, Host
 from v4forge.errors import run_main
-from v4forge.stages import PROFILES
+from v4forge.pipeline.doctor import checks
+from v4forge.pipeline.doctor.checks import Row
+from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host
+from v4forge.pipeline.stages import PROFILES
 
 FILE_WIDTH = 160  # of the table where there is no terminal
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
@@ -109,8 +109,8 @@ def main() -> int:
         samples=args.samples,
         seq_len=args.seq_len,
     )
-    with waiting(len(doctor.CHECKS)) as progress:
-        rows = doctor.run(host, progress=progress)
+    with waiting(len(checks.CHECKS)) as progress:
+        rows = checks.run(host, progress=progress)
     if args.json:
         fields = ("name", "status", "fact", "fix")
         print(json.dumps({"checks": [{name: getattr(row, name) for name in fields} for row in rows]}, indent=1))
@@ -122,7 +122,7 @@ def main() -> int:
         for line in fixes(rows):
             console.print(line, soft_wrap=True)
         print()
-        print(doctor.verdict(host, rows))
+        print(checks.verdict(host, rows))
     return int(any(row.status == FAILED for row in rows))
 
 

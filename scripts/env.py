@@ -123,7 +123,7 @@ class Environment:
 
     def install_serve_cpu(self) -> None:
         """vLLM for the CPU on a torch that is there, our plugins, and the name by which vLLM asks for its version."""
-        from v4forge import locks  # not for the calibration image, whose build has env.py and errors.py alone
+        from v4forge.images import locks  # not for the calibration image, whose build has env.py and errors.py alone
 
         (path,) = self.locks
         lock = locks.parse(path.read_text(encoding="utf-8"))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from scripts.cli import parser_for, steps
-from v4forge.certified import sums_sha256
-from v4forge.checkpoint import Checkpoint
+from v4forge.artifact_folder import sums_sha256
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
-from v4forge.evaluation import compare, step_count, unigram_perplexity
 from v4forge.files import write_json
-from v4forge.heldout import tokens as heldout_tokens
+from v4forge.model.evaluation import compare, step_count, unigram_perplexity
+from v4forge.model.heldout import tokens as heldout_tokens
 
 
 def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpoint:

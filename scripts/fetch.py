@@ -10,12 +10,14 @@ import re
 from pathlib import Path
 
 from scripts.cli import parser_for, steps
-from v4forge import arriving, fetching, hub, offline, pins
+from v4forge import pins
+from v4forge.checkpoint import incoming
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.fetching import MIB, Fetch, Todo
 from v4forge.files import check_writable
-from v4forge.partial import path_of
+from v4forge.hub import fetch, folder_source, hub_source
+from v4forge.hub.fetch import MIB, Fetch, Todo
+from v4forge.hub.partial_file import path_of
 
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FORMS = {
@@ -31,8 +33,8 @@ def shown(count: int) -> str:
     return f"{count / size:,.1f} {unit}"
 
 
-def described(source: hub.Hub | offline.Offline) -> str:
-    if isinstance(source, hub.Hub):
+def described(source: hub_source.Hub | folder_source.Offline) -> str:
+    if isinstance(source, hub_source.Hub):
         return f"{source.repo} at {source.revision[:12]}"
     return f"{source.folder} ({FORMS[source.form]})"
 
@@ -73,26 +75,28 @@ def main() -> None:
         raise UserError(f"the revision is not a commit: {given}", "set FLASH_REVISION in versions.env to 40 hex digits")
     if args.folder and args.folder.resolve() == args.out.resolve():
         raise UserError(f"{args.out} is both where from and where to", "choose another --out, or leave out --from")
-    source: hub.Hub | offline.Offline = hub.Hub(args.repo, args.revision)
+    source: hub_source.Hub | folder_source.Offline = hub_source.Hub(args.repo, args.revision)
     if args.folder:
-        source = offline.looked_at(args.folder, args.repo, args.revision)
+        source = folder_source.looked_at(args.folder, args.repo, args.revision)
     digests = Digests(args.out.parent / ".stamps" / "digests.json")
     if args.dry_run:
-        todo = fetching.looked_over(source, args.out, digests)
+        todo = fetch.looked_over(source, args.out, digests)
         print("\n".join([summary(source, todo), *plan_lines(todo, args.out)]))
         return
     check_writable(args.out)
-    with arriving.marked(args.out) as mark_ready:
-        todo = fetching.looked_over(source, args.out, digests)
+    with incoming.marked(args.out) as mark_ready:
+        todo = fetch.looked_over(source, args.out, digests)
         print(summary(source, todo), flush=True)
         run = Fetch(source, args.out, args.workers, digests, lambda line: print(line, flush=True))
         with steps("fetch", todo.total_bytes // MIB, "MiB", resumes=True) as progress:
             run.run(todo, progress, mark_ready)
-    checked = "" if isinstance(source, offline.Offline) and source.form == "plain" else ", each with the hub's hash"
+    checked = (
+        "" if isinstance(source, folder_source.Offline) and source.form == "plain" else ", each with the hub's hash"
+    )
     print(f"{len(todo.plan.files)} files, {shown(todo.total_bytes)}{checked}: {args.out}")
 
 
-def summary(source: hub.Hub | offline.Offline, todo: Todo) -> str:
+def summary(source: hub_source.Hub | folder_source.Offline, todo: Todo) -> str:
     """One line: what, how much of it is there, what is not wanted."""
     coming = sum(each.bytes for each in todo.missing)
     count = len(todo.plan.files)

@@ -18,12 +18,14 @@ from pathlib import Path
 
 from scripts import env
 from scripts.cli import parser_for
-from v4forge import containers, image_base, image_build, image_files, images, registry
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_text
-from v4forge.image_build import Build
-from v4forge.jobs import Job
-from v4forge.registry import Signing
+from v4forge.images import archive, containers, definitions, registry
+from v4forge.images import base as image_base
+from v4forge.images import build as image_build
+from v4forge.images.build import Build
+from v4forge.images.jobs import Job
+from v4forge.images.registry import Signing
 
 # What is known about an image, by the kind of document; below a folder of the image's name.
 DOCUMENTS = {"sbom": "sbom.cdx.json", "provenance": "provenance.json"}
@@ -44,19 +46,19 @@ def build(arguments: argparse.Namespace) -> None:
             apt_snapshot=base.apt_snapshot,
             revision=arguments.revision or image_build.revision(),
             no_cache=arguments.no_cache,
-            tag=arguments.tag or images.tag(image.name),
+            tag=arguments.tag or definitions.tag(image.name),
             chosen=dict(arguments.set),
         )
         if wanted.lane == "cpu":
-            fetch_cpu_torch(images.ROOT / "wheels")
+            fetch_cpu_torch(definitions.ROOT / "wheels")
         print(f"image: building {wanted.tag} on {base.reference.split('@')[0]}", flush=True)
         made = image_build.run(client, wanted)
         print(f"image: {wanted.tag} is {made}, {time.monotonic() - started:.0f} s", flush=True)
         folder = arguments.documents / image.name
         for name, content in image_build.documents(client, wanted, made).items():
             write_text(folder / DOCUMENTS[name], content.decode())
-        sizes = image_files.layer_sizes(client, made)
-        report = image_files.size_report(sizes, image.lanes[wanted.lane])
+        sizes = archive.layer_sizes(client, made)
+        report = archive.size_report(sizes, image.lanes[wanted.lane])
         write_text(folder / "sizes.txt", "\n".join(report) + "\n")
         print("\n".join([*report, f"image: its documents are in {folder}"]), flush=True)
 
@@ -86,9 +88,9 @@ def push(arguments: argparse.Namespace) -> None:
         documents = {name: read_document(arguments.documents / image.name / file) for name, file in DOCUMENTS.items()}
         repository = f"{arguments.to.rstrip('/')}/v4forge-{image.name}"
         entry = registry.push(
-            client, image.name, images.tag(image.name), repository, documents, say, signing, arguments.lock
+            client, image.name, definitions.tag(image.name), repository, documents, say, signing, arguments.lock
         )
-        say(f"image: {images.tag(image.name)} is {entry.reference}; commit {arguments.lock.name}")
+        say(f"image: {definitions.tag(image.name)} is {entry.reference}; commit {arguments.lock.name}")
 
 
 def read_document(path: Path) -> bytes:
@@ -103,17 +105,17 @@ def pull(arguments: argparse.Namespace) -> None:
     signing = Signing(arguments.verify_key, arguments.verify_identity, arguments.verify_issuer)
     client = containers.connect().client
     for image in arguments.images:
-        documents = registry.pull(client, image.name, images.tag(image.name), say, signing, arguments.lock)
+        documents = registry.pull(client, image.name, definitions.tag(image.name), say, signing, arguments.lock)
         for name, content in documents.items():
             write_text(arguments.documents / image.name / DOCUMENTS[name], content.decode())
-        say(f"image: {images.tag(image.name)} is what {arguments.lock.name} says")
+        say(f"image: {definitions.tag(image.name)} is what {arguments.lock.name} says")
 
 
 def shell(arguments: argparse.Namespace) -> None:
     """A shell in an image, as a stage sees it: the scratch folder to write to, all GPUs asked for."""
     engine = containers.connect()
-    reference = images.resolve(arguments.images[0].name)
-    found = containers.find(engine, reference, images.code_sha256())
+    reference = definitions.resolve(arguments.images[0].name)
+    found = containers.find(engine, reference, definitions.code_sha256())
     gpus = 0 if found.lane == "cpu" else arguments.gpus
     make_folder(arguments.scratch)
     containers.shell(engine, Job(image=found.id, command=["bash"], work=arguments.scratch, gpus=gpus, online=True))
@@ -130,9 +132,9 @@ def option(*names: str, **settings: object) -> argparse.ArgumentParser:
     return parser
 
 
-def image_argument(name: str) -> images.Image:
+def image_argument(name: str) -> definitions.Image:
     try:
-        return images.get(name)
+        return definitions.get(name)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -147,8 +149,10 @@ def setting(text: str) -> tuple[str, str]:
 def main() -> None:
     parser = parser_for("image", __doc__)
     commands = parser.add_subparsers(required=True, metavar="build|push|pull|shell")
-    folder = option("--documents", type=Path, default=images.ROOT / "scratch/images", help="default: scratch/images")
-    lock = option("--lock", type=Path, default=images.LOCK, metavar="FILE", help="default: images.lock")
+    folder = option(
+        "--documents", type=Path, default=definitions.ROOT / "scratch/images", help="default: scratch/images"
+    )
+    lock = option("--lock", type=Path, default=definitions.LOCK, metavar="FILE", help="default: images.lock")
     for run, parents in ((build, [folder]), (push, [folder, lock]), (pull, [folder, lock]), (shell, [])):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, parents=parents)
         command.add_argument("images", nargs="+", type=image_argument, metavar="calib|serve")

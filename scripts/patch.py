@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from v4forge import patches
 from v4forge.errors import UserError, run_main
-from v4forge.patches import Patch
+from v4forge.images import patches
+from v4forge.images.patches import Patch
 
 
 def chosen(project: str, skip: Sequence[str]) -> list[Patch]:

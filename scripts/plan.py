@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import disk, estimate, events, measured, plan, progress, whole_run
 from v4forge.errors import UserError, run_main
-from v4forge.estimate import Estimate, Given, Together
-from v4forge.progress import duration
-from v4forge.stages import PROFILES
+from v4forge.pipeline import disk_speed, estimate, events, progress, reference_timings, requirements, run_state
+from v4forge.pipeline.estimate import Estimate, Given, Together
+from v4forge.pipeline.progress import duration
+from v4forge.pipeline.stages import PROFILES
 
 MEASURE_BYTES = 1 << 30
 TEXT_WIDTH = 100
@@ -38,7 +38,7 @@ FILE_WIDTH = 400  # of tables where there is no terminal: nothing is wrapped
 class Row:
     """A stage of the plan. Memory in bytes, None where it is not known; seconds with the assumptions of `basis`."""
 
-    step: plan.Step
+    step: requirements.Step
     gpu_bytes: int | None
     host_bytes: int | None
     estimate: Estimate
@@ -60,7 +60,7 @@ class Plan:
     disk_basis: str
 
     @property
-    def fullest(self) -> plan.Step:
+    def fullest(self) -> requirements.Step:
         return max((row.step for row in self.rows), key=lambda step: step.held_bytes)
 
 
@@ -79,24 +79,24 @@ def given_of(arguments: argparse.Namespace) -> Given:
     """What the user says, and what is measured here now."""
     speed, basis = None, "as given"
     if arguments.read_gbps or arguments.write_gbps:
-        known = disk.known(arguments.work) if arguments.work else None
-        other = known or measured.disk()
+        known = disk_speed.known(arguments.work) if arguments.work else None
+        other = known or reference_timings.disk()
         read, write = (other.read_bytes_s, other.write_bytes_s) if other else (0.0, 0.0)
-        speed = disk.Speed((arguments.write_gbps or 0) * 1e9 or write, (arguments.read_gbps or 0) * 1e9 or read)
-    elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk.known(arguments.work):
+        speed = disk_speed.Speed((arguments.write_gbps or 0) * 1e9 or write, (arguments.read_gbps or 0) * 1e9 or read)
+    elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk_speed.known(arguments.work):
         speed, basis = measure(arguments.work), "measured now"
     network = arguments.network_gb_s * 1e9 if arguments.network_gb_s else None
     return Given(speed, basis, network, arguments.layer_seconds)
 
 
-def measure(work: Path) -> disk.Speed | None:
+def measure(work: Path) -> disk_speed.Speed | None:
     """The disk below a folder that may not be there yet; it is not made for this. None where that is not possible."""
-    if plan.free_bytes(work) < 2 * MEASURE_BYTES:
+    if requirements.free_bytes(work) < 2 * MEASURE_BYTES:
         return None
     try:
         if work.is_dir():
-            return disk.measured(work)
-        return disk.measure(next(path for path in work.absolute().parents if path.exists()), MEASURE_BYTES)
+            return disk_speed.measured(work)
+        return disk_speed.measure(next(path for path in work.absolute().parents if path.exists()), MEASURE_BYTES)
     except UserError:
         return None
 
@@ -104,17 +104,21 @@ def measure(work: Path) -> disk.Speed | None:
 def made(arguments: argparse.Namespace) -> Plan:
     values = settings_of(arguments)
     work, names = Path(values["work"]), estimate.names_of(values["profile"])
-    config = plan.config_of(Path(values["source"])) if not arguments.source else plan.load_config(arguments.source)
-    sizes = plan.sizes_of(config)
+    config = (
+        requirements.config_of(Path(values["source"]))
+        if not arguments.source
+        else requirements.load_config(arguments.source)
+    )
+    sizes = requirements.sizes_of(config)
     given = given_of(arguments)
-    steps = plan.steps(names, config, sizes, values)
+    steps = requirements.steps(names, config, sizes, values)
     estimates = estimate.of_run(names, values, work, arguments.gpus, given)
     share = math.ceil(values["samples"] / arguments.gpus)
     memory = memory_of(values["profile"])
     memory["calibrate"] = (
-        None if values["profile"] == "tiny" else plan.gpu_bytes(config, share, values["seq_len"]),
+        None if values["profile"] == "tiny" else requirements.gpu_bytes(config, share, values["seq_len"]),
         memory.get("calibrate", (None, None))[1]
-        or plan.host_bytes(config, sizes, values["samples"], values["seq_len"], arguments.gpus),
+        or requirements.host_bytes(config, sizes, values["samples"], values["seq_len"], arguments.gpus),
     )
     rows = [Row(step, *memory.get(step.stage, (None, None)), each) for step, each in zip(steps, estimates, strict=True)]
     model = arguments.source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
@@ -123,7 +127,7 @@ def made(arguments: argparse.Namespace) -> Plan:
     return Plan(
         title=f"{model}, {values['samples']} x {values['seq_len']} tokens, {where}, in {work}",
         rows=rows,
-        room_bytes=plan.room_needed(steps, names, config, sizes, values),
+        room_bytes=requirements.room_needed(steps, names, config, sizes, values),
         total=estimate.together({row.step.stage: row.seconds for row in rows}),
         disk_basis="" if values["profile"] == "tiny" else estimate.disk_of(work, given)[1],
     )
@@ -132,9 +136,9 @@ def made(arguments: argparse.Namespace) -> Plan:
 def memory_of(profile: str) -> dict[str, tuple[int | None, int | None]]:
     """stage -> bytes of a GPU and of the host that were measured."""
     if profile == "tiny":
-        stages = measured.pipeline().get("stages", {})
+        stages = reference_timings.pipeline().get("stages", {})
         return {name: (None, found.get("peak_host_bytes")) for name, found in stages.items()}
-    found = measured.verify()
+    found = reference_timings.verify()
     return {"verify": (None, found.host_bytes)} if found else {}
 
 
@@ -213,10 +217,10 @@ def bases(found: Plan) -> list[str]:
 def last_run(work: Path) -> list[str]:
     """The last run here: what was estimated beside what it took."""
     history = events.read(events.file_of(work))
-    run = whole_run.view(history, time.time(), lambda stages: whole_run.lives(work, stages))
+    run = run_state.view(history, time.time(), lambda stages: run_state.lives(work, stages))
     if run is None:
         return []
-    took = {each.stage: each.elapsed_s for each in run.stages if each.state == whole_run.DONE and each.elapsed_s}
+    took = {each.stage: each.elapsed_s for each in run.stages if each.state == run_state.DONE and each.elapsed_s}
     lines = estimate.compared([Estimate(each.stage, each.estimate_s, "") for each in run.stages], took)
     return ["the last run here, " + lines[0], *lines[1:]] if lines else []
 
@@ -291,7 +295,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     found = made(arguments)
-    free = plan.free_bytes(arguments.work) if arguments.work else None
+    free = requirements.free_bytes(arguments.work) if arguments.work else None
     if arguments.json:
         print(as_json(found, arguments.price, free))
     else:
@@ -305,9 +309,9 @@ def main() -> None:
         if arguments.work and (lines := last_run(arguments.work)):
             print("", *lines, sep="\n")
     if arguments.work:
-        plan.require_room(found.room_bytes, arguments.work)
+        requirements.require_room(found.room_bytes, arguments.work)
         if not arguments.json:
-            print(f"\n{arguments.work}: {plan.free_bytes(arguments.work) / 1e9:,.1f} GB free, enough")
+            print(f"\n{arguments.work}: {requirements.free_bytes(arguments.work) / 1e9:,.1f} GB free, enough")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.cli import parser_for, steps
-from v4forge.artifact import assemble
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
-from v4forge.repair import repair
+from v4forge.quantization.from_hf import repair
+from v4forge.quantization.postprocess import assemble
 
 
 def main() -> None:

@@ -20,12 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import certified, hints, publishing
-from v4forge.certified import CARD
+from v4forge import artifact_folder
+from v4forge.artifact_folder import CARD
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.publishing import Member
-from v4forge.uploading import LOGIN, Found, Repository
+from v4forge.hub import publication
+from v4forge.hub.publication import Member
+from v4forge.hub.upload import LOGIN, Found, Repository
+from v4forge.pipeline import make_hints
 
 MB = 10**6
 MAIN = "main"
@@ -54,16 +56,16 @@ def checked(artifact: Path) -> list[Member]:
     try:
         return _checked(artifact)
     except UserError as error:
-        raise UserError(error.fact, hints.for_work(error.hint, artifact.parent)) from None
+        raise UserError(error.fact, make_hints.for_work(error.hint, artifact.parent)) from None
 
 
 def _checked(artifact: Path) -> list[Member]:
     digests = Digests(artifact.parent / ".stamps" / "digests.json")
-    size = sum(path.stat().st_size for path in publishing.unread(artifact, digests)) // MB
+    size = sum(path.stat().st_size for path in publication.unread(artifact, digests)) // MB
     if not size:
-        return publishing.members(artifact, digests)
+        return publication.members(artifact, digests)
     with steps("checksums", size, "MB") as advance:
-        return publishing.members(artifact, digests, lambda read, name: advance(read // MB, name))
+        return publication.members(artifact, digests, lambda read, name: advance(read // MB, name))
 
 
 def rehearse(args: argparse.Namespace, repository: Repository, found: list[Member]) -> int:
@@ -82,11 +84,11 @@ def rehearse(args: argparse.Namespace, repository: Repository, found: list[Membe
     say(f"publish: {repository.address} {state}, {visible}; branch {repository.branch}; as {user or 'nobody'}")
     if others := sorted(there.files.keys() - {member.name for member in found} - {".gitattributes"}):
         say(f"publish: it holds {len(others)} other files, which stay: {', '.join(others[:5])}")
-    if left_out := certified.standing(args.artifact).not_run:
+    if left_out := artifact_folder.standing(args.artifact).not_run:
         say(f"publish: checks that verify did not make: {', '.join(left_out)}")
     if user is None:
         say(f"publish: there is no token; before the upload: {LOGIN}")
-    size = sum(member.size for member, state in publishing.states(found, there.files) if state != "there")
+    size = sum(member.size for member, state in publication.states(found, there.files) if state != "there")
     next_step = f"nothing was changed; to upload {size:,} bytes: {repository.again}"
     say(f"publish: {next_step if size else 'all of it is there already'}")
     return 0
@@ -100,11 +102,11 @@ def upload(args: argparse.Namespace, repository: Repository, found: list[Member]
     refuse(args, repository, there)
     if not there.commit:
         repository.create(args.private)
-    lacking = [member for member, state in publishing.states(found, there.files) if state != "there"]
+    lacking = [member for member, state in publication.states(found, there.files) if state != "there"]
     commit = there.commit
     if lacking:
         with steps("publish", round(megabytes(lacking)), "MB", resumes=True) as advance:
-            sums = certified.sums_sha256(args.artifact)
+            sums = artifact_folder.sums_sha256(args.artifact)
             message = f"Artifact with SHA256SUMS {sums}"
             commit = repository.upload(lacking, message, lambda sent, name: advance(sent // MB, name))
         say(f"publish: {counted(lacking)} sent")
@@ -117,7 +119,7 @@ def upload(args: argparse.Namespace, repository: Repository, found: list[Member]
 def read_back(repository: Repository, found: list[Member], commit: str) -> None:
     """Raises UserError unless the hub has every file of the commit with the hash that it has here."""
     there = repository.look(commit)
-    wrong = [(member.name, state) for member, state in publishing.states(found, there.files) if state != "there"]
+    wrong = [(member.name, state) for member, state in publication.states(found, there.files) if state != "there"]
     if wrong:
         name, state = wrong[0]
         more = f", and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
@@ -138,7 +140,7 @@ def refuse(args: argparse.Namespace, repository: Repository, there: Found) -> No
 def show(found: list[Member], there: Found | None) -> None:
     """The files, their sizes, and what the hub has of them."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    states = list(publishing.states(found, there.files if there else {}))
+    states = list(publication.states(found, there.files if there else {}))
     table.add_column("file", footer=f"{len(found)} files", no_wrap=True)
     table.add_column("bytes", footer=f"{sum(member.size for member in found):,}", justify="right")
     table.add_column("sha256")

@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from scripts.cli import parser_for, steps
-from v4forge import release
 from v4forge.errors import run_main
-from v4forge.release import FAILED, OK, Release, Row
+from v4forge.pipeline import release_check
+from v4forge.pipeline.release_check import FAILED, OK, Release, Row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)
-    with steps("release-check", len(release.CHECKS), "checks") as advance:
-        rows = release.rows(Release(args.work), advance)
+    with steps("release-check", len(release_check.CHECKS), "checks") as advance:
+        rows = release_check.rows(Release(args.work), advance)
     failed = [row for row in rows if row.status == FAILED]
     if args.json:
         print(json.dumps({"checks": [asdict(row) for row in rows]}, indent=1))

@@ -18,18 +18,18 @@ from pathlib import Path
 
 from scripts import stage
 from scripts.cli import parser_for
-from v4forge import replay
-from v4forge.certified import MANIFEST
+from v4forge.artifact_folder import MANIFEST
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json
-from v4forge.layers import FINGERPRINT
-from v4forge.stages import CALIBRATE, PROFILES, STAGES, Stage
+from v4forge.pipeline.stages import CALIBRATE, PROFILES, STAGES, Stage
+from v4forge.quantization.layer_files import FINGERPRINT
+from v4forge.verification import reproduce
 
 ORIGINAL = "original"  # folder of the work folder: the manifest, and what lies beside it
 FILES_SHOWN = 8
 
 
-def table_of(original: replay.Original, device: str, pinned: bool) -> dict[str, Stage]:
+def table_of(original: reproduce.Original, device: str, pinned: bool) -> dict[str, Stage]:
     """The stages, with the manifest's settings. pinned: its text is the pinned data set, whatever the profile's is."""
     made = original.settings
     words: list[str | tuple[str, str]] = ["--work", "{work}/layers", "--method", made.method, "--scales", made.scales]
@@ -65,18 +65,18 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments_of(argv)
-    original = replay.load(args.manifest)
+    original = reproduce.load(args.manifest)
     profile = PROFILES[args.profile]
     source = args.source or profile.source or f"{args.scratch.rstrip('/')}/{args.profile}/upstream"
     pinned = bool(original.corpus) and "repo" in (original.corpus or {}).get("origin", {})
     text = args.corpus or ("" if pinned else profile.corpus)
-    replay.check_corpus(original, Path(text) if text else None)
+    reproduce.check_corpus(original, Path(text) if text else None)
     if not Path(source, "config.json").is_file():
         again = "" if args.profile == "tiny" else f" PROFILE={args.profile}"
         raise UserError(f"{source} is no checkpoint", f"make fetch{again}, or make reproduce … SOURCE=<folder>")
     scratch = work_scratch(args.scratch, args.manifest)
     work = Path(scratch, args.profile)
-    replay.copied(original, work / ORIGINAL)
+    reproduce.copied(original, work / ORIGINAL)
     print(f"replay: {args.manifest}, in {work}", flush=True)
     words = ["run", "calibrate", "postprocess", "--title", "reproduce", "--scratch", scratch]
     words += ["--profile", args.profile, "--source", source]
@@ -89,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return verdict(original, work, args.gpus)
 
 
-def verdict(original: replay.Original, work: Path, gpus: int) -> int:
+def verdict(original: reproduce.Original, work: Path, gpus: int) -> int:
     """Says how the files compare -> 0 when all are as they must be, else 1."""
     artifact = work / "artifact"
     mark = read_json(work / "layers" / FINGERPRINT)
-    replay.check_inputs(original, mark)
-    reasons = replay.differences(original, mark, gpus)
-    differing = replay.file_differences(original, artifact)
-    allowed = replay.layer_shards(artifact) if reasons else set()
+    reproduce.check_inputs(original, mark)
+    reasons = reproduce.differences(original, mark, gpus)
+    differing = reproduce.file_differences(original, artifact)
+    allowed = reproduce.layer_shards(artifact) if reasons else set()
     count = len(original.content["files"])
     if not differing:
         print(f"replay: identical, all {count} files have the same bytes")

@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import certified, report, run_rows
-from v4forge.bench_rows import standing
+from v4forge import artifact_folder
+from v4forge.bench.bench_rows import standing
+from v4forge.bench.results import Result
 from v4forge.errors import run_main
 from v4forge.files import write_text
-from v4forge.glance import Inputs
-from v4forge.report_inputs import MARKDOWN, PAGE, gathered, markdown
-from v4forge.results import Result
+from v4forge.reporting import page as report_page
+from v4forge.reporting import run_sections
+from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
+from v4forge.reporting.overview import Inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     inputs, measured = gathered(args.work)
     write_text(args.work / MARKDOWN, markdown(inputs))
-    write_text(args.work / PAGE, report.page(inputs))
+    write_text(args.work / PAGE, report_page.page(inputs))
     show(inputs, measured, args.work / PAGE)
-    return 0 if inputs.certificate is None or certified.verdict(inputs.certificate).ok else 1
+    return 0 if inputs.certificate is None or artifact_folder.verdict(inputs.certificate).ok else 1
 
 
 def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     """What there is, in a terminal."""
     console = Console(highlight=False)
-    verdict = certified.verdict(inputs.certificate) if inputs.certificate is not None else None
+    verdict = artifact_folder.verdict(inputs.certificate) if inputs.certificate is not None else None
     if inputs.evaluation:
         console.print(models_table(inputs.evaluation))
     for check in verdict.checks if verdict else ():
         if not check.ok:
             console.print(f"failed: {check.name}: {check.detail}", markup=False, style="red")
-    if stages := run_rows.stage_rows(inputs.run):
-        console.print(run_rows.stages_line(stages), markup=False)
+    if stages := run_sections.stage_rows(inputs.run):
+        console.print(run_sections.stages_line(stages), markup=False)
     for bench, result in measured.items():
         said = "; ".join([result.path.name, *standing(result.content).marks])
         console.print(f"{bench}: {said}", markup=False, soft_wrap=True)
@@ -57,16 +59,16 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     if verdict:
         console.print(verdict.line, markup=False, style="bold green" if verdict.ok else "bold red")
     else:
-        console.print(f"{report.NO_CERTIFICATE} (make verify)", markup=False, style="bold")
+        console.print(f"{report_page.NO_CERTIFICATE} (make verify)", markup=False, style="bold")
 
 
 def models_table(evaluation: Mapping[str, Any]) -> Table:
     """The same as the page's, for 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, caption=run_rows.heldout_line(evaluation), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, caption=run_sections.heldout_line(evaluation), caption_justify="left")
     table.add_column("", no_wrap=True)
     for heading in ("size, MB", "perplexity", "change", "MTP acc.", "points"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in run_rows.model_rows(evaluation):
+    for row in run_sections.model_rows(evaluation):
         table.add_row(
             row.name,
             f"{row.megabytes:,.1f}",

@@ -20,35 +20,36 @@ from pathlib import Path
 from docker import DockerClient
 
 from scripts.cli import parser_for
-from v4forge import containers, image_base, image_build, image_files, images
 from v4forge.errors import UserError, run_main
+from v4forge.images import archive, build, containers, definitions
+from v4forge.images import base as image_base
 
 # umask, time zone, whether files are written in the other order
 CHECKOUTS = ((0o022, "UTC", False), (0o077, "Pacific/Kiritimati", True))
 
 
-def copy_checkout(target: Path, image: images.Image, backwards: bool) -> None:
+def copy_checkout(target: Path, image: definitions.Image, backwards: bool) -> None:
     """Copies what a build reads to `target`, in the other order when `backwards`; every file gets a new time."""
-    names = [Path(image.dockerfile), *images.files(images.ROOT, images.PROJECT + images.BUILD_ONLY)]
+    names = [Path(image.dockerfile), *definitions.files(definitions.ROOT, definitions.PROJECT + definitions.BUILD_ONLY)]
     for name in reversed(names) if backwards else names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(images.ROOT / name, target / name)
-        if os.access(images.ROOT / name, os.X_OK):
+        shutil.copyfile(definitions.ROOT / name, target / name)
+        if os.access(definitions.ROOT / name, os.X_OK):
             (target / name).chmod((target / name).stat().st_mode | 0o100)
 
 
 def main() -> None:
     parser = parser_for("reproduce", __doc__)
-    parser.add_argument("image", choices=images.IMAGES, help="which one")
+    parser.add_argument("image", choices=definitions.IMAGES, help="which one")
     parser.add_argument("--lane", default="", help="as for scripts.image build")
     parser.add_argument("--base", default="", metavar="IMAGE", help="build on this instead of the pinned base")
     arguments = parser.parse_args()
-    image = images.get(arguments.image)
-    lane = arguments.lane or image_build.default_lane(image)
+    image = definitions.get(arguments.image)
+    lane = arguments.lane or build.default_lane(image)
     client = containers.connect().client
     base = image_base.find(client, arguments.base)
     command = [sys.executable, "-m", "scripts.image", "build", image.name, "--no-cache", "--documents", "documents"]
-    command += ["--lane", lane, "--base", base.reference, "--revision", image_build.revision()]
+    command += ["--lane", lane, "--base", base.reference, "--revision", build.revision()]
     tags, provenances = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkouts = [Path(folder, str(number)) for number in (1, 2)]
@@ -74,8 +75,8 @@ def compare(client: DockerClient, name: str, tags: Sequence[str]) -> None:
     """Says that two images are one, or which files differ; removes both tags."""
     first, second = (client.images.get(tag) for tag in tags)
     if first.id != second.id:
-        one, other = (image_files.of_daemon(client, tag) for tag in tags)
-        print("\n".join(image_files.differences(one, other)))
+        one, other = (archive.of_daemon(client, tag) for tag in tags)
+        print("\n".join(archive.differences(one, other)))
     for tag in tags:
         client.images.remove(tag)
     if first.id != second.id:

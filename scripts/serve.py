@@ -26,14 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import containers, gpus, images, probe, replicas, serving, starting, status
+from v4forge import gpus
 from v4forge.checkout import ROOT
-from v4forge.compose import Compose
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
-from v4forge.probe import FLOOR, Check, Expected
-from v4forge.replicas import Plan, Runtime
-from v4forge.supervised import Supervised
+from v4forge.images import containers, definitions
+from v4forge.serving import deployment, preflight, probe, settings, status
+from v4forge.serving.compose import Compose
+from v4forge.serving.deployment import Plan, Runtime
+from v4forge.serving.probe import FLOOR, Check, Expected
+from v4forge.serving.supervisord import Supervised
 
 ARTIFACT = "scratch/tiny/artifact"
 CPU_REPLICAS = 2
@@ -50,8 +52,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     """What the arguments ask for. Raises UserError for what this machine has not."""
     overrides = dict(arguments.set)
     if arguments.drafts is not None:
-        overrides |= {serving.DRAFTS: str(arguments.drafts), serving.DRAFT_METHOD: "mtp"}
-    chosen = serving.serving(arguments.serve_profile, arguments.backend, overrides)
+        overrides |= {settings.DRAFTS: str(arguments.drafts), settings.DRAFT_METHOD: "mtp"}
+    chosen = settings.serving(arguments.serve_profile, arguments.backend, overrides)
     plan = Plan(
         folder=os.path.abspath(arguments.folder),
         artifact=os.path.abspath(arguments.artifact),
@@ -71,7 +73,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         raise UserError("Prometheus and Grafana run in containers", "make serve RUNTIME=docker METRICS=1")
     if plan.runtime == "host":
         return replace(plan, program=os.path.abspath(arguments.program or PROGRAMS[plan.backend]))
-    return replace(plan, image=images.resolve("serve"))
+    return replace(plan, image=definitions.resolve("serve"))
 
 
 def devices(arguments: argparse.Namespace, tensor_parallel: int) -> list[list[str]]:
@@ -123,7 +125,7 @@ def write_key(plan: Plan, key: str) -> None:
 def show(plan: Plan) -> None:
     """The settings with their reasons, then the exact command of each replica and of the router."""
     chosen = plan.serving
-    print(f"{chosen.profile}: {serving.profiles()[chosen.profile]}\n")
+    print(f"{chosen.profile}: {settings.profiles()[chosen.profile]}\n")
     rows = [(" ".join(row.words()), f"{row.why} ({row.source})") for row in chosen.settings.values() if row.words()]
     for words, reason in rows:
         print(f"  {words}\n      {reason}")
@@ -144,12 +146,12 @@ def up(arguments: argparse.Namespace) -> None:
     key = read_key(arguments.api_key_file)
     plan = plan_of(arguments)
     plan = replace(plan, key_file=str(Path(plan.folder) / "api_key") if key else "")
-    running = replicas.load(Path(plan.folder))
-    if running and (other := replicas.differing(running, plan) or ["key"] * (running.key != key)):
+    running = deployment.load(Path(plan.folder))
+    if running and (other := deployment.differing(running, plan) or ["key"] * (running.key != key)):
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
     runtime = runtime_of(plan)
     if not running:
-        starting.check(plan, arguments.allow, say)
+        preflight.check(plan, arguments.allow, say)
         if isinstance(runtime, Compose):
             check_image(plan)
             runtime.check_readable()
@@ -159,7 +161,7 @@ def up(arguments: argparse.Namespace) -> None:
         if key:
             write_key(plan, key)
         runtime.write()
-        replicas.save(plan)
+        deployment.save(plan)
     say(f"serve: {plan.replicas} x TP={plan.serving.tensor_parallel}, k={plan.serving.drafts}, {plan.artifact}")
     if not running:
         for number, group in enumerate(plan.gpus):
@@ -168,7 +170,7 @@ def up(arguments: argparse.Namespace) -> None:
     try:
         runtime.start()
         with steps("serve", plan.replicas, "replicas") as progress:
-            starting.wait(runtime, arguments.timeout, progress)
+            preflight.wait(runtime, arguments.timeout, progress)
         expected = Expected(
             plan.serving.model, plan.serving.drafts > 0, plan.serving.tensor_parallel, arguments.min_acceptance
         )
@@ -177,7 +179,7 @@ def up(arguments: argparse.Namespace) -> None:
         say("\n".join(probe.lines(checks)))
         failed = [check for check in checks if not check.ok and kind(check) not in arguments.allow]
         if failed:
-            starting.show_errors(runtime)
+            preflight.show_errors(runtime)
             hint = f"make serve-logs says more; serve all the same: make serve ALLOW={kind(failed[0])}"
             raise UserError(f"the probe failed: {failed[0].name}: {failed[0].detail}", hint)
     except (UserError, KeyboardInterrupt):
@@ -196,7 +198,7 @@ def kind(check: Check) -> str:
 def check_image(plan: Plan) -> None:
     """Raises UserError unless the daemon has the image, built from the versions of this checkout."""
     labels = containers.labels(containers.connect(), plan.image)
-    for label, wanted in images.expected_labels("serve").items():
+    for label, wanted in definitions.expected_labels("serve").items():
         if labels.get(label) != wanted:
             raise UserError(
                 f"the image {plan.image} was built from other versions ({label})", "make images IMAGE=serve"
@@ -205,13 +207,13 @@ def check_image(plan: Plan) -> None:
 
 def bring_down(runtime: Runtime) -> None:
     runtime.stop(say)
-    replicas.forget(runtime.plan)
+    deployment.forget(runtime.plan)
     if runtime.plan.key_file:
         Path(runtime.plan.key_file).unlink(missing_ok=True)
 
 
 def running_in(folder: Path) -> Runtime:
-    plan = replicas.load(folder)
+    plan = deployment.load(folder)
     if plan is None:
         raise UserError(NOTHING.format(folder), "make serve")
     return runtime_of(plan)
@@ -259,7 +261,7 @@ def duration(seconds: float | None) -> str:
 def logs(arguments: argparse.Namespace) -> NoReturn:
     """Follows the logs of the replicas and the router, or of those named."""
     runtime = running_in(arguments.folder)
-    known = [*runtime.plan.names, replicas.ROUTER]
+    known = [*runtime.plan.names, deployment.ROUTER]
     if unknown := [name for name in arguments.names if name not in known]:
         raise UserError(f"there is no {unknown[0]}", f"choose from: {', '.join(known)}")
     runtime.follow(arguments.names, arguments.lines)
@@ -268,7 +270,7 @@ def logs(arguments: argparse.Namespace) -> NoReturn:
 
 def stop(arguments: argparse.Namespace) -> None:
     """Takes no new request, waits for those that run, stops everything."""
-    plan = replicas.load(arguments.folder)
+    plan = deployment.load(arguments.folder)
     if plan is None:
         say(NOTHING.format(arguments.folder))
         return
@@ -341,7 +343,7 @@ def add_plan(command: argparse._ActionsContainer) -> None:
     """The options that say what is started."""
     add = command.add_argument
     add("--artifact", default=ARTIFACT, metavar="DIR", help="default: %(default)s")
-    add("--serve-profile", default="published", metavar="NAME", help=f"one of: {', '.join(serving.profiles())}")
+    add("--serve-profile", default="published", metavar="NAME", help=f"one of: {', '.join(settings.profiles())}")
     add("--runtime", choices=("", "docker", "host"), default="", help="default: docker; host for BACKEND=cpu")
     add("--backend", choices=("cuda", "cpu"), default="cuda", help="default: cuda; cpu is for tests")
     add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")

@@ -18,13 +18,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from v4forge import estimate, events, stamps, whole_run
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
-from v4forge.runner import READ_ONLY, Runner, StageFailed, say
-from v4forge.stages import PROFILES, STAGES, Stage
-from v4forge.whole_run import lock_file
+from v4forge.pipeline import estimate, events, run_state, stamps
+from v4forge.pipeline.run_state import lock_file
+from v4forge.pipeline.runner import READ_ONLY, Runner, StageFailed, say
+from v4forge.pipeline.stages import PROFILES, STAGES, Stage
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def told_run(args: argparse.Namespace, runner: Runner, lock: int) -> int:
     estimates = estimate.of_run(args.stages, runner.values, runner.work, args.gpus)
     seconds = {each.stage: each.seconds for each in estimates}
     others = ["fetch"] if args.stages != ["fetch"] else []
-    if not whole_run.lives(runner.work, others):
+    if not run_state.lives(runner.work, others):
         events.make_room(runner.work)
     events.emit("run", "", stages=args.stages, title=args.title, command=again(args), estimates=seconds)
     code = 1

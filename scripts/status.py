@@ -21,26 +21,26 @@ from rich.table import Table
 from rich.text import Text
 
 from scripts.cli import parser_for
-from v4forge import events, whole_run
 from v4forge.errors import UserError, run_main
-from v4forge.progress import duration, pace
-from v4forge.whole_run import StageView, WholeRun
+from v4forge.pipeline import events, run_state
+from v4forge.pipeline.progress import duration, pace
+from v4forge.pipeline.run_state import StageView, WholeRun
 
 REFRESH_S = 1.0
 FILE_WIDTH = 400  # without a terminal nothing is wrapped
 COLOURS = {
-    whole_run.RUNNING: "cyan",
-    whole_run.DONE: "green",
-    whole_run.FAILED: "red",
-    whole_run.INTERRUPTED: "yellow",
-    whole_run.DIED: "red",
+    run_state.RUNNING: "cyan",
+    run_state.DONE: "green",
+    run_state.FAILED: "red",
+    run_state.INTERRUPTED: "yellow",
+    run_state.DIED: "red",
 }
 
 
 def current(work: Path) -> WholeRun:
     """The last run in a work folder as it is now. Raises UserError where there was none."""
     history = events.read(events.file_of(work))
-    found = whole_run.view(history, time.time(), lambda stages: whole_run.lives(work, stages))
+    found = run_state.view(history, time.time(), lambda stages: run_state.lives(work, stages))
     if not found:
         profile = "" if work.name == "tiny" else f" PROFILE={work.name}"
         raise UserError(f"nothing has run in {work} yet", "make demo" if not profile else f"make artifact{profile}")
@@ -66,15 +66,15 @@ def stage_table(run: WholeRun, console: Console) -> Table:
 
 
 def _where(each: StageView) -> str:
-    if each.total is None or each.state in whole_run.OVER:
+    if each.total is None or each.state in run_state.OVER:
         return each.state
     return f"{each.state} {each.done:,}/{each.total:,} {each.unit}".rstrip()
 
 
 def _left(each: StageView) -> str:
-    if each.state == whole_run.RUNNING and each.eta_s is not None:
+    if each.state == run_state.RUNNING and each.eta_s is not None:
         return duration(each.eta_s)
-    if each.state not in (whole_run.WAITING, whole_run.RUNNING):
+    if each.state not in (run_state.WAITING, run_state.RUNNING):
         return ""
     if each.estimate_s is None:
         return "unknown"
@@ -83,7 +83,7 @@ def _left(each: StageView) -> str:
 
 COLUMNS: dict[str, Callable[[StageView], str]] = {
     "time": lambda each: "" if each.elapsed_s is None else duration(each.elapsed_s),
-    "rate": lambda each: pace(each.rate, each.unit) if each.rate and each.state == whole_run.RUNNING else "",
+    "rate": lambda each: pace(each.rate, each.unit) if each.rate and each.state == run_state.RUNNING else "",
     "left": _left,
     "peak memory": lambda each: str(each.peak) if each.peak_host_bytes else "",
 }
@@ -99,12 +99,12 @@ def conclusion(run: WholeRun, now: float) -> list[str]:
             left = f"at least {duration(run.eta_s)} left" if run.eta_s else "what is left is not known"
             return [f"{name}: {took} so far, {left}; nobody has measured {', '.join(run.unknown)}"]
         return [f"{name}: {took} so far, {duration(run.eta_s)} left, done at {ends}"]
-    if run.state == whole_run.DONE:
+    if run.state == run_state.DONE:
         return [f"{name}: done in {took}"]
-    failed = next((each for each in run.stages if each.state == whole_run.FAILED), None)
-    if run.state == whole_run.DIED:
+    failed = next((each for each in run.stages if each.state == run_state.FAILED), None)
+    if run.state == run_state.DIED:
         said = f"{name}: its process {run.pid} is gone without a word, {took} after its start"
-    elif run.state == whole_run.INTERRUPTED:
+    elif run.state == run_state.INTERRUPTED:
         said = f"{name}: stopped after {took}"
     else:
         said = f"{name}: failed after {took}" + (f" in {failed.stage}" if failed else "")

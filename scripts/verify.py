@@ -20,12 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import certificate, evaluation, heldout, verification
-from v4forge.certified import verdict
-from v4forge.checkpoint import Checkpoint
+from v4forge.artifact_folder import verdict
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.heldout import FORMS, SHORTEST
+from v4forge.model import evaluation, heldout
+from v4forge.model.heldout import FORMS, SHORTEST
+from v4forge.verification import certificate
+from v4forge.verification import checks as certificate_checks
 
 
 def chosen_tokens(arguments: argparse.Namespace, source: Checkpoint) -> Sequence[torch.Tensor]:
@@ -53,7 +55,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--expect",
-        choices=tuple(certificate.METHODS),
+        choices=tuple(certificate_checks.METHODS),
         default="",
         help="how the routed experts must have been quantized; needs --source (default: all layers alike)",
     )
@@ -89,7 +91,7 @@ def main() -> int:
     if arguments.seq_len < SHORTEST or (arguments.deep is not None and arguments.deep < arguments.seq_len):
         parser.error(f"--seq-len is at least {SHORTEST}, --deep at least one sequence")
     with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
-        (arguments.artifact / verification.CERTIFICATE).unlink()
+        (arguments.artifact / certificate.CERTIFICATE).unlink()
     if not arguments.artifact.is_dir():
         raise UserError(f"{arguments.artifact} does not exist", "pass the folder of an artifact: make postprocess")
     source = Checkpoint(arguments.source) if arguments.source else None
@@ -110,7 +112,7 @@ def main() -> int:
                 given=heldout.prompt_lengths(arguments.tokens) if arguments.tokens else (),
             )
 
-        checks, not_run, qualities = verification.verify(
+        checks, not_run, qualities = certificate.verify(
             arguments.artifact,
             source,
             digests,
@@ -120,7 +122,7 @@ def main() -> int:
             compare if tokens else None,
         )
     figures = evaluation.figures(qualities) if qualities else None
-    result = verification.write(arguments.artifact, checks, not_run, digests, figures)
+    result = certificate.write(arguments.artifact, checks, not_run, digests, figures)
     digests.save()
     table = Table(box=None, pad_edge=False)
     for column in ("check", "", "detail"):

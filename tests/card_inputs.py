@@ -11,11 +11,11 @@ from typing import Any
 
 import bench_results
 
-from v4forge import layout, recipe
 from v4forge.checkout import ROOT
+from v4forge.checkpoint import layout, recipe
 
 REPO, REVISION = "deepseek-ai/DeepSeek-V4-Flash", "c" * 40
-FLASH_CONFIG = ROOT / "v4forge/flash_config.json"
+FLASH_CONFIG = ROOT / "v4forge/pipeline/flash_config.json"
 TINY_CONFIG = ROOT / "models/tiny/config.json"
 MACHINE = {
     "cpu": "A CPU",

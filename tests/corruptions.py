@@ -49,7 +49,7 @@ from damage import (
 )
 from torch import Tensor
 
-from v4forge import certificate
+from v4forge.verification import checks
 
 NEEDS = {"source": "`--source`", "hashes": "hashing", "deep": "`--deep`"}
 PACKED, SCALE, SHAPE = (f"{EXPERT}.weight_{part}" for part in ("packed", "scale", "shape"))
@@ -68,7 +68,7 @@ class Corruption:
     @property
     def needs(self) -> tuple[str, ...]:
         """Keys of NEEDS without which the check does not see it."""
-        row = next(row.needs for row in certificate.CHECKS if row.name == self.check)
+        row = next(row.needs for row in checks.CHECKS if row.name == self.check)
         return tuple(need for need in NEEDS if need in row or (need == "source" and self.beside_source))
 
 
@@ -280,7 +280,7 @@ check named here does not catch it, or when one that is said to need `--source` 
 def page() -> str:
     """docs/verify.md: the checks, and the table of corruptions with the check that catches each."""
     lines = [*INTRODUCTION, "", "| check | passes when | needs |", "|---|---|---|"]
-    for row in certificate.CHECKS:
+    for row in checks.CHECKS:
         needs = ", ".join(NEEDS[need] for need in row.needs if need in NEEDS)
         lines.append(f"| {row.name} | {(row.check.__doc__ or '').splitlines()[0]} | {needs} |")
     lines += ["", f"{len(CORRUPTIONS)} corruptions:", "", "| corruption | caught by | only with |", "|---|---|---|"]

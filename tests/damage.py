@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from synthetic import TINY
 from torch import Tensor
 
-from v4forge import certificate, codec, evaluation, heldout, verification
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.checkpoint import codec
+from v4forge.checkpoint.reader import INDEX, Checkpoint
+from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.digests import Digests
-from v4forge.writer import write_index, write_shard
+from v4forge.model import evaluation, heldout
+from v4forge.verification import certificate
+from v4forge.verification import checks as certificate_checks
 
 Tensors = dict[str, Tensor]
 EXPERT = "layers.1.ffn.experts.2.w3"
@@ -71,10 +74,10 @@ class Artifact:
         """check -> its failures."""
         source = Checkpoint(self.source) if with_source else None
         digests = Digests(self.folder.parent / "digests.json")
-        checks, not_run, _ = verification.verify(
+        checks, not_run, _ = certificate.verify(
             self.folder, source, digests, hashing=hashing, compare=predictions if deep else None
         )
-        assert {check.name for check in checks} | not_run.keys() == {row.name for row in certificate.CHECKS}
+        assert {check.name for check in checks} | not_run.keys() == {row.name for row in certificate_checks.CHECKS}
         return {check.name: check.detail for check in checks if not check.ok}
 
 

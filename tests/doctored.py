@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from v4forge.doctor_host import Host
+from v4forge.pipeline.doctor.host import Host
 
 GIB = 2**30
 DRIVER = "590.44.01"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from v4forge.endpoints import Endpoint
-from v4forge.target import Target
+from v4forge.bench.served_model import Target
+from v4forge.serving.client import Endpoint
 
 
 class Server(ThreadingHTTPServer):

@@ -17,8 +17,9 @@ from programs import ROOT, run_here
 from safetensors.torch import load_file
 from synthetic import write_checkpoint
 
-from v4forge import arriving, fetching, hub
-from v4forge.writer import write_index, write_shard
+from v4forge.checkpoint import incoming
+from v4forge.checkpoint.writer import write_index, write_shard
+from v4forge.hub import fetch, hub_source
 
 REPO = "some/model"
 LARGE = dict(shards=3, vocab_size=2048, hidden_size=256)  # shards larger than what is asked for as a header
@@ -65,9 +66,9 @@ def serving_upstream(upstream: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setattr(hub, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(fetching, "HEADER_BYTES", 4 * CHUNK_BYTES)
-    monkeypatch.setattr(arriving, "POLL_S", 0.01)
+    monkeypatch.setattr(hub_source, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(fetch, "HEADER_BYTES", 4 * CHUNK_BYTES)
+    monkeypatch.setattr(incoming, "POLL_S", 0.01)
     with serving(Hub({REPO: Repo.of(upstream, xet=True)})) as made:
         monkeypatch.setenv("HF_ENDPOINT", made.url)
         yield made
@@ -93,7 +94,7 @@ def assert_same(out: Path, upstream: Path) -> None:
     assert {name for name in found if not name.startswith(".")} == names
     for name in names:
         assert (out / name).read_bytes() == (upstream / name).read_bytes(), name
-    assert not arriving.incoming(out).exists()
+    assert not incoming.incoming(out).exists()
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -46,8 +46,8 @@ FORMS = {
 
 def save(source: Path, out: Path) -> None:
     """Writes every form of an upstream checkpoint into `out`."""
-    from v4forge.checkpoint import Checkpoint
-    from v4forge.dequant import dequantize
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.quantization.dequant import dequantize
 
     dequantize(Checkpoint(source), out / "bf16", "")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "LLM_COMPRESSOR_LOG_DISABLED": "false"}

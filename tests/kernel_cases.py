@@ -1,5 +1,5 @@
-"""The kernels of v4forge.kernels beside the torch code of v4forge.gptq, on the same tensors: for the tests on both
-devices.
+"""The kernels of quantization.kernels beside the torch code of quantization.gptq, on the same tensors: for the tests
+on both devices.
 
 `TRITON_INTERPRET=1 python tests/kernel_cases.py` compares them on the CPU, where Triton's interpreter runs the kernels,
 and prints JSON: test_kernels.py reads it.
@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from v4forge import gptq, kernels, model_kernels
+from v4forge.model import kernels as model_kernels
+from v4forge.quantization import gptq, kernels
 
 DAMPENING = 0.01
 TORCH_BLOCK, KERNEL_BLOCK = gptq._sweep_block, kernels.sweep_block

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from v4forge import scenarios, smoke, strict_yaml
-from v4forge.scenarios import Scenario
+from v4forge.bench.tools import answer_assertions, scenarios, strict_yaml
+from v4forge.bench.tools.scenarios import Scenario
 
 MODEL = "stand-in"
 PLAYERS = Path(__file__).with_name("tool_players.yaml")
@@ -188,6 +188,6 @@ def perfect(extra: Mapping[str, str] | None = None) -> Answer:
     for name, listed in players().items():
         turns |= script(suite[name], [turn(row) for row in listed[0]["turns"]])
     good = {name: given["good"] for name, given in strict_yaml.load(ANSWERS).items()} | dict(extra or {})
-    for prompt in smoke.load():
+    for prompt in answer_assertions.load():
         turns[prompt.text] = [choice(good.get(prompt.name, "I cannot do that."))]
     return play(turns)

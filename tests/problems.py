@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from v4forge import gptq
+from v4forge.quantization import gptq
 
 CPU = torch.device("cpu")
 DAMPENING = 0.01

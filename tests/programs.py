@@ -229,7 +229,7 @@ def fork_server() -> Iterator[ForkServer]:
 
 
 def _die_at(moment: str, name: str, count: int) -> None:
-    from v4forge import writer
+    from v4forge.checkpoint import writer
 
     kill = signal.SIGKILL
     replace, tensor_bytes, written = os.replace, writer.tensor_bytes, 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from v4forge.oci import INDEX
+from v4forge.images.oci import INDEX
 
 
 class Stored(ThreadingHTTPServer):

@@ -14,10 +14,10 @@ from pathlib import Path
 from container_log import problems
 
 from scripts import stage
-from v4forge.containers import Engine
 from v4forge.errors import run_main
-from v4forge.jobs import RUN_LABEL
-from v4forge.stages import Stage
+from v4forge.images.containers import Engine
+from v4forge.images.jobs import RUN_LABEL
+from v4forge.pipeline.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = """

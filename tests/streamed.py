@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from v4forge.stages import Stage
+from v4forge.pipeline.stages import Stage
 
 # Brings config.json, is then ready, and brings a shard once a file named `go` is there; fails where `go` says so.
 FETCH = """
@@ -13,7 +13,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path)
 out = parser.parse_args().out
 with arriving.marked(out) as ready:
-    (out / "config.json").write_text(Path("v4forge/flash_config.json").read_text())
+    (out / "config.json").write_text(Path("v4forge/pipeline/flash_config.json").read_text())
     ready()
     while not Path("go").exists():
         time.sleep(0.05)

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from v4forge import codec, layout, tiny_train
-from v4forge.recipe import rule_for
-from v4forge.writer import write_index, write_shard
+from dev.tiny import train
+from v4forge.checkpoint import codec, layout
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.writer import write_index, write_shard
 
 Tensors = dict[str, Tensor]
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
@@ -63,7 +64,7 @@ OTHER: dict[str, Any] = {
 
 def config_dict(**overrides: Any) -> dict[str, Any]:
     """A config.json with every upstream field: SMALL with `overrides`; compress_ratios gives the number of layers."""
-    raw = deepcopy(tiny_train.CONFIG) | SMALL | overrides
+    raw = deepcopy(train.CONFIG) | SMALL | overrides
     return raw | {"num_hidden_layers": overrides.get("num_hidden_layers", len(raw["compress_ratios"]) - 1)}
 
 

@@ -1,4 +1,4 @@
-"""v4forge.acceptance and the draft bench against a server whose counts and faults are known."""
+"""v4forge.bench.acceptance and the draft bench against a server whose counts and faults are known."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from draft_stand_in import Handler, Server
 from rich.console import Console
 
 from scripts import bench, bench_draft
-from v4forge import acceptance, heldout, measurement, workloads
-from v4forge.acceptance import Answered, Kept, Sampling
-from v4forge.bench_rows import Standing
+from v4forge.bench import acceptance, measurement, workloads
+from v4forge.bench.acceptance import Answered, Kept, Sampling
+from v4forge.bench.bench_rows import Standing
 from v4forge.errors import UserError
 from v4forge.intervals import Estimate
+from v4forge.model import heldout
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 SAMPLING = Sampling(16)

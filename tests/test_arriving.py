@@ -24,13 +24,16 @@ from hub_stand_in import MAIN, Fault, Repo, serving, sha256_of
 from hub_stand_in import Hub as StandIn
 from programs import ROOT, calibrate_arguments, contents, run_here, write_corpus, write_source
 
-from v4forge import arriving, fetching, files, layers, layout, safetensors_header
-from v4forge.checkpoint import Checkpoint
+from v4forge import files
+from v4forge.checkpoint import incoming, layout, safetensors_header
+from v4forge.checkpoint.prefetch import Reader
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.hub import Hub
-from v4forge.streaming import Reader
-from v4forge.watch import Watch
+from v4forge.hub import fetch as hub_fetch
+from v4forge.hub.hub_source import Hub
+from v4forge.profiling import Watch
+from v4forge.quantization import layer_files
 
 REPO = "some/model"
 LAYERS = [shard_of_layer(layer) for layer in range(3)]
@@ -46,7 +49,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arriving, "POLL_S", 0.01)
+    monkeypatch.setattr(incoming, "POLL_S", 0.01)
 
 
 @pytest.fixture
@@ -54,13 +57,13 @@ def incomplete(upstream: Path, tmp_path: Path) -> Path:
     """The checkpoint without the last layer's shard, of which there is the header."""
     folder = tmp_path / "upstream"
     shutil.copytree(upstream, folder)
-    header = arriving.header_file(folder, LAYERS[-1])
+    header = incoming.header_file(folder, LAYERS[-1])
     header.parent.mkdir(parents=True)
     header.write_bytes(safetensors_header.read_head(folder / LAYERS[-1]))
     size = (folder / LAYERS[-1]).stat().st_size
     digest = sha256_of((folder / LAYERS[-1]).read_bytes())
-    arriving.write_plan(
-        folder, arriving.Plan(REPO, MAIN, {LAYERS[-1]: arriving.Expected(LAYERS[-1], size, digest, None)})
+    incoming.write_plan(
+        folder, incoming.Plan(REPO, MAIN, {LAYERS[-1]: incoming.Expected(LAYERS[-1], size, digest, None)})
     )
     (folder / LAYERS[-1]).unlink()
     return folder
@@ -80,7 +83,7 @@ def after(seconds: float, action: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
     """Fetch is at work, and index and headers are there."""
-    with arriving.marked(folder) as mark_ready:
+    with incoming.marked(folder) as mark_ready:
         mark_ready()
         yield
 
@@ -117,7 +120,7 @@ def test_the_whole_layout_is_checked_by_headers(incomplete: Path, upstream: Path
 
 
 def test_a_wrong_header_is_refused(incomplete: Path) -> None:
-    header = arriving.header_file(incomplete, LAYERS[-1])
+    header = incoming.header_file(incomplete, LAYERS[-1])
     good = header.read_bytes()
     sizes = json.loads(good[8:])
     name = next(name for name in sizes if name != "__metadata__")
@@ -155,7 +158,7 @@ def test_a_fetch_that_ends_without_the_shard_ends_the_wait(incomplete: Path, cap
     command = [sys.executable, "-c", program, str(incomplete)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as fetch:
         assert fetch.stdout is not None and fetch.stdout.readline()
-        assert arriving.live(incomplete)
+        assert incoming.live(incomplete)
         caplog.clear()
 
         def kill_once_waited_for() -> None:
@@ -210,7 +213,7 @@ def test_a_reader_that_waits_can_be_closed(incomplete: Path, upstream: Path) -> 
 
 def test_a_rank_waits_for_all_of_a_layer_not_only_for_its_own_experts(incomplete: Path, upstream: Path) -> None:
     """Else one rank would go on, and wait in a collective for those that have no shard yet."""
-    index = json.loads((incomplete / arriving.INDEX).read_text())["weight_map"]
+    index = json.loads((incomplete / incoming.INDEX).read_text())["weight_map"]
     with filling(incomplete):
         opened = Checkpoint(incomplete)
         opened.weight_map["layers.1.ffn.experts.3.w1.weight"] = LAYERS[-1]  # a layer in two shards
@@ -222,18 +225,18 @@ def test_a_rank_waits_for_all_of_a_layer_not_only_for_its_own_experts(incomplete
 
 def test_the_fingerprint_is_that_of_the_complete_checkpoint(incomplete: Path, upstream: Path, tmp_path: Path) -> None:
     names = Checkpoint(upstream).shard_names
-    whole = layers.source_digests(upstream, names, tmp_path / "a.json")
+    whole = layer_files.source_digests(upstream, names, tmp_path / "a.json")
     with filling(incomplete):
-        assert layers.source_digests(incomplete, names, tmp_path / "b.json") == whole
-        arriving.write_plan(incomplete, arriving.Plan(None, None, {}))  # of a plain folder: no hashes
+        assert layer_files.source_digests(incomplete, names, tmp_path / "b.json") == whole
+        incoming.write_plan(incomplete, incoming.Plan(None, None, {}))  # of a plain folder: no hashes
         with after(0.1, lambda: bring(upstream, incomplete)):
-            assert layers.source_digests(incomplete, names, tmp_path / "c.json") == whole
+            assert layer_files.source_digests(incomplete, names, tmp_path / "c.json") == whole
 
 
 def test_a_program_that_starts_too_early_waits_for_index_and_headers(upstream: Path, tmp_path: Path) -> None:
     folder = tmp_path / "upstream"
-    with arriving.marked(folder) as mark_ready:
-        assert not arriving.ready(folder)
+    with incoming.marked(folder) as mark_ready:
+        assert not incoming.ready(folder)
 
         def filled() -> None:
             shutil.copytree(upstream, folder, dirs_exist_ok=True)
@@ -241,9 +244,9 @@ def test_a_program_that_starts_too_early_waits_for_index_and_headers(upstream: P
 
         with after(0.2, filled):
             assert Checkpoint(folder).config.num_hidden_layers == 3
-        assert arriving.ready(folder)
-    with arriving.marked(folder):
-        assert not arriving.ready(folder)  # of this fetch
+        assert incoming.ready(folder)
+    with incoming.marked(folder):
+        assert not incoming.ready(folder)  # of this fetch
 
 
 def test_a_folder_of_an_earlier_revision_is_not_opened_before_its_fetch_says_what_there_will_be(
@@ -251,14 +254,14 @@ def test_a_folder_of_an_earlier_revision_is_not_opened_before_its_fetch_says_wha
 ) -> None:
     folder = tmp_path / "upstream"
     shutil.copytree(upstream, folder)  # whole, with an index of its own
-    other = json.loads((folder / arriving.INDEX).read_text())
+    other = json.loads((folder / incoming.INDEX).read_text())
     other["weight_map"]["norm.weight"] = LAYERS[0]  # which no shard agrees with
-    new = (folder / arriving.INDEX).read_text()
-    (folder / arriving.INDEX).write_text(json.dumps(other))
-    with arriving.marked(folder) as mark_ready:
+    new = (folder / incoming.INDEX).read_text()
+    (folder / incoming.INDEX).write_text(json.dumps(other))
+    with incoming.marked(folder) as mark_ready:
 
         def renewed() -> None:
-            (folder / arriving.INDEX).write_text(new)
+            (folder / incoming.INDEX).write_text(new)
             mark_ready()
 
         with after(0.2, renewed):
@@ -269,7 +272,7 @@ def test_a_fetch_that_ends_before_the_digests_are_asked_for_is_named(incomplete:
     with filling(incomplete):
         names = Checkpoint(incomplete).shard_names
     expected = f"shard {incomplete / LAYERS[-1]} is missing"
-    assert fact(lambda: layers.source_digests(incomplete, names, tmp_path / "digests.json")) == expected
+    assert fact(lambda: layer_files.source_digests(incomplete, names, tmp_path / "digests.json")) == expected
 
 
 def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,18 +280,18 @@ def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path: Path, mo
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files.fcntl, "flock", refused)
-    with pytest.raises(UserError, match=r"cannot lock .*: No locks available"), arriving.marked(tmp_path):
+    with pytest.raises(UserError, match=r"cannot lock .*: No locks available"), incoming.marked(tmp_path):
         pass
-    assert not arriving.live(tmp_path)
+    assert not incoming.live(tmp_path)
 
 
 def test_who_asks_whether_fetch_lives_does_not_keep_it_from_beginning(tmp_path: Path) -> None:
-    with arriving.marked(tmp_path):
+    with incoming.marked(tmp_path):
         pass
     asking = os.open(tmp_path / ".fetch" / "lock", os.O_RDONLY)
     fcntl.flock(asking, fcntl.LOCK_SH)
-    with after(0.1, lambda: os.close(asking)), arriving.marked(tmp_path):
-        assert arriving.live(tmp_path)
+    with after(0.1, lambda: os.close(asking)), incoming.marked(tmp_path):
+        assert incoming.live(tmp_path)
 
 
 # With the programs.
@@ -296,7 +299,7 @@ def test_who_asks_whether_fetch_lives_does_not_keep_it_from_beginning(tmp_path: 
 
 @pytest.fixture
 def hub(upstream: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    monkeypatch.setattr(fetching, "HEADER_BYTES", HEADER_BYTES)
+    monkeypatch.setattr(hub_fetch, "HEADER_BYTES", HEADER_BYTES)
     with serving(StandIn({REPO: Repo.of(upstream)})) as made:
         monkeypatch.setenv("HF_ENDPOINT", made.url)
         yield made
@@ -351,19 +354,19 @@ def test_layers_are_finished_before_the_last_shard_is_here_and_have_the_same_byt
 
     def fetch() -> None:
         digests = Digests(out.parent / ".stamps" / "digests.json")
-        with arriving.marked(out) as mark_ready:
+        with incoming.marked(out) as mark_ready:
             source = Hub(REPO, MAIN)
-            todo = fetching.looked_over(source, out, digests)
-            fetching.Fetch(source, out, 4, digests, print).run(todo, lambda *_: None, mark_ready)
+            todo = hub_fetch.looked_over(source, out, digests)
+            hub_fetch.Fetch(source, out, 4, digests, print).run(todo, lambda *_: None, mark_ready)
 
     def watch() -> None:
-        wait_until(layers.layer_file(work, 0).exists)
+        wait_until(layer_files.layer_file(work, 0).exists)
         early.append(not (out / LAYERS[-1]).exists())
         release.set()
 
     with ThreadPoolExecutor() as pool:
         fetched = pool.submit(fetch)
-        wait_until(lambda: arriving.ready(out) or fetched.done())
+        wait_until(lambda: incoming.ready(out) or fetched.done())
         watched = pool.submit(watch)
         assert calibrate(out, work, corpus) == 0
         watched.result()
@@ -380,10 +383,10 @@ def test_a_fetch_killed_while_calibration_waits_ends_it_with_the_shards_name(
     out, work = tmp_path / "w" / "upstream", tmp_path / "w" / "layers"
     release = holding(hub, upstream, LAYERS[-1])
     with fetch_program(out) as fetch:
-        wait_until(lambda: arriving.ready(out) or fetch.poll() is not None)
+        wait_until(lambda: incoming.ready(out) or fetch.poll() is not None)
 
         def kill() -> None:
-            wait_until(layers.layer_file(work, 0).exists)
+            wait_until(layer_files.layer_file(work, 0).exists)
             fetch.send_signal(signal.SIGKILL)
 
         killer = threading.Thread(target=kill)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner
 
-from v4forge import attestation
 from v4forge.errors import UserError
+from v4forge.images import attestation
 
 IMAGE = "sha256:" + "a" * 64
 KINDS = {

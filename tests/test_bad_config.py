@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from synthetic import config_dict, write_checkpoint
 
-from v4forge import layout
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.errors import UserError
 
 # config.json of any content gives an error, never a traceback.

@@ -21,10 +21,10 @@ from programs import (
 from safetensors.torch import load_file
 from synthetic import Tensors, edit
 
-from v4forge import layout
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import INDEX, Checkpoint
+from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
-from v4forge.writer import write_shard
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the benches: v4forge.bench_rows and what is made of its rows, on made-up result files."""
+"""Tables and figures of the benches: v4forge.bench.bench_rows and what is made of its rows, on made-up result files."""
 
 from __future__ import annotations
 
@@ -16,38 +16,29 @@ from hypothesis import strategies as st
 from test_report import CHECKS, EVALUATION, MANIFEST, RUN, layer
 
 from scripts import report as program
-from v4forge import (
-    bench_rows,
-    bench_tables,
-    certified,
-    figures,
-    glance,
-    headline,
-    published,
-    report,
-    results,
-    run_rows,
-    shown,
-)
-from v4forge.bench_rows import standing
+from v4forge import artifact_folder
+from v4forge.bench import bench_rows, published_figures, results
+from v4forge.bench.bench_rows import standing
 from v4forge.errors import UserError
-from v4forge.glance import Inputs
-from v4forge.headline import Pipeline
-from v4forge.layer_rows import layer_rows
-from v4forge.shown import Cell, Column, Table
+from v4forge.quantization.layer_reports import layer_rows
+from v4forge.reporting import bench_tables, figures, overview, page, published_comparison, run_sections
+from v4forge.reporting import tables as report_tables
+from v4forge.reporting.overview import Inputs
+from v4forge.reporting.published_comparison import Pipeline
+from v4forge.reporting.tables import Cell, Column, Table
 
 FLASH = {each["bench"]: each for each in made.full()}
 TINY = {each["bench"]: each for each in made.full(tiny=True, trial=4)}
 
 
 def headline_of(found: dict[str, Any], made_by: Pipeline | None = None) -> dict[str, list[Cell]]:
-    rows = headline.table(found, made_by or Pipeline()).rows
+    rows = published_comparison.table(found, made_by or Pipeline()).rows
     return {row[0].text: list(row) for row in rows if len(row) > 1}
 
 
 def test_published_figures_have_conditions_sources_and_one_of_the_benches() -> None:
-    assert len(published.figures()) == len(published.by_key()) == 33
-    for figure in published.figures():
+    assert len(published_figures.figures()) == len(published_figures.by_key()) == 33
+    for figure in published_figures.figures():
         assert figure.conditions and figure.bench in (*results.BENCHES, "pipeline")
         assert figure.original or figure.siblings
         for value in (figure.original, *figure.siblings):
@@ -65,7 +56,7 @@ def test_published_figures_have_conditions_sources_and_one_of_the_benches() -> N
     ],
 )
 def test_a_published_figure_is_shown_as_it_was_published(key: str, value: float, shown: str) -> None:
-    figure = published.by_key()[key]
+    figure = published_figures.by_key()[key]
     assert figure.original and figure.original.value == value
     assert figure.shown(figure.original.value) == shown
 
@@ -105,7 +96,7 @@ def test_the_headline_sets_ours_beside_the_original_and_its_siblings() -> None:
 
 
 def glance_of(**found: Any) -> dict[str, tuple[Cell, Cell]]:
-    return {row[0].text: (row[0], row[1]) for row in glance.table(Inputs(**found)).rows}
+    return {row[0].text: (row[0], row[1]) for row in overview.table(Inputs(**found)).rows}
 
 
 def test_one_look_says_what_there_is_to_know() -> None:
@@ -163,11 +154,11 @@ def test_what_was_published_without_its_noise_is_subtracted_and_called_untested(
 
 
 def test_the_page_says_where_each_published_figure_is_from() -> None:
-    text = report.page(Inputs(results=FLASH))
-    for figure in published.figures():
+    text = page.page(Inputs(results=FLASH))
+    for figure in published_figures.figures():
         for value in (figure.original, *figure.siblings):
             assert value is None or html.escape(value.source) in text
-    assert all(html.escape(page) in text for page in published.pages())
+    assert all(html.escape(page) in text for page in published_figures.pages())
 
 
 def test_the_headline_of_nothing_says_what_measures_each() -> None:
@@ -180,7 +171,7 @@ def test_no_figure_of_the_tiny_model_stands_beside_a_published_one() -> None:
         assert row[1].text in ("not comparable", "not measured") and row[3].text == ""
     for row in bench_rows.quality_rows(TINY["quality"]):
         assert row.delta is None and row.p is None
-    text = report.page(Inputs(results=TINY))
+    text = page.page(Inputs(results=TINY))
     assert "p = " not in text and "p &lt;" not in text and "<title>published" not in text
     assert text.count("Tiny model on a CPU: a test of the bench, not a result. A trial of 4: not a result.") == 4
 
@@ -206,7 +197,7 @@ def test_making_flash_is_beside_the_published_and_making_another_model_is_not() 
     assert rows["calibration"][1] == Cell("0.50 h", "768 x 512 tokens")
     assert rows["intermediate checkpoint on disk"][1] == Cell("0 GB", "none is written")
     assert rows["artifact"][1].text == "170.4 GB"
-    tiny = headline.pipeline(RUN, MANIFEST)
+    tiny = published_comparison.pipeline(RUN, MANIFEST)
     assert not tiny.flash and tiny.calibrate_s == 40.5 and tiny.calibrated == "64 x 256 tokens"
     assert headline_of({}, tiny)["calibration"][1] == Cell("not comparable", "another model", "dim")
 
@@ -294,7 +285,7 @@ def test_figures_of_the_same_rows_have_the_same_bytes() -> None:
 
 
 def test_figures_take_all_their_colours_from_the_page() -> None:
-    style = (report.TEMPLATES / "style.html.j2").read_text()
+    style = (page.TEMPLATES / "style.html.j2").read_text()
     for bench, result in FLASH.items():
         for drawing in figures.of(bench, result):
             assert not re.search(r"#[0-9a-fA-F]{6}\b", drawing.svg), drawing.name
@@ -303,39 +294,39 @@ def test_figures_take_all_their_colours_from_the_page() -> None:
 
 
 def test_ids_of_a_page_are_its_own() -> None:
-    ids = re.findall(r'\bid="([^"]+)"', report.page(Inputs(results=FLASH)))
+    ids = re.findall(r'\bid="([^"]+)"', page.page(Inputs(results=FLASH)))
     assert len(ids) == len(set(ids))
 
 
 def test_markdown_has_every_table_of_the_page() -> None:
     certificate = {"ok": True, "checks": CHECKS}
     inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, FLASH)
-    text = report.markdown(inputs)
-    tables = [table for section in report.sections(FLASH) for table in section.tables]
-    tables += [glance.table(inputs), headline.table(FLASH, headline.pipeline(RUN, MANIFEST))]
-    tables += [run_rows.models_table(EVALUATION), run_rows.losses_table(layer_rows([layer(0), layer(1)]))]
-    tables += [run_rows.certificate_table(certified.verdict(certificate))]
+    text = page.markdown(inputs)
+    tables = [table for section in page.sections(FLASH) for table in section.tables]
+    tables += [overview.table(inputs), published_comparison.table(FLASH, published_comparison.pipeline(RUN, MANIFEST))]
+    tables += [run_sections.models_table(EVALUATION), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
+    tables += [run_sections.certificate_table(artifact_folder.verdict(certificate))]
     for table in tables:
-        assert shown.markdown_table(table) in text, table.name
+        assert report_tables.markdown_table(table) in text, table.name
     assert "| 0 | CSA | 3.000 | 1.500 |" in text
-    assert "Not measured: `make bench-speed`" in report.markdown(Inputs())
+    assert "Not measured: `make bench-speed`" in page.markdown(Inputs())
 
 
 @given(st.text(), st.text())
 def test_a_cell_of_markdown_is_one_line_with_as_many_bars_whatever_it_says(text: str, note: str) -> None:
     columns = [Column("a"), Column("b", False)]
-    lines = shown.markdown_table(Table("t", "t", columns, [[Cell(text, note), Cell("x")]])).splitlines()
+    lines = report_tables.markdown_table(Table("t", "t", columns, [[Cell(text, note), Cell("x")]])).splitlines()
     assert len(lines) == 3
     assert len(re.findall(r"(?<!\\)\|", lines[2].replace("\\\\", ""))) == 3
 
 
 @given(st.floats(0, 1))
 def test_a_p_value_is_never_shown_as_zero(p: float) -> None:
-    assert not re.search(r"= 0\.0+$", shown.p_value(p))
+    assert not re.search(r"= 0\.0+$", report_tables.p_value(p))
 
 
 def test_a_share_without_a_value_is_a_dash() -> None:
-    assert shown.percent(bench_rows.UNKNOWN).text == shown.number(math.nan).text == "–"
+    assert report_tables.percent(bench_rows.UNKNOWN).text == report_tables.number(math.nan).text == "–"
 
 
 def test_the_result_that_counts_is_the_newest_whole_one(tmp_path: Path) -> None:

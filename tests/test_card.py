@@ -13,9 +13,12 @@ import pytest
 from card_inputs import FLASH_CONFIG, REPO, REVISION, TINY_CONFIG
 from programs import run_here
 
-from v4forge import card, card_page, published, recipe, run_record, serving
+from v4forge.bench import published_figures
+from v4forge.bench.results import BENCHES
+from v4forge.checkpoint import recipe
 from v4forge.errors import UserError
-from v4forge.results import BENCHES
+from v4forge.reporting import card, card_html, run_record
+from v4forge.serving import settings
 
 
 def change(path: Path, **values: Any) -> None:
@@ -57,7 +60,7 @@ def test_the_precision_table_has_every_rule_of_the_recipe(flash: str) -> None:
 
 
 def test_figures_stand_beside_the_published_ones_with_standard_errors_and_sources(flash: str) -> None:
-    figure = published.by_key()["quality/gsm8k/strict"]
+    figure = published_figures.by_key()["quality/gsm8k/strict"]
     assert figure.original
     assert "| GSM8K 8-shot, strict | 93.10% ±0.70 | 93.71% ±0.67 | -0.61 ±0.97 (p = 0.53) |" in flash
     assert figure.original.source.split(":")[0] in flash.split("Where the published figures are from")[1]
@@ -75,7 +78,7 @@ def test_what_verify_deep_found_is_there_with_its_intervals(flash: str) -> None:
 
 def test_the_serve_command_is_the_settings_of_make_serve(flash: str) -> None:
     command = flash.split("    vllm serve . ")[1].split("\n\n")[0].replace("\\\n", " ").split()
-    rows = [row for row in serving.serving().settings.values() if card.OWN_CODE not in str(row.value)]
+    rows = [row for row in settings.serving().settings.values() if card.OWN_CODE not in str(row.value)]
     assert [word for word in command if word != "\\"] == [word for row in rows for word in row.words()]
 
 
@@ -228,7 +231,7 @@ def test_odd_names_stay_text_on_the_card_and_on_its_page(tmp_path: Path) -> None
     card_inputs.write(tmp_path / "work", TINY_CONFIG, repo=odd)
     text = text_of(tmp_path / "work")
     assert re.search(r"^# y", text, re.MULTILINE) is None
-    page = card_page.page(text)
+    page = card_html.page(text)
     assert "<script" not in page and "<strong>x</strong>" not in page
     assert page.count("<h1>") == 1
 
@@ -255,7 +258,7 @@ def test_the_program_writes_card_page_and_run_json(tiny: Path, capsys: pytest.Ca
 
 
 def test_the_page_renders_tables_and_keeps_what_folds(flash: str) -> None:
-    page = card_page.page(flash)
+    page = card_html.page(flash)
     assert "<details><summary>All 43 layers</summary>" in page and page.count("<details>") == page.count("</details>")
     assert "| layer |" not in page and "<td>sliding window</td>" in page
 

@@ -16,9 +16,10 @@ from programs import ROOT, calibrate_arguments, run_here, write_corpus, write_so
 from synthetic import TINY
 from torch import Tensor
 
-from v4forge import certificate, codec
-from v4forge.checkpoint import INDEX
-from v4forge.streaming import read_into
+from v4forge.checkpoint import codec
+from v4forge.checkpoint.prefetch import read_into
+from v4forge.checkpoint.reader import INDEX
+from v4forge.verification import checks
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_comparison_needs_the_source(
 def test_a_text_that_is_missing_is_missed_before_anything_is_read(
     pristine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("v4forge.verification.verify", None)
+    monkeypatch.setattr("v4forge.verification.certificate.verify", None)
     folders = ("--artifact", pristine / "artifact", "--source", pristine / "source")
     assert run_here("verify", *folders, "--deep", 512) == 1
     assert "heldout.txt does not exist" in capsys.readouterr().err
@@ -109,7 +110,7 @@ def test_a_corruption_fails_its_check_and_is_named(artifact: Artifact, corruptio
 
 def test_every_check_fails_on_some_corruption() -> None:
     foreign = {"layout"}  # tests/test_foreign.py makes real ones
-    assert {each.check for each in CORRUPTIONS} == {row.name for row in certificate.CHECKS} - foreign
+    assert {each.check for each in CORRUPTIONS} == {row.name for row in checks.CHECKS} - foreign
 
 
 def test_the_page_of_corruptions_is_the_table() -> None:
@@ -137,7 +138,7 @@ def test_each_byte_is_read_once(artifact: Artifact, monkeypatch: pytest.MonkeyPa
         read[path, offset] = len(target)
         read_into(file, path, target, offset)
 
-    monkeypatch.setattr("v4forge.scan.read_into", counted)
+    monkeypatch.setattr("v4forge.verification.scan.read_into", counted)
     assert artifact.failed(with_source=with_source, hashing=False) == {}
     size = 0
     for folder in (artifact.folder, artifact.source)[: 1 + with_source]:
@@ -163,7 +164,7 @@ def test_an_undamaged_artifact_passes_and_its_certificate_names_the_sums(
     assert written["ok"] is True
     assert written["sums_sha256"] == sha256(folder / "SHA256SUMS")
     assert [check["name"] for check in written["checks"]] == [
-        row.name for row in certificate.CHECKS if "deep" not in row.needs
+        row.name for row in checks.CHECKS if "deep" not in row.needs
     ]
     assert all(check["ok"] and check["detail"] for check in written["checks"])
 
@@ -172,7 +173,7 @@ def test_the_program_exits_1_and_writes_what_failed(artifact: Artifact, capsys: 
     assert run_here("verify", "--artifact", artifact.folder, "--source", artifact.source) == 0
     artifact.replace(f"{EXPERT}.weight_packed", torch.zeros_like)
     assert run_here("verify", "--artifact", artifact.folder, "--source", artifact.source) == 1
-    assert f"certificate: FAILED (4 of {len(certificate.CHECKS) - 1} checks)" in capsys.readouterr().out
+    assert f"certificate: FAILED (4 of {len(checks.CHECKS) - 1} checks)" in capsys.readouterr().out
     written = json.loads((artifact.folder / "certificate.json").read_text())
     assert written["ok"] is False
     failed = {check["name"]: check["detail"] for check in written["checks"] if not check["ok"]}
@@ -183,7 +184,7 @@ def test_the_program_exits_1_and_writes_what_failed(artifact: Artifact, capsys: 
 def test_only_the_first_failures_of_a_check_are_spelled_out(artifact: Artifact) -> None:
     dropped("mtp.")(artifact)
     detail = artifact.failed()["tensors"]
-    assert detail.count("is missing") == certificate.SHOWN
+    assert detail.count("is missing") == checks.SHOWN
     missing = sum(name.startswith("mtp.") for name in json.loads((artifact.folder / INDEX).read_text())["weight_map"])
     assert missing == 0
     assert " … and " in detail
@@ -203,7 +204,7 @@ def test_the_method_is_told_from_the_codes(
         options = ("--artifact", folder, "--source", pristine / "source", "--expect", expected)
         assert run_here("verify", *options) == (0 if expected == method else 1)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"was quantized by {certificate.METHODS[method]}" in said
+    assert f"was quantized by {checks.METHODS[method]}" in said
 
 
 def swapped_nibbles(weight: Tensor, scale: Tensor) -> Tensor:

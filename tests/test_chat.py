@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from v4forge.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_messages, has_reasoning
 from v4forge.errors import UserError
+from v4forge.model.chat_format import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_messages, has_reasoning
 
 RECORDED = json.loads((Path(__file__).parent / "chat_golden.json").read_text(encoding="utf-8"))
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

@@ -1,4 +1,4 @@
-"""v4forge.checkpoint and v4forge.files: what is refused, and that a file is whole or absent."""
+"""v4forge.checkpoint.reader and v4forge.files: what is refused, and that a file is whole or absent."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from safetensors import safe_open
 from synthetic import OTHER, Tensors, edit, write_checkpoint
 from torch import Tensor
 
-from v4forge import files, layout, writer
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge import files
+from v4forge.checkpoint import layout, writer
+from v4forge.checkpoint.reader import INDEX, Checkpoint
+from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
-from v4forge.writer import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 

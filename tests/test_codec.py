@@ -1,4 +1,4 @@
-"""v4forge.codec against decoders written from the definitions of the formats, in float64."""
+"""v4forge.checkpoint.codec against decoders written from the definitions of the formats, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4forge import codec
+from v4forge.checkpoint import codec
 
 FP4_EXACT, FP8_EXACT = range(0, 253), range(3, 247)
 

@@ -1,4 +1,4 @@
-"""v4forge.comparison and scripts.compare, on made-up result files."""
+"""v4forge.bench.comparison and scripts.compare, on made-up result files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import compare as program
-from v4forge import comparison
-from v4forge.comparison import Comparison, compare, holm, two_sided
+from v4forge.bench import comparison
+from v4forge.bench.comparison import Comparison, compare, holm, two_sided
+from v4forge.bench.results import Result
 from v4forge.errors import UserError
-from v4forge.results import Result
 
 
 def result(content: dict[str, Any], name: str = "a") -> dict[str, Result]:

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4forge import chat, corpus, pins
+from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.model import chat_format, corpus
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 VOCAB_SIZE = 1024
@@ -93,7 +94,7 @@ def test_every_document_stands_between_bos_and_eos(tmp_path: Path) -> None:
 
 def test_a_conversation_is_read_as_its_chat_prompt(tmp_path: Path) -> None:
     path = written(tmp_path, "c.jsonl", json.dumps({"messages": CHAT}))
-    expected = corpus.load_tokenizer(TINY).encode(chat.encode_messages(CHAT)).ids
+    expected = corpus.load_tokenizer(TINY).encode(chat_format.encode_messages(CHAT)).ids
     assert expected[0] == BOS and expected[-1] == EOS
     assert load(path, samples=1, seq_len=len(expected)).tokens[0].tolist() == expected
 
@@ -127,7 +128,16 @@ def test_the_embedded_tokenizer_gives_back_any_text(text: str) -> None:
 
 def test_the_embedded_tokenizer_has_v4s_markers_as_single_tokens() -> None:
     tokenizer = corpus.load_tokenizer(TINY)
-    markers = (chat.BOS, chat.EOS, chat.PAD, chat.USER, chat.ASSISTANT, chat.THINK, chat.END_THINK, chat.DSML)
+    markers = (
+        chat_format.BOS,
+        chat_format.EOS,
+        chat_format.PAD,
+        chat_format.USER,
+        chat_format.ASSISTANT,
+        chat_format.THINK,
+        chat_format.END_THINK,
+        chat_format.DSML,
+    )
     assert [len(tokenizer.encode(marker).ids) for marker in markers] == [1] * len(markers)
     assert [tokenizer.token_to_id(marker) for marker in markers[:3]] == [0, 1, 2]
     assert sorted(tokenizer.get_vocab().values()) == list(range(VOCAB_SIZE))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import doc_commands, doc_runs
-from v4forge.doc_commands import DRY, RUN, SYNTAX, USAGE, Command
+from dev import doc_commands, doc_runs
+from dev.doc_commands import DRY, RUN, SYNTAX, USAGE, Command
 from v4forge.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,8 +181,8 @@ push:
         ("make status", "exit code 0, Traceback (most recent call last):"),
         ("make pull", ""),
         ("make push", "scripts.x has no option --unknown"),
-        ("make card X=<a thing>", "<a thing> stands for nothing: VALUES in v4forge/doc_commands.py"),
-        ("make nothing", "no rule of v4forge/doc_commands.py covers it"),
+        ("make card X=<a thing>", "<a thing> stands for nothing: VALUES in dev/doc_commands.py"),
+        ("make nothing", "no rule of dev/doc_commands.py covers it"),
         (". ./a && 'b", "exit code 2, "),
         (".venv/bin/python docs/upstream/nothing.py …", "there is no docs/upstream/nothing.py"),
     ],

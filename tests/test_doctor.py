@@ -1,4 +1,5 @@
-"""v4forge.doctor and scripts.doctor: a table of checks, run side by side, none of which takes the others with it."""
+"""pipeline.doctor.checks and scripts.doctor: a table of checks, run side by side, none of which takes the others
+with it."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from programs import run_here
 from rich.console import Console
 
 from scripts import doctor as program
-from v4forge import disk, doctor, doctor_host
-from v4forge.disk import Speed
-from v4forge.doctor import GROUPS, Check, Row
-from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked, Result, ok, warning
 from v4forge.errors import UserError
+from v4forge.pipeline import disk_speed
+from v4forge.pipeline.disk_speed import Speed
+from v4forge.pipeline.doctor import checks as doctor_checks
+from v4forge.pipeline.doctor import host as doctor_host
+from v4forge.pipeline.doctor.checks import GROUPS, Check, Row
+from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked, Result, ok, warning
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -36,23 +39,23 @@ def raising(error: Exception) -> Check:
 
 
 def test_the_table_has_each_name_once_and_known_groups() -> None:
-    names = [check.name for check in doctor.CHECKS]
+    names = [check.name for check in doctor_checks.CHECKS]
     assert len(set(names)) == len(names)
-    assert [*dict.fromkeys(check.group for check in doctor.CHECKS)] == list(GROUPS)
+    assert [*dict.fromkeys(check.group for check in doctor_checks.CHECKS)] == list(GROUPS)
 
 
 def test_an_error_of_the_user_is_a_failed_row_with_its_command(host: Host) -> None:
-    (row,) = doctor.run(host, [raising(UserError("the fact", "the command"))])
+    (row,) = doctor_checks.run(host, [raising(UserError("the fact", "the command"))])
     assert (row.status, row.fact, row.fix) == (FAILED, "the fact", "the command")
 
 
 def test_a_check_that_breaks_is_a_failed_row_and_no_traceback(host: Host) -> None:
-    (row,) = doctor.run(host, [raising(KeyError("x"))])
+    (row,) = doctor_checks.run(host, [raising(KeyError("x"))])
     assert row.status == FAILED and "the check itself broke: KeyError: 'x'" in row.fact and "/issues" in row.fix
 
 
 def test_what_cannot_be_checked_is_a_warning_that_says_so(host: Host) -> None:
-    (row,) = doctor.run(host, [raising(NotChecked("no docker here", "apt-get install docker.io"))])
+    (row,) = doctor_checks.run(host, [raising(NotChecked("no docker here", "apt-get install docker.io"))])
     assert (row.status, row.fact) == (WARNING, "not checked: no docker here")
 
 
@@ -60,7 +63,7 @@ def test_a_check_that_hangs_fails_in_its_time_and_the_others_go_on(host: Host) -
     never = threading.Event()
     hangs = Check("hangs", "system", lambda _: ok(str(never.wait(30))), limit_s=0.2)
     started = time.monotonic()
-    late, other = doctor.run(host, [hangs, Check("other", "system", lambda _: ok("well"))])
+    late, other = doctor_checks.run(host, [hangs, Check("other", "system", lambda _: ok("well"))])
     never.set()
     assert time.monotonic() - started < 10
     assert late.status == FAILED and "no answer within" in late.fact and other.status == OK
@@ -76,19 +79,19 @@ def test_checks_run_side_by_side_and_those_alone_after_them(host: Host) -> None:
         return ok("")
 
     alone = Check("alone", "disk", lambda _: ok(str(len(ended))), alone=True)
-    rows = doctor.run(host, [alone, Check("a", "disk", together), Check("b", "disk", together)])
+    rows = doctor_checks.run(host, [alone, Check("a", "disk", together), Check("b", "disk", together)])
     assert [row.name for row in rows] == ["alone", "a", "b"] and rows[0].fact == "2"
 
 
 def test_progress_says_what_is_waited_for(host: Host) -> None:
     said: list[tuple[int, str]] = []
-    doctor.run(host, [Check("slow", "disk", lambda _: ok(""))], lambda done, doing: said.append((done, doing)))
+    doctor_checks.run(host, [Check("slow", "disk", lambda _: ok(""))], lambda done, doing: said.append((done, doing)))
     assert said[0] == (0, "slow") and said[-1] == (1, "")
 
 
 def test_no_secret_is_told(host: Host) -> None:
     fact = f"the proxy at http://me:hunter22@proxy:1 refused {TOKEN}, hunter22"
-    (row,) = doctor.run(host, [Check("it", "network", lambda _: warning(fact, f"export HF_TOKEN={TOKEN}"))])
+    (row,) = doctor_checks.run(host, [Check("it", "network", lambda _: warning(fact, f"export HF_TOKEN={TOKEN}"))])
     assert row.fact == "the proxy at http://…@proxy:1 refused …, …" and row.fix == "export HF_TOKEN=…"
 
 
@@ -111,9 +114,9 @@ def test_the_verdict_is_one_line(host: Host) -> None:
         Row("b", "disk", WARNING, "w", ""),
         Row("c", "disk", WARNING, "not checked: x", ""),
     ]
-    assert doctor.verdict(host, rows) == "doctor: PROFILE=tiny can run here; 1 warning, 1 not checked"
+    assert doctor_checks.verdict(host, rows) == "doctor: PROFILE=tiny can run here; 1 warning, 1 not checked"
     rows.append(Row("d", "disk", FAILED, "", ""))
-    assert "cannot run here yet; 1 check failed: d;" in doctor.verdict(host, rows)
+    assert "cannot run here yet; 1 check failed: d;" in doctor_checks.verdict(host, rows)
 
 
 def test_the_table_groups_and_merges_and_only_what_is_not_ok_has_a_fix() -> None:
@@ -155,13 +158,13 @@ def test_what_waits_for_another_check_names_it_and_has_its_fix(host: Host) -> No
         raise NotChecked("no docker daemon answers here", "something else", "docker")
 
     checks = [Check("files", "containers", waits), Check("docker", "containers", lambda _: warning("gone", "start it"))]
-    row = doctor.run(host, checks)[0]
+    row = doctor_checks.run(host, checks)[0]
     assert (row.fact, row.fix) == ("not checked: no docker daemon answers here, see docker", "start it")
 
 
 def test_the_check_that_another_waits_for_is_in_the_table() -> None:
-    names = {check.name for check in doctor.CHECKS}
-    sources = Path(doctor.__file__).parent.glob("doctor_*.py")
+    names = {check.name for check in doctor_checks.CHECKS}
+    sources = Path(doctor_checks.__file__).parent.glob("doctor_*.py")
     waited = {name for file in sources for name in re.findall(r'NotChecked\([^\n]*, "([\w ]+)"\)', file.read_text())}
     assert {"docker", "driver", "hub"} <= (waited & names)
 
@@ -178,7 +181,7 @@ def test_a_command_keeps_what_the_run_was_asked_for(tmp_path: Path) -> None:
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The whole program on a machine with neither GPU, docker nor network; the disk is not measured."""
-    monkeypatch.setattr(disk, "measure", lambda _folder: Speed(1e9, 1e9))
+    monkeypatch.setattr(disk_speed, "measure", lambda _folder: Speed(1e9, 1e9))
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", str(programs))
@@ -192,7 +195,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_tiny_runs_without_gpu_docker_and_network(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("doctor", "--work", bare, "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert list(said) == ["checks"] and len(said["checks"]) == len(doctor.CHECKS)
+    assert list(said) == ["checks"] and len(said["checks"]) == len(doctor_checks.CHECKS)
     for row in said["checks"]:
         assert list(row) == ["name", "status", "fact", "fix"] and row["status"] in (OK, WARNING)
         assert bool(row["fix"]) == (row["status"] != OK), row

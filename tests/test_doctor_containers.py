@@ -11,12 +11,15 @@ from docker_stand_in import Daemon, running
 from doctored import Machine, statvfs
 from test_doctor_gpu import says
 
-from v4forge import containers, doctor_containers, doctor_disk, images, pins
-from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked
+from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.images import containers, definitions
+from v4forge.pipeline.doctor import containers as doctor_containers
+from v4forge.pipeline.doctor import disk
+from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked
 
 CODE = "0123"  # the checkout's, whatever it is
-CALIB, SERVE = images.tag("calib"), images.tag("serve")
+CALIB, SERVE = definitions.tag("calib"), definitions.tag("serve")
 GB = 10**9
 
 
@@ -27,7 +30,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    monkeypatch.setattr(images, "code_sha256", lambda: CODE)
+    monkeypatch.setattr(definitions, "code_sha256", lambda: CODE)
     labels = {"io.v4forge.code": CODE, "io.v4forge.lane": "cuda"}
     with running(Daemon(images={CALIB: labels, SERVE: labels | {"io.v4forge.lane": "wheel"}})) as found:
         yield found
@@ -182,10 +185,10 @@ def test_the_serve_image_has_its_compilers(machine: Machine, daemon: Daemon) -> 
 def test_images_that_are_not_here_have_to_fit(machine: Machine, daemon: Daemon) -> None:
     folder = machine.root / "var/lib/docker"
     with pytest.raises(NotChecked, match="which this machine does not have"):
-        doctor_disk.images(host(machine, daemon))
+        disk.images(host(machine, daemon))
     folder.mkdir(parents=True)
-    says(doctor_disk.images(host(machine, daemon)), OK, "both images are here")
+    says(disk.images(host(machine, daemon)), OK, "both images are here")
     daemon.images.clear()
-    says(doctor_disk.images(host(machine, daemon, statvfs=statvfs(100 * GB))), OK, "may take")
-    short = doctor_disk.images(host(machine, daemon, statvfs=statvfs(2 * GB)))
+    says(disk.images(host(machine, daemon, statvfs=statvfs(100 * GB))), OK, "may take")
+    short = disk.images(host(machine, daemon, statvfs=statvfs(2 * GB)))
     says(short, FAILED, "are missing", "docker system prune")

@@ -9,10 +9,11 @@ import pytest
 from doctored import Machine, statvfs
 from test_doctor_gpu import says
 
-from v4forge import disk, doctor_disk, plan
-from v4forge.disk import Speed
-from v4forge.doctor_host import FAILED, OK, WARNING
 from v4forge.errors import UserError
+from v4forge.pipeline import disk_speed, requirements
+from v4forge.pipeline.disk_speed import Speed
+from v4forge.pipeline.doctor import disk
+from v4forge.pipeline.doctor.host import FAILED, OK, WARNING
 
 GB = 10**9
 
@@ -24,14 +25,14 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_a_folder_of_ours(machine: Machine) -> None:
     machine.file("/proc/self/mounts", "/dev/vda / ext4 rw 0 0\n")
-    says(doctor_disk.writable(machine.host()), OK, f"{machine.work} is yours to write, ext4")
+    says(disk.writable(machine.host()), OK, f"{machine.work} is yours to write, ext4")
     assert not machine.work.exists()
 
 
 def test_a_folder_that_is_not_ours_to_write(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write everywhere
     with pytest.raises(UserError, match="cannot write") as found:
-        doctor_disk.writable(machine.host())
+        disk.writable(machine.host())
     assert "sudo chown -R" in found.value.hint
 
 
@@ -44,7 +45,7 @@ def test_files_that_root_left(machine: Machine, monkeypatch: pytest.MonkeyPatch)
     host = machine.host(user=left.stat().st_uid + 1)
     whose = "root" if left.stat().st_uid == 0 else "user"
     says(
-        doctor_disk.writable(host),
+        disk.writable(host),
         FAILED,
         f"{left} belongs to {whose}",
         f"sudo chown -R $(id -u):$(id -g) {machine.work}",
@@ -53,39 +54,39 @@ def test_files_that_root_left(machine: Machine, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_folder_in_memory(machine: Machine) -> None:
     machine.file("/proc/self/mounts", f"/dev/vda / ext4 rw 0 0\ntmpfs {machine.work.parent} tmpfs rw 0 0\n")
-    says(doctor_disk.writable(machine.host()), WARNING, "takes the host's memory", "SCRATCH=")
+    says(disk.writable(machine.host()), WARNING, "takes the host's memory", "SCRATCH=")
 
 
 def test_every_stage_of_flash_fits_on_500_gb(machine: Machine) -> None:
     host = machine.host(statvfs=statvfs(500 * GB))
-    for stage in doctor_disk.STAGES:
-        says(doctor_disk.space(host, stage), OK, f"{stage} writes")
+    for stage in disk.STAGES:
+        says(disk.space(host, stage), OK, f"{stage} writes")
 
 
 def test_the_first_stage_that_does_not_fit_fails(machine: Machine) -> None:
     """The sizes are the plan's, and the layout's behind it."""
-    config = plan.flash_config()
-    upstream = plan.sizes_of(config).upstream.total()
+    config = requirements.flash_config()
+    upstream = requirements.sizes_of(config).upstream.total()
     host = machine.host(statvfs=statvfs(upstream + GB))
-    says(doctor_disk.space(host, "fetch"), OK, f"{upstream / GB:,.1f} GB are needed")
-    says(doctor_disk.space(host, "calibrate"), FAILED, "are missing", "make doctor PROFILE=flash SCRATCH=")
+    says(disk.space(host, "fetch"), OK, f"{upstream / GB:,.1f} GB are needed")
+    says(disk.space(host, "calibrate"), FAILED, "are missing", "make doctor PROFILE=flash SCRATCH=")
 
 
 def test_what_is_there_already_needs_no_room(machine: Machine) -> None:
     upstream = machine.work / "upstream"
     upstream.mkdir(parents=True)
     with open(upstream / "model-00001-of-00046.safetensors", "wb") as file:
-        file.truncate(plan.sizes_of(plan.flash_config()).upstream.total())
-    says(doctor_disk.space(machine.host(statvfs=statvfs(GB)), "fetch"), OK, "fetch writes 0.0 MB")
+        file.truncate(requirements.sizes_of(requirements.flash_config()).upstream.total())
+    says(disk.space(machine.host(statvfs=statvfs(GB)), "fetch"), OK, "fetch writes 0.0 MB")
 
 
 def test_a_source_that_is_here_is_not_fetched(machine: Machine) -> None:
-    says(doctor_disk.space(machine.host("tiny"), "fetch"), OK, "nothing to download")
+    says(disk.space(machine.host("tiny"), "fetch"), OK, "nothing to download")
 
 
 def test_a_disk_without_room_for_files(machine: Machine) -> None:
     says(
-        doctor_disk.space(machine.host(statvfs=statvfs(500 * GB, files=99)), "fetch"),
+        disk.space(machine.host(statvfs=statvfs(500 * GB, files=99)), "fetch"),
         FAILED,
         "99 more files",
         "SCRATCH=",
@@ -100,23 +101,21 @@ def test_a_disk_with_room_is_named(machine: Machine, monkeypatch: pytest.MonkeyP
     disks = {machine.root / "mnt/small": 300, machine.root / "mnt/large": 2000}
     stat = os.stat
     other = os.stat_result((0o40755, 1, 2**31, 2, 0, 0, 0, 0, 0, 0))
-    monkeypatch.setattr(doctor_disk.os, "stat", lambda path, **more: other if path in disks else stat(path, **more))
+    monkeypatch.setattr(disk.os, "stat", lambda path, **more: other if path in disks else stat(path, **more))
     host = machine.host(statvfs=lambda path: statvfs(disks.get(path, 100) * GB)(path))
     make = f"make doctor PROFILE=flash SCRATCH={machine.root}/mnt/large/scratch"
-    assert doctor_disk.space(host, "calibrate").fix == make
-    monkeypatch.setattr(doctor_disk.os, "access", lambda *_, **__: False)
-    assert doctor_disk.space(host, "calibrate").fix == (
-        f"sudo install -d -o $USER {machine.root}/mnt/large/scratch && {make}"
-    )
+    assert disk.space(host, "calibrate").fix == make
+    monkeypatch.setattr(disk.os, "access", lambda *_, **__: False)
+    assert disk.space(host, "calibrate").fix == (f"sudo install -d -o $USER {machine.root}/mnt/large/scratch && {make}")
     disks[machine.root / "mnt/large"] = 200
-    assert "SCRATCH=<a folder on a larger disk>" in doctor_disk.space(host, "calibrate").fix
+    assert "SCRATCH=<a folder on a larger disk>" in disk.space(host, "calibrate").fix
 
 
 @pytest.mark.parametrize(("rate", "status"), [(2e9, OK), (0.1e9, WARNING)])
 def test_a_disk_that_the_gpus_would_wait_for(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, rate: float, status: str
 ) -> None:
-    monkeypatch.setattr(disk, "measure", lambda _folder: Speed(rate, rate))
-    found = doctor_disk.speed(machine.host())
+    monkeypatch.setattr(disk_speed, "measure", lambda _folder: Speed(rate, rate))
+    found = disk.speed(machine.host())
     says(found, status, f"writes {rate / GB:.2f} GB/s", "NVMe" if status == WARNING else "")
-    assert disk.known(machine.work) == Speed(rate, rate)
+    assert disk_speed.known(machine.work) == Speed(rate, rate)

@@ -11,10 +11,11 @@ from doctored import DRIVER, Machine
 from programs import run_here
 
 from scripts import all_reduce
-from v4forge import doctor_gpu, pins
-from v4forge.doctor_gpu import Cuda
-from v4forge.doctor_host import FAILED, OK, WARNING, Host, NotChecked, Ran, Result, named_gpus
+from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.pipeline.doctor import gpu as doctor_gpu
+from v4forge.pipeline.doctor.gpu import Cuda
+from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked, Ran, Result, named_gpus
 
 LIBRARY = """
 int cuInit(unsigned flags) { return %d; }

@@ -1,4 +1,4 @@
-"""v4forge.drafts: all positions at once against a server that drafts from one, by the block's definition in float64."""
+"""model.drafts: all positions at once against a server that drafts from one, by the block's definition in float64."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from synthetic import write_checkpoint
 from test_model import PlainMTP, distance
 from torch import Tensor
 
-from v4forge import drafts, model
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import deepseek_v4, drafts
 
 CPU = torch.device("cpu")
 WINDOW, SEQ_LEN, COUNT = 8, 23, 4
@@ -25,9 +25,9 @@ class Case:
     """An MTP block in F32 with a short window, random streams of the main model, and its drafts."""
 
     checkpoint: Checkpoint
-    root: model.Root
-    rotary: model.Rotary
-    mtp: model.MTPBlock
+    root: deepseek_v4.Root
+    rotary: deepseek_v4.Rotary
+    mtp: deepseek_v4.MTPBlock
     tokens: Tensor
     streams: Tensor
 
@@ -41,13 +41,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     directory = tmp_path_factory.mktemp("drafts")
     config = write_checkpoint(directory, sliding_window=WINDOW)
     checkpoint = Checkpoint(directory)
-    hf_config, weights = model.hf_config(config), model.Weights(checkpoint, CPU, torch.float32)
+    hf_config, weights = deepseek_v4.hf_config(config), deepseek_v4.Weights(checkpoint, CPU, torch.float32)
     generator = torch.Generator().manual_seed(1)
     return Case(
         checkpoint,
-        model.load_root(weights, hf_config),
-        model.Rotary(hf_config, CPU, torch.float32),
-        model.load_mtp(weights, hf_config),
+        deepseek_v4.load_root(weights, hf_config),
+        deepseek_v4.Rotary(hf_config, CPU, torch.float32),
+        deepseek_v4.load_mtp(weights, hf_config),
         torch.randint(config.vocab_size, (2, SEQ_LEN), generator=generator),
         torch.randn(2, SEQ_LEN, config.hc_mult, config.hidden_size, generator=generator),
     )

@@ -1,4 +1,5 @@
-"""v4forge.estimate and v4forge.measured: how long stages take, from measured tables, and what the figures rest on."""
+"""pipeline.estimate and pipeline.reference_timings: how long stages take, from measured tables, and what the figures
+rest on."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 from synthetic import config_dict
 
-from v4forge import disk, estimate, events, measured, plan
-from v4forge.disk import Speed
-from v4forge.estimate import Estimate, Given
+from v4forge.pipeline import disk_speed, estimate, events, reference_timings, requirements
+from v4forge.pipeline.disk_speed import Speed
+from v4forge.pipeline.estimate import Estimate, Given
 
 GB = 1e9
 FAST = Given(Speed(5 * GB, 5 * GB))
-RESULTS = measured.RESULTS
+RESULTS = reference_timings.RESULTS
 
 
 def values(work: Path, profile: str = "flash", **changed: Any) -> dict[str, Any]:
@@ -35,7 +36,9 @@ def of_flash(work: Path, gpus: int = 1, given: Given = FAST, **changed: Any) -> 
 
 def digests_s(given: Given = FAST) -> float:
     assert given.disk
-    return plan.layer_bytes(plan.sizes_of(plan.flash_config()).artifact) / given.disk.read_bytes_s
+    return (
+        requirements.layer_bytes(requirements.sizes_of(requirements.flash_config()).artifact) / given.disk.read_bytes_s
+    )
 
 
 def stamp(work: Path, stage: str, *outputs: str) -> None:
@@ -60,13 +63,13 @@ def test_one_gpu_takes_the_measured_seconds_of_each_kind_of_attention(tmp_path: 
 @pytest.mark.parametrize("gpus", [2, 4])
 def test_so_many_gpus_as_were_measured_take_what_was_measured(gpus: int) -> None:
     ranks = json.loads((RESULTS / "ranks-h200-x4.json").read_text())["ranks"]
-    tables = measured.layers()
+    tables = reference_timings.layers()
     assert tables
     assert tables.on(gpus) == pytest.approx(ranks[str(gpus)]["layer_s"] / ranks["1"]["layer_s"])
 
 
 def test_eight_gpus_are_an_extrapolation_and_said_to_be(tmp_path: Path) -> None:
-    tables = measured.layers()
+    tables = reference_timings.layers()
     assert tables
     assert tables.on(4) / 2 < tables.on(8) < tables.on(4)  # a part of it is not shared
     assert "8 x NVIDIA H200: an extrapolation from 1, 2 and 4" in of_flash(tmp_path, 8)["calibrate"].basis
@@ -74,7 +77,7 @@ def test_eight_gpus_are_an_extrapolation_and_said_to_be(tmp_path: Path) -> None:
 
 
 def test_fewer_tokens_save_only_what_grows_with_them(tmp_path: Path) -> None:
-    tables = measured.layers()
+    tables = reference_timings.layers()
     assert tables
     whole, half = tables.layer_s("CSA", 1, 768, 512), tables.layer_s("CSA", 1, 384, 512)
     assert whole / 2 < half < whole
@@ -85,15 +88,15 @@ def test_a_slow_disk_sets_the_time(tmp_path: Path) -> None:
     slow = Given(Speed(0.1 * GB, 0.1 * GB))
     found = of_flash(tmp_path, 8, slow)["calibrate"]
     assert "(disk)" in found.basis
-    config = plan.flash_config()
-    layer = plan.layer_time(config, plan.sizes_of(config), 768, 512, 0.1, 0.1, 0)
+    config = requirements.flash_config()
+    layer = requirements.layer_time(config, requirements.sizes_of(config), 768, 512, 0.1, 0.1, 0)
     assert found.seconds == pytest.approx(43 * layer.disk_s + digests_s(slow))
 
 
 def test_the_disk_is_the_given_one_or_the_measured_one_or_the_benchmarks(tmp_path: Path) -> None:
     assert "the benchmark machine's" in estimate.disk_of(tmp_path)[1]
     (tmp_path / ".stamps").mkdir()
-    (tmp_path / ".stamps" / disk.FILE).write_text(json.dumps({"write_bytes_s": 3e9, "read_bytes_s": 2e9}))
+    (tmp_path / ".stamps" / disk_speed.FILE).write_text(json.dumps({"write_bytes_s": 3e9, "read_bytes_s": 2e9}))
     assert estimate.disk_of(tmp_path) == (Speed(3e9, 2e9), "2.0 GB/s read, 3.0 GB/s written, measured here")
     assert estimate.disk_of(tmp_path, FAST)[0] == FAST.disk
 
@@ -103,7 +106,7 @@ def test_layers_that_are_there_are_not_counted(tmp_path: Path) -> None:
     for layer in range(43):
         if layer != 7:
             (tmp_path / "layers" / f"layer-{layer:03}.safetensors").touch()
-    tables = measured.layers()
+    tables = reference_timings.layers()
     assert tables
     hca = tables.compute_s["HCA"]
     assert of_flash(tmp_path)["calibrate"].seconds == pytest.approx(hca + digests_s())

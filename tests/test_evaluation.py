@@ -1,4 +1,4 @@
-"""v4forge.evaluation: several checkpoints in one pass against each by itself, and figures against their definitions."""
+"""model.evaluation: several checkpoints in one pass against each by itself, and figures against their definitions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from rich.console import Console
 from synthetic import edit, write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, drafts, evaluation, forward, layers, model, model_experts
-from v4forge.artifact import assemble
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.prefetch import Reader
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError
-from v4forge.evaluation import Quality, compare, divergence
-from v4forge.streaming import Reader
-from v4forge.watch import Watch, seconds
+from v4forge.model import deepseek_v4, drafts, evaluation, experts, forward
+from v4forge.model.evaluation import Quality, compare, divergence
+from v4forge.profiling import Watch, seconds
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.postprocess import assemble
 
 CPU = torch.device("cpu")
 FORM = FORMS["other"]
@@ -47,11 +48,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     for seed in (0, 1):
         config = write_checkpoint(folder / f"source-{seed}", seed=seed, **FORM)
     source = Checkpoint(folder / "source-0")
-    settings = layers.Settings(method="rtn")
-    digests = layers.source_digests(source.directory, source.shard_names, folder / ".stamps" / "digests.json")
-    mark = layers.fingerprint(digests, None, settings, CPU)
-    layers.claim(folder / "layers", mark, "refuse", print)
-    calibration.calibrate(source, None, folder / "layers", settings, mark, CPU)
+    settings = layer_files.Settings(method="rtn")
+    digests = layer_files.source_digests(source.directory, source.shard_names, folder / ".stamps" / "digests.json")
+    mark = layer_files.fingerprint(digests, None, settings, CPU)
+    layer_files.claim(folder / "layers", mark, "refuse", print)
+    calibrate.calibrate(source, None, folder / "layers", settings, mark, CPU)
     assemble(source, folder / "layers", folder / "artifact")
     models = [source, Checkpoint(folder / "artifact", form="artifact"), Checkpoint(folder / "source-1")]
     generator = torch.Generator().manual_seed(7)
@@ -74,12 +75,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @torch.no_grad()
 def alone(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [batch, seq, vocab] f32 and first drafts [batch, seq - 1] of one model, whole layers loaded one by one."""
-    weights, config = model.Weights(checkpoint, CPU), model.hf_config(checkpoint.config)
-    rotary, root = model.Rotary(config, CPU, torch.bfloat16), model.load_root(weights, config)
-    streams = model.embed(root, config, tokens)
+    weights, config = deepseek_v4.Weights(checkpoint, CPU), deepseek_v4.hf_config(checkpoint.config)
+    rotary, root = deepseek_v4.Rotary(config, CPU, torch.bfloat16), deepseek_v4.load_root(weights, config)
+    streams = deepseek_v4.embed(root, config, tokens)
     for index in checkpoint.config.layers:
-        streams = model.run_layer(model.load_layer(weights, config, index), streams, rotary.context(tokens))
-    mtp, following = model.load_mtp(weights, config), rotary.context(tokens[:, 1:])
+        streams = deepseek_v4.run_layer(deepseek_v4.load_layer(weights, config, index), streams, rotary.context(tokens))
+    mtp, following = deepseek_v4.load_mtp(weights, config), rotary.context(tokens[:, 1:])
     drafted = mtp(streams[:, :-1], root.embed[following.input_ids], following)
     return root.final(streams, root.head), mtp.head(drafted, root.head).argmax(-1)
 
@@ -163,10 +164,8 @@ def test_a_model_that_leaves_the_finite_numbers_is_named_with_the_place(
 @pytest.mark.parametrize("which", [0, 1], ids=["source", "artifact"])
 def test_experts_decoded_together_are_those_decoded_one_by_one(case: Case, prefix: str, which: int) -> None:
     checkpoint, numbers = case.models[which], range(3, 8)
-    with Reader(
-        checkpoint, [(0, model_experts.stored_order(checkpoint, prefix, numbers))], 0, CPU, Watch(CPU)
-    ) as reader:
-        gate_up, down = model_experts.decoded(checkpoint, prefix, numbers, next(reader))
+    with Reader(checkpoint, [(0, experts.stored_order(checkpoint, prefix, numbers))], 0, CPU, Watch(CPU)) as reader:
+        gate_up, down = experts.decoded(checkpoint, prefix, numbers, next(reader))
     inner, hidden = checkpoint.config.moe_intermediate_size, checkpoint.config.hidden_size
     for i, e in enumerate(numbers):
         w1, w3 = (checkpoint.load(f"{prefix}ffn.experts.{e}.{w}.weight", (inner, hidden)) for w in ("w1", "w3"))

@@ -1,4 +1,4 @@
-"""v4forge.events: lines that several processes append, and a reader that takes what is whole."""
+"""v4forge.pipeline.events: lines that several processes append, and a reader that takes what is whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import events
+from v4forge.pipeline import events
 
 
 @pytest.fixture

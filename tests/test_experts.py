@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 from synthetic import write_checkpoint
 from torch import Tensor
 
-from v4forge import calibration, experts, gptq, layers, layout, model, one_layer
-from v4forge.checkpoint import Checkpoint
-from v4forge.codec import unpack_int4
-from v4forge.corpus import Corpus
-from v4forge.watch import Watch
-from v4forge.writer import write_shard
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.codec import unpack_int4
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.writer import write_shard
+from v4forge.model import deepseek_v4
+from v4forge.model.corpus import Corpus
+from v4forge.profiling import Watch
+from v4forge.quantization import calibrate, experts, gptq, layer_files
+from v4forge.quantization import layer as quantization_layer
 
 RARE = 5  # the only token that layer 0 sends to expert 2
 HASHED, ROUTED = 0, 1
@@ -36,18 +39,18 @@ class Calibrated:
     def again(self, work: Path) -> Calibrated:
         """The same into another folder, whatever has been changed meanwhile."""
         mark = {"a": "fingerprint"}
-        layers.claim(work, mark, "refuse", print)
+        layer_files.claim(work, mark, "refuse", print)
         corpus = Corpus(self.tokens, "sha256", 0, "random tokens")
-        calibration.calibrate(self.source, corpus, work, layers.Settings(micro_batch=4), mark, CPU)
+        calibrate.calibrate(self.source, corpus, work, layer_files.Settings(micro_batch=4), mark, CPU)
         return Calibrated(self.source, work, self.tokens)
 
     def report(self, layer: int) -> dict:
-        return json.loads(layers.layer_report(self.work, layer).read_text())
+        return json.loads(layer_files.layer_report(self.work, layer).read_text())
 
     def matrix(self, layer: int, expert: int, which: str) -> tuple[Tensor, gptq.Quantized]:
         """The source's weight and what calibration made of it, each with a leading dimension of 1."""
         base = f"layers.{layer}.ffn.experts.{expert}.{which}"
-        stored = load_file(layers.layer_file(self.work, layer))
+        stored = load_file(layer_files.layer_file(self.work, layer))
         codes = unpack_int4(stored[f"{base}.weight_packed"], stored[f"{base}.weight_shape"])
         shape = tuple(codes.shape)
         wanted = self.source.load(f"{base}.weight", shape).float()
@@ -99,11 +102,11 @@ def test_experts_that_few_tokens_reach_are_their_source_and_not_zero(
 @torch.no_grad()
 def experts_input(calibrated: Calibrated) -> Tensor:
     """What enters the experts of the first layer, [tokens, hidden]."""
-    config = model.hf_config(calibrated.source.config)
-    weights = model.Weights(calibrated.source, CPU)
-    streams = model.embed(model.load_root(weights, config), config, calibrated.tokens)
-    context = model.Rotary(config, CPU, weights.dtype).context(calibrated.tokens)
-    return model.attend(model.load_layer(weights, config, HASHED), streams, context).x
+    config = deepseek_v4.hf_config(calibrated.source.config)
+    weights = deepseek_v4.Weights(calibrated.source, CPU)
+    streams = deepseek_v4.embed(deepseek_v4.load_root(weights, config), config, calibrated.tokens)
+    context = deepseek_v4.Rotary(config, CPU, weights.dtype).context(calibrated.tokens)
+    return deepseek_v4.attend(deepseek_v4.load_layer(weights, config, HASHED), streams, context).x
 
 
 def table_of(source: Checkpoint) -> Tensor:
@@ -141,7 +144,7 @@ def test_an_expert_with_enough_tokens_does_better_than_round_to_nearest(calibrat
 def test_layer_files_hold_exactly_their_layer_of_the_artifact(calibrated: Calibrated) -> None:
     expected = layout.artifact(calibrated.source.config)
     for layer in calibrated.source.config.layers:
-        stored = load_file(layers.layer_file(calibrated.work, layer))
+        stored = load_file(layer_files.layer_file(calibrated.work, layer))
         assert set(stored) == {n for n in expected if n.startswith(f"layers.{layer}.")}
 
 
@@ -166,7 +169,7 @@ def test_a_matrix_that_gptq_gave_up_is_named_in_the_layer_s_report(
     for expert, which in ((1, "w2"), (2, "w1"), (2, "w2"), (2, "w3")):
         wanted, stored = found.matrix(ROUTED, expert, which)
         assert torch.equal(stored.codes, gptq.round_to_nearest(wanted, stored.scale).codes)
-    kept, changed = (load_file(layers.layer_file(work, HASHED)) for work in (calibrated.work, found.work))
+    kept, changed = (load_file(layer_files.layer_file(work, HASHED)) for work in (calibrated.work, found.work))
     differing = {".".join(n.split(".")[4:6]) for n in kept if not torch.equal(kept[n], changed[n])}
     assert differing == {"1.w2", "2.w1", "2.w2", "2.w3"}
 
@@ -180,7 +183,7 @@ def test_the_number_of_experts_quantized_at_a_time_changes_no_code() -> None:
     def of(*numbers: int) -> experts.Experts:
         some = list(numbers)
         h = experts.Hessians(p.hessians[some], inner[some], [])
-        return experts.quantize(gate_up[some], down[some], h, layers.Settings(), some, Watch(CPU))
+        return experts.quantize(gate_up[some], down[some], h, layer_files.Settings(), some, Watch(CPU))
 
     whole, parts = of(0, 1, 2), (of(0, 1), of(2))
     for kind in ("gate_up", "down"):
@@ -195,10 +198,10 @@ def test_the_number_of_experts_quantized_at_a_time_changes_no_code() -> None:
 def test_the_number_of_experts_in_a_step_changes_no_code(
     calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_layer, "EXPERT_BATCH", {"cpu": 3})
+    monkeypatch.setattr(quantization_layer, "EXPERT_BATCH", {"cpu": 3})
     found = calibrated.again(tmp_path)
     for layer in calibrated.source.config.layers:
-        one, three = (load_file(layers.layer_file(work, layer)) for work in (calibrated.work, found.work))
+        one, three = (load_file(layer_files.layer_file(work, layer)) for work in (calibrated.work, found.work))
         assert [n for n in one if not torch.equal(one[n], three[n])] == []
         for which, methods in calibrated.report(layer)["error"].items():
             for method, values in methods.items():

@@ -1,4 +1,4 @@
-"""v4forge.exposition on what vLLM's /metrics says, and on what is not that."""
+"""v4forge.serving.metrics on what vLLM's /metrics says, and on what is not that."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from v4forge import exposition
 from v4forge.errors import UserError
-from v4forge.exposition import COUNTERS, Counts, Reading
+from v4forge.serving import metrics
+from v4forge.serving.metrics import COUNTERS, Counts, Reading
 
 EMPTY = Counts()
 
@@ -34,7 +34,7 @@ def exported(engines: int = 1, drafts: int | None = 10, depth: int = 2) -> str:
         for engine in range(engines):
             counter.labels("flash", str(engine)).inc(value)
     if drafts is not None:
-        per_position = Counter(exposition.ACCEPTED_AT, "by position", [*labels, "position"], registry=registry)
+        per_position = Counter(metrics.ACCEPTED_AT, "by position", [*labels, "position"], registry=registry)
         for engine in range(engines):
             for position in reversed(range(depth)):
                 per_position.labels("flash", str(engine), str(position)).inc(drafts / 2)
@@ -47,7 +47,7 @@ def exported(engines: int = 1, drafts: int | None = 10, depth: int = 2) -> str:
 
 
 def test_a_server_with_drafts_is_read() -> None:
-    reading = exposition.read(exported(), 1060.0)
+    reading = metrics.read(exported(), 1060.0)
     assert (reading.model, reading.running, reading.waiting, reading.kv_usage) == ("flash", 3, 0, 0.25)
     assert reading.uptime_s == 60
     assert reading.counts == Counts(7, 100, 10, 20, 10, (5, 5))
@@ -56,21 +56,21 @@ def test_a_server_with_drafts_is_read() -> None:
 
 
 def test_engines_of_one_server_are_added_and_the_fullest_cache_counts() -> None:
-    reading = exposition.read(exported(engines=3), 1060.0)
+    reading = metrics.read(exported(engines=3), 1060.0)
     assert reading.counts == Counts(21, 300, 30, 60, 30, (15, 15))
     assert (reading.running, reading.kv_usage, reading.started_s) == (9, 0.25, 1000)
 
 
 def test_what_is_not_exported_is_none_and_not_zero() -> None:
-    reading = exposition.read(exported(drafts=None), 1.0)
+    reading = metrics.read(exported(drafts=None), 1.0)
     assert reading.counts == Counts(7, 100)
     assert reading.counts.acceptance is None and reading.counts.acceptance_at is None
-    assert exposition.read("", 1.0) == Reading(1.0)
+    assert metrics.read("", 1.0) == Reading(1.0)
     assert Reading(1.0).uptime_s is None
 
 
 def test_no_drafts_yet_have_no_acceptance() -> None:
-    counts = exposition.read(exported(drafts=0), 1.0).counts
+    counts = metrics.read(exported(drafts=0), 1.0).counts
     assert counts.drafts == 0 and counts.acceptance is None and counts.acceptance_at is None
 
 
@@ -78,28 +78,28 @@ def test_no_drafts_yet_have_no_acceptance() -> None:
 @pytest.mark.parametrize("suffix", ["", "_total"])
 def test_counters_are_read_with_and_without_total(suffix: str, typed: str) -> None:
     name = f"vllm:generation_tokens{suffix}"
-    assert exposition.read(f'{typed.format(name)}{name}{{engine="0"}} 5\n', 0).counts.generated == 5
+    assert metrics.read(f'{typed.format(name)}{name}{{engine="0"}} 5\n', 0).counts.generated == 5
 
 
 def test_the_time_of_a_counters_creation_is_not_its_value() -> None:
     text = "# TYPE vllm:generation_tokens_created gauge\nvllm:generation_tokens_created 1.7e9\n"
-    assert exposition.read(text, 0).counts == EMPTY
+    assert metrics.read(text, 0).counts == EMPTY
 
 
 def test_the_older_name_of_the_cache_usage_is_known() -> None:
-    assert exposition.read("vllm:gpu_cache_usage_perc 0.5\n", 0).kv_usage == 0.5
+    assert metrics.read("vllm:gpu_cache_usage_perc 0.5\n", 0).kv_usage == 0.5
 
 
-@pytest.mark.parametrize("text", ["<html>", '{"error": "x"}', "not metrics", "a{b=", f"{exposition.ACCEPTED_AT} 1\n"])
+@pytest.mark.parametrize("text", ["<html>", '{"error": "x"}', "not metrics", "a{b=", f"{metrics.ACCEPTED_AT} 1\n"])
 def test_what_is_not_metrics_is_an_error_with_its_text(text: str) -> None:
     with pytest.raises(UserError, match="not in Prometheus' text format"):
-        exposition.read(text, 0)
+        metrics.read(text, 0)
 
 
 @given(st.text(alphabet=st.sampled_from('vllm:_total{}="# TYPE counter 1.e9\n\\'), max_size=80))
 def test_no_text_is_a_traceback(text: str) -> None:
     with suppress(UserError):
-        exposition.read(text, 0)
+        metrics.read(text, 0)
 
 
 finite = st.floats(0, 1e9, allow_nan=False)
@@ -120,14 +120,14 @@ def test_nothing_was_added_since_now_and_all_of_it_after_a_restart(counts: Count
 
 @given(st.lists(some_counts, max_size=4))
 def test_a_total_is_the_sum_of_those_that_count(every: list[Counts]) -> None:
-    total = exposition.total(every)
+    total = metrics.total(every)
     for name in COUNTERS:
         known = [value for each in every if (value := getattr(each, name)) is not None]
         assert getattr(total, name) == (sum(known) if known else None)
 
 
 def test_replicas_of_different_depth_add_by_position() -> None:
-    assert exposition.total([Counts(accepted_at=(4, 2)), Counts(accepted_at=(1,)), EMPTY]).accepted_at == (5, 2)
+    assert metrics.total([Counts(accepted_at=(4, 2)), Counts(accepted_at=(1,)), EMPTY]).accepted_at == (5, 2)
 
 
 def test_a_difference_has_its_own_acceptance() -> None:
@@ -144,12 +144,12 @@ def test_tokens_a_second_need_two_readings_of_a_server_that_counts() -> None:
 
 
 def test_a_value_that_is_no_number_stays_one() -> None:
-    assert math.isnan(exposition.read("vllm:kv_cache_usage_perc NaN\n", 0).kv_usage or 0.0)
+    assert math.isnan(metrics.read("vllm:kv_cache_usage_perc NaN\n", 0).kv_usage or 0.0)
 
 
 def test_the_metrics_of_a_real_server_are_read() -> None:
     """data/metrics-vllm.txt: vLLM 0.32 on a CPU with models/tiny's artifact at k = 1, what this module reads of it."""
-    reading = exposition.read((Path(__file__).with_name("data") / "metrics-vllm.txt").read_text(), 1795643200.0)
+    reading = metrics.read((Path(__file__).with_name("data") / "metrics-vllm.txt").read_text(), 1795643200.0)
     assert reading.model == "deepseek-v4-flash-w4a16"
     assert (reading.running, reading.waiting, reading.kv_usage) == (0, 0, 0)
     assert reading.uptime_s == pytest.approx(156.5, abs=0.1)

@@ -32,9 +32,10 @@ from fetched import (
 from hub_stand_in import CHUNK_BYTES, MAIN, Call, Fault, Hub, Repo, sha256_of
 from programs import ROOT
 
-from v4forge import arriving, fetching, partial
-from v4forge.checkpoint import INDEX
+from v4forge.checkpoint import incoming as incoming_folder
+from v4forge.checkpoint.reader import INDEX
 from v4forge.digests import Digests
+from v4forge.hub import fetch, partial_file
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +117,14 @@ def test_killed_within_a_shard_it_goes_on_from_there(served: Hub, upstream: Path
     slow = Fault("/cdn/", times=-1, bytes_s=1e6)
     served.faults.append(slow)
     program = in_process(out, "--workers", 2)
-    incoming, header = arriving.incoming(out), 1 << 19
+    incoming, header = incoming_folder.incoming(out), 1 << 19
     deadline = time.monotonic() + 100
     while not any(path.stat().st_size > header for path in incoming.glob("*.part") if path.exists()):
         assert program.poll() is None and time.monotonic() < deadline, program.communicate()
         time.sleep(0.01)
     program.send_signal(signal.SIGKILL)
     program.wait()
-    assert not arriving.live(out)
+    assert not incoming_folder.live(out)
     partly = {path.name.split(".safetensors")[0] + ".safetensors": path.stat().st_size for path in incoming.iterdir()}
     assert partly
     assert not any((out / name).exists() for name in partly)
@@ -144,17 +145,17 @@ def test_interrupted_it_says_that_it_goes_on_and_does(
     out = tmp_path / "upstream"
     large = [path for path in shards(upstream) if (upstream / path).stat().st_size > 8 * CHUNK_BYTES]
     served.faults.append(Fault("/cdn/", times=-1, bytes_s=2e6))
-    wait = fetching.wait
+    wait = fetch.wait
 
     def ctrl_c(*given: Any) -> Any:
-        if arriving.ready(out) and any(request.start for request in served.asked_for(REPO, large[0])):
+        if incoming_folder.ready(out) and any(request.start for request in served.asked_for(REPO, large[0])):
             raise KeyboardInterrupt
         return wait(*given)
 
-    monkeypatch.setattr(fetching, "wait", ctrl_c)
+    monkeypatch.setattr(fetch, "wait", ctrl_c)
     assert fetched(out) == 130
-    assert "goes on" in said(capsys) and list(arriving.incoming(out).iterdir())
-    monkeypatch.setattr(fetching, "wait", wait)
+    assert "goes on" in said(capsys) and list(incoming_folder.incoming(out).iterdir())
+    monkeypatch.setattr(fetch, "wait", wait)
     served.faults.clear()
     assert fetched(out) == 0
     assert_same(out, upstream)
@@ -279,7 +280,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(
 def test_too_small_a_disk_is_said_before_anything_comes(
     served: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 1 << 20))
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 1 << 20))
     assert fetched(tmp_path / "upstream") == 1
     assert "GB free, the checkpoint takes" in error(capsys)
     assert not served.asked("/resolve/")
@@ -298,10 +299,10 @@ def test_a_disk_that_fills_up_is_an_error_and_the_rest_goes_on_later(
         return write(descriptor, data)
 
     out = tmp_path / "upstream"
-    monkeypatch.setattr(partial.os, "write", full)
+    monkeypatch.setattr(partial_file.os, "write", full)
     assert fetched(out, "--workers", 2) == 1
     assert error(capsys).endswith(": No space left on device")
-    monkeypatch.setattr(partial.os, "write", write)
+    monkeypatch.setattr(partial_file.os, "write", write)
     assert fetched(out) == 0
     assert_same(out, upstream)
 
@@ -317,7 +318,7 @@ def test_a_checkpoint_of_another_kind_is_refused_by_its_headers(
     assert "config.json asks for" in error(capsys)
     for name in shards(upstream):
         assert asked_bytes(served, name) < (upstream / name).stat().st_size
-    assert not arriving.ready(out)
+    assert not incoming_folder.ready(out)
 
 
 def test_a_repository_without_an_index_is_refused(
@@ -338,16 +339,16 @@ def test_other_forms_of_weights_stay_where_they_are(
     assert not any((out / name).exists() for name in more) and not (out / "other.safetensors").exists()
     told = said(capsys)
     assert "pytorch_model.bin" in told and "skipped, not in the index: other.safetensors" in told
-    assert "other.safetensors" not in arriving.plan(out).files
+    assert "other.safetensors" not in incoming_folder.plan(out).files
 
 
 def test_a_second_fetch_of_a_folder_is_refused(served: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "upstream"
-    with arriving.marked(out):
-        assert arriving.live(out)
+    with incoming_folder.marked(out):
+        assert incoming_folder.live(out)
         assert fetched(out) == 1
     assert error(capsys) == f"another fetch is writing to {out}"
-    assert not arriving.live(out)
+    assert not incoming_folder.live(out)
 
 
 def test_a_dry_run_says_what_would_come_and_writes_nothing(
@@ -365,15 +366,17 @@ def test_a_dry_run_says_what_would_come_and_writes_nothing(
 
 def test_the_plan_keeps_what_the_hub_says(served: Hub, upstream: Path, tmp_path: Path) -> None:
     out = tmp_path / "upstream"
-    assert arriving.plan(out) is None
+    assert incoming_folder.plan(out) is None
     assert fetched(out) == 0
-    plan = arriving.plan(out)
+    plan = incoming_folder.plan(out)
     assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
     for name in shards(upstream):
         content = (upstream / name).read_bytes()
-        assert plan.files[name] == arriving.Expected(name, len(content), hashlib.sha256(content).hexdigest(), None)
+        assert plan.files[name] == incoming_folder.Expected(
+            name, len(content), hashlib.sha256(content).hexdigest(), None
+        )
     assert plan.files["config.json"].git_sha1 is not None
-    assert arriving.ready(out) and not arriving.live(out)
+    assert incoming_folder.ready(out) and not incoming_folder.live(out)
 
 
 def test_what_an_earlier_revision_had_and_this_one_has_not_is_removed(
@@ -384,7 +387,7 @@ def test_what_an_earlier_revision_had_and_this_one_has_not_is_removed(
     served.repos[REPO].commits[commit] = files | {"former.json": b"{}", "old/notes.py": b"# old"}
     assert fetched(out, "--revision", commit) == 0
     (out / "my notes.txt").write_text("of the user")
-    begun = arriving.incoming(out) / "model-00001-of-00009.safetensors.0123456789abcdef.part"
+    begun = incoming_folder.incoming(out) / "model-00001-of-00009.safetensors.0123456789abcdef.part"
     begun.parent.mkdir()
     begun.write_bytes(b"half of a shard")
     assert fetched(out) == 0
@@ -395,12 +398,12 @@ def test_what_an_earlier_revision_had_and_this_one_has_not_is_removed(
 
 
 def test_half_a_file_that_is_linked_to_somebodys_own_is_not_written_to(tmp_path: Path) -> None:
-    own, file = tmp_path / "own", arriving.Expected("a.safetensors", 8, "0" * 64)
+    own, file = tmp_path / "own", incoming_folder.Expected("a.safetensors", 8, "0" * 64)
     own.write_bytes(b"mine")
-    path = partial.path_of(tmp_path / "upstream", file)
+    path = partial_file.path_of(tmp_path / "upstream", file)
     path.parent.mkdir(parents=True)
     path.hardlink_to(own)
-    with partial.Partial(path, file) as held:
+    with partial_file.Partial(path, file) as held:
         assert held.size == 0
         held.write(b"the hub's")
     assert own.read_bytes() == b"mine"
@@ -417,7 +420,7 @@ def test_shards_come_in_the_order_in_which_layers_need_them() -> None:
         "layers.3.a": "z",
         "head.weight": "y",
     }
-    assert fetching.in_order(weight_map) == ["y", "z", "b", "c", "d2", "d"]
+    assert fetch.in_order(weight_map) == ["y", "z", "b", "c", "d2", "d"]
 
 
 def test_a_download_begins_without_torch() -> None:

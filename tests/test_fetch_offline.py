@@ -23,7 +23,9 @@ from fetched import (
 from hub_stand_in import MAIN, Hub
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-from v4forge import arriving, fetching, files
+from v4forge import files
+from v4forge.checkpoint import incoming
+from v4forge.hub import fetch
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_download_of_hf_is_linked_and_checked(
     assert fetched(out, "--from", downloaded) == 0
     assert_same(out, upstream)
     assert all((out / name).samefile(downloaded / name) for name in shards(upstream))
-    plan = arriving.plan(out)
+    plan = incoming.plan(out)
     assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
     assert "each with the hub's hash" in said(capsys)
 
@@ -88,7 +90,7 @@ def test_a_snapshot_of_the_cache_is_linked_and_checked(
     assert {path.name for path in out.glob("*.*")} - {".fetch"} == {path.name for path in upstream.glob("*.*")}
     for name in shards(upstream):
         assert not (out / name).is_symlink() and (out / name).read_bytes() == (upstream / name).read_bytes()
-    plan = arriving.plan(out)
+    plan = incoming.plan(out)
     assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
 
 
@@ -99,7 +101,7 @@ def test_of_a_plain_folder_only_the_structure_is_checked_and_that_is_said(
     assert fetched(out, "--from", upstream) == 0
     assert_same(out, upstream)
     assert "no hashes of the hub are known, only the structure is checked" in said(capsys)
-    plan = arriving.plan(out)
+    plan = incoming.plan(out)
     assert plan is not None and (plan.repo, plan.revision) == (None, None)
     assert fetched(out, "--from", upstream) == 0
 
@@ -130,9 +132,9 @@ def test_where_nothing_can_be_linked_the_space_of_copies_is_asked_for(
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))  # as across the mounts of a container
 
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 0))
     assert fetched(tmp_path / "linked", "--from", upstream) == 0
-    monkeypatch.setattr(fetching.os, "link", refused)
+    monkeypatch.setattr(fetch.os, "link", refused)
     assert fetched(tmp_path / "upstream", "--from", upstream) == 1
     assert "GB free, the checkpoint takes" in error(capsys)
 

@@ -11,9 +11,11 @@ import torch
 from programs import contents
 
 from benchmarks import flash_layers
-from v4forge import evaluation, layout, model, plan
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
+from v4forge.model import deepseek_v4, evaluation
+from v4forge.pipeline import requirements
 
 CPU = torch.device("cpu")
 
@@ -28,14 +30,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_full_size_layers_are_flash_layers() -> None:
     config = layout.parse_config(flash_layers.config_dict(4), "config.json")
     assert config.compress_ratios == (0, 4, 128, 4, 0)
-    flash = dict(layout.layer_parameters(plan.flash_config(), 3))
+    flash = dict(layout.layer_parameters(requirements.flash_config(), 3))
     assert {n.replace("layers.2.", "layers.3."): s for n, s in layout.layer_parameters(config, 2)} == flash
 
 
 def test_the_checkpoint_is_in_the_upstream_form(small: Checkpoint) -> None:
     small.validate(layout.upstream(small.config))
     assert len(small.shard_names) == 5
-    blocks = {(shard, plan.shard_of(name)) for name, shard in small.weight_map.items()}
+    blocks = {(shard, requirements.shard_of(name)) for name, shard in small.weight_map.items()}
     assert sorted(block for _, block in blocks) == ["layers.0", "layers.1", "layers.2", "mtp", "root"]
 
 
@@ -83,17 +85,17 @@ def test_a_token_routes_to_distinct_experts(small: Checkpoint) -> None:
 
 @torch.no_grad()
 def test_a_forward_pass_stays_of_order_one(small: Checkpoint) -> None:
-    weights = model.Weights(small, CPU)
-    config = model.hf_config(small.config)
+    weights = deepseek_v4.Weights(small, CPU)
+    config = deepseek_v4.hf_config(small.config)
     tokens = flash_layers.zipf_tokens(2, 160, small.config.vocab_size, 0)
-    context = model.Rotary(config, CPU, weights.dtype).context(tokens)
-    streams = model.embed(model.load_root(weights, config), config, tokens)
+    context = deepseek_v4.Rotary(config, CPU, weights.dtype).context(tokens)
+    streams = deepseek_v4.embed(deepseek_v4.load_root(weights, config), config, tokens)
     for index in small.config.layers:
-        layer = model.load_layer(weights, config, index)
-        attended = model.attend(layer, streams, context)
+        layer = deepseek_v4.load_layer(weights, config, index)
+        attended = deepseek_v4.attend(layer, streams, context)
         experts = layer.mlp.experts
-        routed = model.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
-        streams = model.combine(attended, routed)
+        routed = deepseek_v4.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
+        streams = deepseek_v4.combine(attended, routed)
         channels = attended.x.float().pow(2).mean(0).sqrt()
         assert channels.max() / channels.min() > 5, "the experts' inputs have channels of different sizes"
         assert 1e-3 < routed.float().std() < 100

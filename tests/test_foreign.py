@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from synthetic import TINY, Tensors, edit
 from torch import Tensor
 
-from v4forge import card, layout
-from v4forge.artifact import SHARD
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import INDEX, Checkpoint
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.files import read_json
-from v4forge.foreign import opened, recognized
-from v4forge.recipe import rule_for
-from v4forge.writer import write_index, write_shard
+from v4forge.quantization.hf_folder import opened, recognized
+from v4forge.quantization.postprocess import SHARD
+from v4forge.reporting import card
 
 SINGLE = "model.safetensors"
 REPAIRABLE = ("hybrid", "gptq", "hf")

@@ -1,4 +1,4 @@
-"""v4forge.gptq against GPTQ written out in float64 and against llm-compressor's."""
+"""v4forge.quantization.gptq against GPTQ written out in float64 and against llm-compressor's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from problems import DAMPENING, EXPERTS, IN, OUT, TOKENS, OnGpu, Problem, indefinite, problem, weighted_error
 from torch import Tensor
 
-from v4forge import gptq
+from v4forge.quantization import gptq
 
 SCALES: dict[str, Callable[[Problem], Tensor]] = {
     "absmax": lambda p: gptq.absmax_scales(p.weights),

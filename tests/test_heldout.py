@@ -1,4 +1,4 @@
-"""v4forge.heldout: files of token ids, as people and servers write them."""
+"""v4forge.model.heldout: files of token ids, as people and servers write them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from v4forge import heldout
 from v4forge.errors import UserError
+from v4forge.model import heldout
 
 VOCABULARY = 50
 IDS = st.lists(st.integers(0, VOCABULARY - 1), min_size=heldout.SHORTEST)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import hints
 from v4forge.checkout import ROOT
+from v4forge.pipeline import make_hints
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,14 @@ from v4forge.checkout import ROOT
     ],
 )
 def test_commands_for_a_work_folder_name_it_and_others_stay(hint: str, said: str) -> None:
-    assert hints.for_work(hint, Path("/data/flash")) == said
+    assert make_hints.for_work(hint, Path("/data/flash")) == said
 
 
 def test_the_folder_of_makes_defaults_needs_no_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert hints.for_work("make verify", Path("scratch/tiny")) == "make verify"
-    assert hints.for_work("make verify", ROOT / "scratch/flash") == "make verify PROFILE=flash"
+    assert make_hints.for_work("make verify", Path("scratch/tiny")) == "make verify"
+    assert make_hints.for_work("make verify", ROOT / "scratch/flash") == "make verify PROFILE=flash"
 
 
 def test_a_folder_that_is_no_profiles_is_none_that_make_can_be_sent_to() -> None:
-    assert hints.for_work("make verify", Path("/data/mine")) == "make verify"
+    assert make_hints.for_work("make verify", Path("/data/mine")) == "make verify"

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from v4forge import image_build, image_seal, images
 from v4forge.errors import UserError
-from v4forge.image_build import Build
+from v4forge.images import build as image_build
+from v4forge.images import definitions, normalize
+from v4forge.images.build import Build
 
-CALIB = images.IMAGES["calib"]
+CALIB = definitions.IMAGES["calib"]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_the_context_holds_a_build_and_nothing_else(checkout: Path) -> None:
     assert entries["wheels"].isdir(), "a Dockerfile mounts it, empty or not"
     assert entries["docker/steps/settle"].mode == 0o755
     assert entries["v4forge/a.py"].mode == 0o644
-    assert {entry.mtime for entry in entries.values()} == {images.epoch()}
+    assert {entry.mtime for entry in entries.values()} == {definitions.epoch()}
 
 
 def build(root: Path, **settings: Any) -> Build:
@@ -103,18 +104,18 @@ def test_a_lane_that_an_image_lacks_is_an_error(checkout: Path) -> None:
         build(checkout, lane="wheel").arguments()
 
 
-@pytest.mark.parametrize("name", images.IMAGES)
+@pytest.mark.parametrize("name", definitions.IMAGES)
 def test_the_real_dockerfiles_are_fed(name: str) -> None:
-    image = images.IMAGES[name]
+    image = definitions.IMAGES[name]
     for lane in image.lanes:
         given = Build(image=image, lane=lane, base="b", apt_snapshot="", revision="r").arguments()
         assert given["BASE_IMAGE"] == "b"
-        assert given["SOURCE_DATE_EPOCH"] == str(images.epoch())
+        assert given["SOURCE_DATE_EPOCH"] == str(definitions.epoch())
 
 
 def test_an_unknown_image_is_named() -> None:
     with pytest.raises(UserError, match="there is no image 'train'"):
-        images.get("train")
+        definitions.get("train")
 
 
 def test_pip_is_told_of_indexes_and_not_of_this_machines_folders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def saved_image(layers: list[bytes], created: str) -> io.BytesIO:
 def sealed(saved: io.BytesIO) -> tuple[dict, dict[str, bytes]]:
     """The configuration and the members of the sealed archive."""
     archive = io.BytesIO()
-    image_seal.write_sealed(saved, archive, "name:tag")
+    normalize.write_sealed(saved, archive, "name:tag")
     archive.seek(0)
     with tarfile.open(fileobj=archive) as tar:
         members = {entry.name: tar.extractfile(entry).read() for entry in tar}
@@ -217,7 +218,7 @@ def sealed(saved: io.BytesIO) -> tuple[dict, dict[str, bytes]]:
 
 
 def test_two_builds_at_different_times_have_one_sealed_form() -> None:
-    early, late = images.epoch() - 100, images.epoch() + 100
+    early, late = definitions.epoch() - 100, definitions.epoch() + 100
     base = layer({"etc/hosts": early})
     forms = []
     for built, created in ((late, "2031-01-01T00:00:00Z"), (late + 7, "2032-01-01T00:00:00.5Z")):
@@ -228,20 +229,20 @@ def test_two_builds_at_different_times_have_one_sealed_form() -> None:
     assert config["rootfs"]["diff_ids"][0] == f"sha256:{hashlib.sha256(base).hexdigest()}"
     assert config["rootfs"]["diff_ids"][1] == f"sha256:{hashlib.sha256(members['1/layer.tar']).hexdigest()}"
     with tarfile.open(fileobj=io.BytesIO(members["1/layer.tar"])) as tar:
-        assert [entry.mtime for entry in tar] == [images.epoch(), early]
+        assert [entry.mtime for entry in tar] == [definitions.epoch(), early]
         assert tar.extractfile(tar.getmembers()[1]).read() == b"opt/a"
 
 
 def test_a_settled_image_is_sealed_without_its_layers() -> None:
-    settled = layer({"a": images.epoch()})
-    config, members = sealed(saved_image([settled, layer({"b": 0}), settled], images.created()))
+    settled = layer({"a": definitions.epoch()})
+    config, members = sealed(saved_image([settled, layer({"b": 0}), settled], definitions.created()))
     assert set(members) == {"config.json", "manifest.json"}
     assert len(json.loads(members["manifest.json"])[0]["Layers"]) == 3
-    assert config["created"] == images.created()
+    assert config["created"] == definitions.created()
 
 
 def test_a_sealed_configuration_holds_no_trace_of_the_engine() -> None:
     config, _ = sealed(saved_image([layer({"a": 0})], "2031-01-01T00:00:00Z"))
     assert set(config) == {"architecture", "os", "created", "config", "history", "rootfs"}
     assert config["config"] == {"User": "10000:10000", "Env": ["A=1"]}
-    assert [entry["created"] for entry in config["history"]] == [images.created(), "2020-01-01T00:00:00Z"]
+    assert [entry["created"] for entry in config["history"]] == [definitions.created(), "2020-01-01T00:00:00Z"]

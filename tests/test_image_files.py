@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from v4forge import image_files
 from v4forge.errors import UserError
-from v4forge.image_files import Saved, differences, read
+from v4forge.images import archive as image_archive
+from v4forge.images.archive import Saved, differences, read
 
 Member = tuple[tarfile.TarInfo, bytes]
 LAYOUTS = ("docker", "oci", "oci gzip")
@@ -91,7 +91,7 @@ def test_every_layout_gives_id_layers_steps_and_files(layout: str) -> None:
     assert [layer.bytes for layer in image.layers] == [8, 5]
     files = image.layers[0].files
     assert list(files) == ["/opt", "/opt/a.txt", "/opt/link", "/opt/hard", "/dev/null"]
-    assert files["/opt/a.txt"] == image_files.Entry("file", 0o644, 7, 8, 8, 1_700_000_000, digest(b"one\ntwo\n"))
+    assert files["/opt/a.txt"] == image_archive.Entry("file", 0o644, 7, 8, 8, 1_700_000_000, digest(b"one\ntwo\n"))
     assert [(file.type, file.content) for file in files.values()][2:] == [
         ("symlink", "a.txt"),
         ("hardlink", "opt/a.txt"),
@@ -261,14 +261,14 @@ def test_no_more_files_than_asked_for_are_listed_and_the_rest_is_counted() -> No
 
 def test_sizes_are_summed_and_held_against_the_budget() -> None:
     layers = [(100 << 20, "ADD base"), (924 << 20, "RUN pip install")]
-    assert image_files.size_report(layers, 2) == [
+    assert image_archive.size_report(layers, 2) == [
         " size, MiB   layer",
         "     100.0   ADD base",
         "     924.0   RUN pip install",
         "   1,024.0   together, 50% of 2 GiB",
     ]
     with pytest.raises(UserError, match=r"has 1\.00 GiB, its budget is 0\.5 GiB; .* 0\.90 GiB: RUN pip install"):
-        image_files.size_report(layers, 0.5)
+        image_archive.size_report(layers, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -286,4 +286,4 @@ def test_sizes_are_summed_and_held_against_the_budget() -> None:
     ],
 )
 def test_a_step_is_shown_by_its_command(created_by: str, shown: str) -> None:
-    assert image_files.step_of(created_by) == shown
+    assert image_archive.step_of(created_by) == shown

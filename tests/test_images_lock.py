@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import images, registry
 from v4forge.errors import UserError
-from v4forge.registry import Locked
+from v4forge.images import definitions, registry
+from v4forge.images.registry import Locked
 
 ENTRY = Locked("r.example:5000/a/calib@sha256:" + "1" * 64, "sha256:" + "2" * 64, "3" * 64)
 
 
 def test_the_committed_lock_is_what_push_writes(tmp_path: Path) -> None:
     again = tmp_path / "images.lock"
-    for name in images.IMAGES:
+    for name in definitions.IMAGES:
         registry.write_lock(name, registry.locked(name), again)
-    assert again.read_text(encoding="utf-8") == images.LOCK.read_text(encoding="utf-8")
+    assert again.read_text(encoding="utf-8") == definitions.LOCK.read_text(encoding="utf-8")
 
 
 def test_what_is_written_is_read_and_the_other_images_lines_stay(tmp_path: Path) -> None:

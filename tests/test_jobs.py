@@ -1,4 +1,4 @@
-"""What a program in a container may see, without a daemon: v4forge.jobs, and the jobs that scripts.stage makes."""
+"""What a program in a container may see, without a daemon: images.jobs, and the jobs that scripts.stage makes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from scripts import stage
-from v4forge import containers, jobs
 from v4forge.errors import UserError
 from v4forge.files import check_writable
-from v4forge.jobs import Job
-from v4forge.runner import Runner
-from v4forge.stages import STAGES
+from v4forge.images import containers, jobs
+from v4forge.images.jobs import Job
+from v4forge.pipeline.runner import Runner
+from v4forge.pipeline.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 

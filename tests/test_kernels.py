@@ -1,4 +1,5 @@
-"""v4forge.kernels in Triton's interpreter, on the CPU, against v4forge.gptq's torch code. On a GPU: tests/gpu."""
+"""quantization.kernels in Triton's interpreter, on the CPU, against quantization.gptq's torch code. On a GPU:
+tests/gpu."""
 
 from __future__ import annotations
 

@@ -32,10 +32,11 @@ from programs import (
 )
 from safetensors.torch import load_file
 
-from v4forge import calibration, layers
-from v4forge.checkpoint import Checkpoint
-from v4forge.streaming import Reader
-from v4forge.writer import write_shard
+from v4forge.checkpoint.prefetch import Reader
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.writer import write_shard
+from v4forge.quantization import calibrate as calibrate_stage
+from v4forge.quantization import layer_files
 
 
 @dataclass
@@ -364,9 +365,9 @@ def layers_read(
     def refused(*_: Any) -> None:
         raise AssertionError("the experts of a finished layer are read")
 
-    monkeypatch.setattr(calibration, "Reader", noted)
+    monkeypatch.setattr(calibrate_stage, "Reader", noted)
     if refuse_finished:
-        monkeypatch.setattr(layers, "read_experts", refused)
+        monkeypatch.setattr(layer_files, "read_experts", refused)
     assert run_here("calibrate", *keeping(workshop, folder)) == 0
     return sorted(set(map(int, read)))
 

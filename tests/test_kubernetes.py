@@ -15,7 +15,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from v4forge import lock_check, pins, serving
+from v4forge import pins
+from v4forge.images import lock_check
+from v4forge.serving import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/kubernetes"
@@ -28,7 +30,7 @@ OBJECTS: list[dict[str, Any]] = [
 VALUES = yaml.safe_load((FOLDER / "values.yaml").read_text(encoding="utf-8"))
 ENGINE = VALUES["servingEngineSpec"]
 MODEL = ENGINE["modelSpec"][0]
-PUBLISHED = serving.serving()
+PUBLISHED = settings.serving()
 VARIABLES = PUBLISHED.variables("/cache")
 LOAD_S = 45 * 60
 DIGEST = "ab" * 32
@@ -48,7 +50,7 @@ POD = STATEFUL_SET["template"]["spec"]
 
 def arguments(finish_s: int) -> list[str]:
     """The published settings, but for how long a stopped replica may take to finish."""
-    return serving.serving(overrides={"shutdown-timeout": str(finish_s)}).arguments("/artifact", 8000)
+    return settings.serving(overrides={"shutdown-timeout": str(finish_s)}).arguments("/artifact", 8000)
 
 
 def plain(env: list[dict[str, Any]]) -> dict[str, str]:
@@ -148,7 +150,7 @@ def test_every_service_finds_the_replicas() -> None:
 
 def test_the_document_says_what_each_profile_is_for() -> None:
     rows = dict(re.findall(r"^\| `([a-z-]+)` \| ([^|]+) \|$", DOC, flags=re.MULTILINE))
-    assert {name: rows.get(name) for name in serving.profiles()} == serving.profiles()
+    assert {name: rows.get(name) for name in settings.profiles()} == settings.profiles()
 
 
 # Stand-ins for a cluster: both keep what they are given.

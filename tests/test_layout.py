@@ -1,4 +1,4 @@
-"""v4forge.layout and v4forge.recipe against the counts and tables of DeepSeek-V4-Flash's published files."""
+"""checkpoint.layout and checkpoint.recipe against the counts and tables of DeepSeek-V4-Flash's published files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from synthetic import OTHER, SMALL, config_dict
 
-from v4forge import layout, recipe
+from v4forge.checkpoint import layout, recipe
 from v4forge.errors import UserError
 
 # DeepSeek-V4-Flash's sizes; the last of the 44 ratios is the MTP block's.

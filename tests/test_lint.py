@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import lint
+from dev import lint
 from v4forge import checkout
 
 ROOT = Path(__file__).resolve().parents[1]

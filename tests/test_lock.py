@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import lock
-from v4forge import locks, pins
+from dev import lock
+from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.images import locks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHA = "0123456789abcdef" * 4
@@ -142,7 +143,7 @@ def test_an_override_is_said_in_the_in_file() -> None:
 
 @pytest.mark.parametrize(("argument", "fact"), [("NOPE=1", "versions.env has no NOPE"), ("x", "'x' is not KEY=VALUE")])
 def test_a_wrong_argument_is_one_fact_and_one_hint(argument: str, fact: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "scripts.lock", argument], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dev.lock", argument], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
     assert fact in done.stderr

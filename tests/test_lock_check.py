@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import checkout, lock_check, locks
+from v4forge import checkout
 from v4forge.errors import UserError
+from v4forge.images import lock_check, locks
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 DIGEST = "0123456789abcdef" * 4

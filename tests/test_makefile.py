@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import stages
+from v4forge.pipeline import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

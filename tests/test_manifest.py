@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from v4forge import arriving, certified, corpus, layers, machine, manifest, recipe
+from v4forge import artifact_folder, machine
+from v4forge.checkpoint import incoming, recipe
+from v4forge.model import corpus
+from v4forge.quantization import layer_files, manifest
 
 MARK: dict[str, Any] = {
     "source": {"config.json": "", "model.safetensors": ""},
@@ -53,7 +56,7 @@ def sha256(path: Path) -> str:
 
 
 def test_the_source_is_named_with_the_revision_that_fetch_took(folders: tuple[Path, Path]) -> None:
-    arriving.write_plan(folders[0], arriving.Plan("org/model", "a" * 40, {}))
+    incoming.write_plan(folders[0], incoming.Plan("org/model", "a" * 40, {}))
     source = written(folders)["source"]
     assert (source["repo"], source["revision"]) == ("org/model", "a" * 40)
     assert source["files"]["config.json"]["sha256"] == sha256(folders[0] / "config.json")
@@ -91,13 +94,13 @@ def test_two_runs_give_the_same_bytes(folders: tuple[Path, Path]) -> None:
 
 
 def test_what_determines_no_bytes_is_named_and_not_summed(folders: tuple[Path, Path]) -> None:
-    for name in certified.UNSUMMED:
+    for name in artifact_folder.UNSUMMED:
         (folders[1] / name).write_text("later")
     content = written(folders)
     sums = (folders[1] / "SHA256SUMS").read_text()
     assert content["run"] == "run.json"
     assert content["files"].keys() == MARK["source"].keys()
-    assert not any(f"  {name}\n" in sums for name in certified.UNSUMMED) and "  manifest.json\n" in sums
+    assert not any(f"  {name}\n" in sums for name in artifact_folder.UNSUMMED) and "  manifest.json\n" in sums
 
 
 def text(name: str, file_sha256: str = "3" * 64) -> corpus.Corpus:
@@ -106,7 +109,7 @@ def text(name: str, file_sha256: str = "3" * 64) -> corpus.Corpus:
 
 
 def test_a_fingerprint_names_the_documents_and_the_processor() -> None:
-    mark = layers.fingerprint({}, text("a.txt"), layers.Settings(), torch.device("cpu"))
+    mark = layer_files.fingerprint({}, text("a.txt"), layer_files.Settings(), torch.device("cpu"))
     assert mark["corpus"]["documents"] == [4, 0] and mark["corpus"]["origin"]["documents"] == 9
     assert (mark["corpus"]["samples"], mark["corpus"]["seq_len"], mark["corpus"]["seed"]) == (2, 4, 7)
     assert mark["hardware"] == machine.cpu_identity()
@@ -114,7 +117,7 @@ def test_a_fingerprint_names_the_documents_and_the_processor() -> None:
 
 def test_what_a_corpus_file_is_called_is_no_part_of_a_fingerprint() -> None:
     marks = [
-        layers.fingerprint({}, each, layers.Settings(), torch.device("cpu"))
+        layer_files.fingerprint({}, each, layer_files.Settings(), torch.device("cpu"))
         for each in (text("a.txt"), text("b.txt"), text("a.txt", "9" * 64))
     ]
     assert marks[0] == marks[1] != marks[2]

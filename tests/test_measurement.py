@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from v4forge import measurement
+from v4forge.bench import measurement
+from v4forge.bench.measurement import Measurement
 from v4forge.errors import UserError
-from v4forge.measurement import Measurement
 
 FACTS: dict[str, Any] = {
     "target": {"url": "http://127.0.0.1:8000", "model": "m", "artifact": {"sums_sha256": "a"}},

@@ -1,4 +1,4 @@
-"""v4forge.model against transformers' whole model and against the MTP block written out from its definition."""
+"""model.deepseek_v4 against transformers' whole model and against the MTP block written out from its definition."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from synthetic import OTHER, write_checkpoint
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
-from v4forge import layout, model
-from v4forge.checkpoint import Checkpoint
-from v4forge.recipe import rule_for
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.model import deepseek_v4
 
 CPU = torch.device("cpu")
 SEQ_LEN = 300  # two windows of HCA, 75 of CSA of which index_topk are seen, and more than one sliding window
@@ -33,10 +34,10 @@ class Opened:
     directory: Path
     checkpoint: Checkpoint
     config: Any
-    weights: model.Weights
-    root: model.Root
+    weights: deepseek_v4.Weights
+    root: deepseek_v4.Root
     tokens: Tensor
-    context: model.Context
+    context: deepseek_v4.Context
     layers: list
     streams: list[Tensor]  # before each layer, and after the last one
 
@@ -56,16 +57,16 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @torch.no_grad()
 def open_checkpoint(directory: Path) -> Opened:
     checkpoint = Checkpoint(directory)
-    config = model.hf_config(checkpoint.config)
-    weights = model.Weights(checkpoint, CPU, torch.float32)
-    root = model.load_root(weights, config)
+    config = deepseek_v4.hf_config(checkpoint.config)
+    weights = deepseek_v4.Weights(checkpoint, CPU, torch.float32)
+    root = deepseek_v4.load_root(weights, config)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(checkpoint.config.vocab_size, (2, SEQ_LEN), generator=generator)
-    context = model.Rotary(config, CPU, torch.float32).context(tokens)
-    layers = [model.load_layer(weights, config, i) for i in checkpoint.config.layers]
-    streams = [model.embed(root, config, tokens)]
+    context = deepseek_v4.Rotary(config, CPU, torch.float32).context(tokens)
+    layers = [deepseek_v4.load_layer(weights, config, i) for i in checkpoint.config.layers]
+    streams = [deepseek_v4.embed(root, config, tokens)]
     for layer in layers:
-        streams.append(model.run_layer(layer, streams[-1], context))
+        streams.append(deepseek_v4.run_layer(layer, streams[-1], context))
     return Opened(directory, checkpoint, config, weights, root, tokens, context, layers, streams)
 
 
@@ -113,10 +114,10 @@ def test_two_halves_of_a_layer_equal_its_own_forward(opened: Opened) -> None:
             position_ids=context.position_ids,
             attention_mask=context.attention_mask,
         )
-        attended = model.attend(layer, opened.streams[number], context)
+        attended = deepseek_v4.attend(layer, opened.streams[number], context)
         experts = layer.mlp.experts
-        routed = model.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
-        assert distance(model.combine(attended, routed), whole) < 1e-6
+        routed = deepseek_v4.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
+        assert distance(deepseek_v4.combine(attended, routed), whole) < 1e-6
 
 
 # What the published table lists as F32, under transformers' names.
@@ -125,11 +126,11 @@ F32_NAMES = ("sinks", "position_bias", "attn_hc.", "ffn_hc.", "hc_head.", "e_sco
 
 @pytest.mark.parametrize("block", ["layers", "mtp", "root"])
 def test_f32_parameters_stay_f32_and_the_others_are_bf16(opened: Opened, block: str) -> None:
-    weights = model.Weights(opened.checkpoint, CPU)
+    weights = deepseek_v4.Weights(opened.checkpoint, CPU)
     modules = {
-        "layers": lambda: [model.load_layer(weights, opened.config, i) for i in opened.checkpoint.config.layers],
-        "mtp": lambda: [model.load_mtp(weights, opened.config)],
-        "root": lambda: [model.load_root(weights, opened.config).final],
+        "layers": lambda: [deepseek_v4.load_layer(weights, opened.config, i) for i in opened.checkpoint.config.layers],
+        "mtp": lambda: [deepseek_v4.load_mtp(weights, opened.config)],
+        "root": lambda: [deepseek_v4.load_root(weights, opened.config).final],
     }[block]()
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -141,23 +142,23 @@ def test_f32_parameters_stay_f32_and_the_others_are_bf16(opened: Opened, block: 
 
 
 def test_a_loaded_f32_parameter_has_the_source_bits(opened: Opened) -> None:
-    weights = model.Weights(opened.checkpoint, CPU)
+    weights = deepseek_v4.Weights(opened.checkpoint, CPU)
     number = opened.checkpoint.config.num_hidden_layers - 1
-    state = model.load_layer(weights, opened.config, number).state_dict()
+    state = deepseek_v4.load_layer(weights, opened.config, number).state_dict()
     names = [(n, s) for n, s in layout.layer_parameters(opened.checkpoint.config, number)]
     f32 = [n for n, _ in names if rule_for(n).source == "f32"]
     assert len(f32) >= 8
     for name in f32:
-        local = model.renamed(name.removeprefix(f"layers.{number}."))
+        local = deepseek_v4.renamed(name.removeprefix(f"layers.{number}."))
         assert torch.equal(state[local], opened.checkpoint.raw(name))
 
 
 def test_building_transformers_config_leaves_the_checkpoints_config_alone(opened: Opened) -> None:
-    model.hf_config(opened.checkpoint.config)
+    deepseek_v4.hf_config(opened.checkpoint.config)
     assert opened.raw == json.loads((opened.directory / "config.json").read_text())
 
 
-def split_context(context: model.Context, row: int) -> model.Context:
+def split_context(context: deepseek_v4.Context, row: int) -> deepseek_v4.Context:
     return replace(
         context, input_ids=context.input_ids[row : row + 1], attention_mask=context.attention_mask[row : row + 1]
     )
@@ -168,15 +169,15 @@ def test_a_layer_gives_the_same_result_in_micro_batches(opened: Opened) -> None:
     """To rounding only: a GEMM of another shape may sum in another order."""
     for number, layer in enumerate(opened.layers):
         streams = opened.streams[number]
-        parts = [model.run_layer(layer, streams[i : i + 1], split_context(opened.context, i)) for i in range(2)]
+        parts = [deepseek_v4.run_layer(layer, streams[i : i + 1], split_context(opened.context, i)) for i in range(2)]
         assert distance(torch.cat(parts), opened.streams[number + 1]) < 1e-5
 
 
 @torch.no_grad()
 def test_routed_experts_equal_a_sum_over_each_tokens_choices(opened: Opened) -> None:
-    attended = model.attend(opened.layers[-1], opened.streams[-2], opened.context)
+    attended = deepseek_v4.attend(opened.layers[-1], opened.streams[-2], opened.context)
     experts = opened.layers[-1].mlp.experts
-    ours = model.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
+    ours = deepseek_v4.routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit)
     inner = opened.checkpoint.config.moe_intermediate_size
     for token in range(0, len(ours), 37):
         expected = torch.zeros(ours.shape[1], dtype=torch.float64)
@@ -287,8 +288,8 @@ class PlainMTP:
 
 @torch.no_grad()
 def test_the_mtp_block_equals_its_definition_in_float64(opened: Opened) -> None:
-    mtp = model.load_mtp(opened.weights, opened.config)
-    following = model.Rotary(opened.config, CPU, torch.float32).context(opened.tokens[:, 1:])
+    mtp = deepseek_v4.load_mtp(opened.weights, opened.config)
+    following = deepseek_v4.Rotary(opened.config, CPU, torch.float32).context(opened.tokens[:, 1:])
     embeds = opened.root.embed[following.input_ids]
     streams = mtp(opened.streams[-1][:, :-1], embeds, following)
     logits = mtp.head(streams, opened.root.head)
@@ -306,5 +307,5 @@ def test_training_on_a_gpu_mixes_streams_with_a_gradient(learning: str) -> None:
     shapes = {"streams": (2, 3, 4, 8), "comb": (2, 3, 4, 4), "post": (2, 3, 4), "output": (2, 3, 8)}
     tensors = {name: torch.randn(shape, generator=generator).as_subclass(OnGpu) for name, shape in shapes.items()}
     tensors[learning].requires_grad_()
-    model.mixed(**tensors).square().sum().backward()
+    deepseek_v4.mixed(**tensors).square().sum().backward()
     assert bool((tensors[learning].grad != 0).any())

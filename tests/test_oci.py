@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from registry_stand_in import Stored, serving
 
-from v4forge import oci
 from v4forge.errors import UserError
-from v4forge.oci import MANIFESTS, Manifest, Refused, Repository, digest_of
+from v4forge.images import oci
+from v4forge.images.oci import MANIFESTS, Manifest, Refused, Repository, digest_of
 
 IMAGE = Manifest("sha256:" + "a" * 64, MANIFESTS[1], b"{}")
 

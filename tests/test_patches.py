@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from scripts import patch as program
-from v4forge import patches
 from v4forge.errors import UserError
+from v4forge.images import patches
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "docker" / "serve"

@@ -26,8 +26,8 @@ from programs import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from v4forge import layout
-from v4forge.layout import Config
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.layout import Config
 
 SAMPLES = {"small": 12, "other": 24}  # x 64 tokens: most experts see more tokens than their width, some fewer
 
@@ -75,7 +75,7 @@ def stored_in(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# Decoders that share nothing with v4forge.codec: tables, filled from the formats' definitions, in float64.
+# Decoders that share nothing with v4forge.checkpoint.codec: tables, filled from the formats' definitions, in float64.
 def e4m3(byte: int) -> float:
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     if exponent == 15 and mantissa == 7:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import pipeline
-from v4forge import events
 from v4forge.errors import UserError
+from v4forge.pipeline import events
 
 
 def test_a_round_has_the_seconds_of_the_record_and_the_most_memory_of_the_events(

@@ -1,4 +1,4 @@
-"""v4forge.plan and scripts.plan: what a run needs, from the config alone."""
+"""v4forge.pipeline.requirements and scripts.plan: what a run needs, from the config alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from programs import run_here
 from synthetic import OTHER, config_dict
 from test_layout import FLASH
 
-from v4forge import disk, estimate, events, layout, plan
+from v4forge.checkpoint import layout
 from v4forge.errors import UserError
+from v4forge.pipeline import disk_speed, estimate, events, requirements
 
 Usage = namedtuple("Usage", "total used free")
 TOKENS = 768, 512
@@ -26,8 +27,8 @@ NAMES = estimate.names_of("flash")
 
 
 @cache
-def flash_sizes() -> plan.Sizes:
-    return plan.sizes_of(plan.flash_config())
+def flash_sizes() -> requirements.Sizes:
+    return requirements.sizes_of(requirements.flash_config())
 
 
 def disk_with(monkeypatch: pytest.MonkeyPatch, free_gb: float) -> None:
@@ -35,7 +36,7 @@ def disk_with(monkeypatch: pytest.MonkeyPatch, free_gb: float) -> None:
 
 
 def test_the_published_config_has_flash_sizes() -> None:
-    assert plan.flash_config().raw.items() >= FLASH.items()
+    assert requirements.flash_config().raw.items() >= FLASH.items()
 
 
 def settings(work: Path, **changed: Any) -> dict[str, Any]:
@@ -43,15 +44,15 @@ def settings(work: Path, **changed: Any) -> dict[str, Any]:
     return {"work": str(work), "source": f"{work}/upstream", "samples": 768, "seq_len": 512, **changed}
 
 
-def steps_of(work: Path, **changed: Any) -> dict[str, plan.Step]:
-    found = plan.steps(NAMES, plan.flash_config(), flash_sizes(), settings(work, **changed))
+def steps_of(work: Path, **changed: Any) -> dict[str, requirements.Step]:
+    found = requirements.steps(NAMES, requirements.flash_config(), flash_sizes(), settings(work, **changed))
     return {step.stage: step for step in found}
 
 
 def room(work: Path, **changed: Any) -> int:
     given = settings(work, **changed)
-    config, sizes = plan.flash_config(), flash_sizes()
-    return plan.room_needed(plan.steps(NAMES, config, sizes, given), NAMES, config, sizes, given)
+    config, sizes = requirements.flash_config(), flash_sizes()
+    return requirements.room_needed(requirements.steps(NAMES, config, sizes, given), NAMES, config, sizes, given)
 
 
 def sparse(path: Path, size: int) -> None:
@@ -84,26 +85,26 @@ def test_linked_layers_count_once(tmp_path: Path) -> None:
 def test_the_sizes_are_those_of_the_layout(changed: dict[str, Any]) -> None:
     options = {name: value for name, value in changed.items() if name != "shards"}
     config = layout.parse_config(config_dict(**options), "config.json")
-    sizes = plan.sizes_of(config)
+    sizes = requirements.sizes_of(config)
     for found, specs in ((sizes.upstream, layout.upstream(config)), (sizes.artifact, layout.artifact(config))):
         by_hand: Counter[str] = Counter()
         for name, spec in specs.items():
-            by_hand[plan.shard_of(name)] += math.prod(spec.shape) * spec.dtype.itemsize
+            by_hand[requirements.shard_of(name)] += math.prod(spec.shape) * spec.dtype.itemsize
         assert found == by_hand
 
 
 def test_a_gpu_of_flash_needs_streams_and_routed_outputs() -> None:
     tokens = 96 * 512
     by_hand = tokens * 4 * 4096 * 2 + 2 * tokens * 4096 * 2 + tokens * 6 * 4096 * 2 + 26 * 2**30
-    assert plan.gpu_bytes(plan.flash_config(), 96, 512) == by_hand
+    assert requirements.gpu_bytes(requirements.flash_config(), 96, 512) == by_hand
 
 
 def test_the_slower_of_disk_and_compute_sets_the_time() -> None:
-    config = plan.flash_config()
-    fast_disk = plan.layer_time(config, flash_sizes(), *TOKENS, 5, 5, 7.0)
+    config = requirements.flash_config()
+    fast_disk = requirements.layer_time(config, flash_sizes(), *TOKENS, 5, 5, 7.0)
     assert fast_disk.layer_s == 7.0 > fast_disk.disk_s
     assert fast_disk.total_s == 43 * 7.0
-    slow_disk = plan.layer_time(config, flash_sizes(), *TOKENS, 1, 1, 7.0)
+    slow_disk = requirements.layer_time(config, flash_sizes(), *TOKENS, 1, 1, 7.0)
     assert slow_disk.layer_s == pytest.approx((slow_disk.read_bytes + slow_disk.write_bytes) / 1e9)
     assert slow_disk.layer_s == pytest.approx(5 * fast_disk.disk_s)
 
@@ -115,9 +116,9 @@ def test_what_is_there_already_need_not_fit_again(tmp_path: Path, monkeypatch: p
     after = room(tmp_path)
     assert before - after == flash_sizes().upstream.total() + 10**9
     disk_with(monkeypatch, 250)
-    plan.require_room(after, tmp_path)
+    requirements.require_room(after, tmp_path)
     with pytest.raises(UserError, match="are missing"):
-        plan.require_room(before, tmp_path)
+        requirements.require_room(before, tmp_path)
 
 
 def test_a_source_elsewhere_takes_no_room_here(tmp_path: Path) -> None:
@@ -125,10 +126,10 @@ def test_a_source_elsewhere_takes_no_room_here(tmp_path: Path) -> None:
 
 
 def test_calibrate_still_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = plan.calibration_parts(plan.flash_config(), tmp_path, *TOKENS)
+    parts = requirements.calibration_parts(requirements.flash_config(), tmp_path, *TOKENS)
     disk_with(monkeypatch, 150.8 + 25.7)
     with pytest.raises(UserError, match=r"the run writes 176\.6 GB"):
-        plan.require_space(parts, tmp_path)
+        requirements.require_space(parts, tmp_path)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -202,7 +203,7 @@ def test_json_names_what_is_assumed_in_the_total(capsys: pytest.CaptureFixture[s
 def test_a_run_that_was_interrupted_needs_only_what_is_missing(tmp_path: Path) -> None:
     """Half a download, a part of which has no name yet, and 20 layers: the rest, and the hidden states."""
     sizes = flash_sizes()
-    layers = plan.layer_bytes(sizes.artifact)
+    layers = requirements.layer_bytes(sizes.artifact)
     sparse(tmp_path / "upstream" / "model-00001-of-00046.safetensors", 70 * 10**9)
     sparse(tmp_path / "upstream/.fetch/incoming/x/model-00002-of-00046.safetensors.incomplete", 9 * 10**9)
     for layer in range(20):
@@ -212,13 +213,13 @@ def test_a_run_that_was_interrupted_needs_only_what_is_missing(tmp_path: Path) -
     assert room(tmp_path) == left + states
     sparse(tmp_path / "layers/streams/layer-016/00000.safetensors", states // 2)
     assert room(tmp_path) == left + states // 2
-    parts = plan.calibration_parts(plan.flash_config(), tmp_path / "layers", *TOKENS)
+    parts = requirements.calibration_parts(requirements.flash_config(), tmp_path / "layers", *TOKENS)
     assert parts[1].missing_bytes == states // 2
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = "--profile", "flash", "--source", tmp_path, "--json"
-    (tmp_path / "config.json").write_text(json.dumps(plan.flash_config().raw))
+    (tmp_path / "config.json").write_text(json.dumps(requirements.flash_config().raw))
     found = json.loads(planned(capsys, *arguments)[1])
     assert [each["stage"] for each in found["stages"]] == NAMES
     seconds = [each["seconds"] for each in found["stages"] if each["seconds"]]
@@ -266,11 +267,11 @@ def test_the_disk_is_measured_where_it_is_not_known(
     disk_with(monkeypatch, 400)
     measured = []
 
-    def measure(folder: Path, _size: int = 0) -> disk.Speed:
+    def measure(folder: Path, _size: int = 0) -> disk_speed.Speed:
         measured.append(folder)
-        return disk.Speed(2e9, 3e9)
+        return disk_speed.Speed(2e9, 3e9)
 
-    monkeypatch.setattr(disk, "measure", measure)
+    monkeypatch.setattr(disk_speed, "measure", measure)
     assert run_here("plan", "--profile", "flash", "--work", tmp_path / "not yet") == 0
     assert "3.0 GB/s read, 2.0 GB/s written, measured now" in capsys.readouterr().out
     assert measured == [tmp_path] and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""v4forge.probe against a stand-in, for what no real vLLM does on demand. A real one passes it where it is served."""
+"""serving.probe against a stand-in, for what no real vLLM does on demand. A real one passes it where it is served."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from probe_stand_in import MODEL, Answer, StandIn, completed, fault, metrics, serving, tokens_of
 
-from v4forge import endpoints, probe
-from v4forge.endpoints import PIN, Endpoint
 from v4forge.errors import UserError
-from v4forge.exposition import Counts
-from v4forge.probe import PROMPTS, TOKENS, Check, Completion, Expected
+from v4forge.serving import client, probe
+from v4forge.serving.client import PIN, Endpoint
+from v4forge.serving.metrics import Counts
+from v4forge.serving.probe import PROMPTS, TOKENS, Check, Completion, Expected
 
 KEY = "a-secret-key"
 LOG = "".join(
@@ -38,7 +38,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 def probed(server: ThreadingHTTPServer, expected: Expected = EXPECTED, key: str = "", log: str = LOG) -> list[Check]:
     url = f"http://127.0.0.1:{server.server_port}/"
-    return probe.probe(endpoints.endpoints(url, 2, key), expected, lambda replica: log)
+    return probe.probe(client.endpoints(url, 2, key), expected, lambda replica: log)
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
@@ -83,13 +83,13 @@ def test_a_wrong_key_fails_every_question_and_is_not_told(server: ThreadingHTTPS
 def test_the_right_key_is_sent_and_is_not_in_the_endpoints_text(server: ThreadingHTTPServer) -> None:
     server.RequestHandlerClass.key = KEY  # type: ignore[attr-defined]
     assert not failed(probed(server, key=KEY))
-    assert KEY not in repr(endpoints.endpoints("http://x", 1, KEY))
+    assert KEY not in repr(client.endpoints("http://x", 1, KEY))
 
 
 def test_a_replica_that_does_not_listen_is_told() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-    checks = probe.probe(endpoints.endpoints(f"http://127.0.0.1:{port}", 1), EXPECTED, lambda replica: LOG)
+    checks = probe.probe(client.endpoints(f"http://127.0.0.1:{port}", 1), EXPECTED, lambda replica: LOG)
     assert "refused" in failed(checks)["replica 0: models"] and "serve-status" in failed(checks)["replica 0: models"]
 
 
@@ -122,21 +122,21 @@ def broken_off(handler: StandIn) -> None:
 def test_an_answer_that_does_not_come_or_end_is_waited_for_so_long(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, answer: Callable[[StandIn], None], fact: str
 ) -> None:
-    monkeypatch.setattr(endpoints, "GET_LIMIT_S", 0.4)
+    monkeypatch.setattr(client, "GET_LIMIT_S", 0.4)
     fault(server, 0, "/v1/models", lambda body: answer)
     started_s = time.monotonic()
     with pytest.raises(UserError, match=fact):
-        endpoints.ask(Endpoint(0, f"http://127.0.0.1:{server.server_port}"), "/v1/models")
+        client.ask(Endpoint(0, f"http://127.0.0.1:{server.server_port}"), "/v1/models")
     assert time.monotonic() - started_s < 2
 
 
 def test_an_answer_without_end_is_not_read_to_its_end(
     server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(client, "MOST_BYTES", 1 << 20)
     fault(server, 0, "/metrics", lambda body: (200, "x" * (2 << 20)))
     with pytest.raises(UserError, match="answered more than 1 MiB"):
-        endpoints.metrics(Endpoint(0, f"http://127.0.0.1:{server.server_port}"))
+        client.metrics(Endpoint(0, f"http://127.0.0.1:{server.server_port}"))
 
 
 @pytest.mark.parametrize("text", ["", "<html>502</html>", "{", "NaNN", "[" * 100_000])
@@ -337,7 +337,7 @@ def test_a_log_that_cannot_be_read_is_told(server: ThreadingHTTPServer) -> None:
         raise FileNotFoundError(2, "No such file or directory", "replica0.log")
 
     url = f"http://127.0.0.1:{server.server_port}"
-    found = failed(probe.probe(endpoints.endpoints(url, 1), EXPECTED, log))
+    found = failed(probe.probe(client.endpoints(url, 1), EXPECTED, log))
     assert "replica0.log" in found["replica 0: weights"]
 
 
@@ -353,5 +353,5 @@ def test_every_check_is_a_line() -> None:
 def test_progress_tells_the_replica_and_what_is_asked(server: ThreadingHTTPServer) -> None:
     told: list[tuple[int, str]] = []
     url = f"http://127.0.0.1:{server.server_port}"
-    probe.probe(endpoints.endpoints(url, 2), EXPECTED, lambda replica: LOG, lambda *step: told.append(step))
+    probe.probe(client.endpoints(url, 2), EXPECTED, lambda replica: LOG, lambda *step: told.append(step))
     assert told[0] == (0, "replica 0: models") and told[-1] == (2, "replicas agree")

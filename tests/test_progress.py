@@ -1,4 +1,4 @@
-"""v4forge.progress and scripts.cli.steps: rate, ETA and what a person sees of them, on a terminal and in a log."""
+"""pipeline.progress and scripts.cli.steps: rate, ETA and what a person sees of them, on a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from scripts import cli
-from v4forge import events, progress
 from v4forge.errors import UserError
-from v4forge.progress import Pace, Peak, Standing, duration, pace
+from v4forge.pipeline import events, progress
+from v4forge.pipeline.progress import Pace, Peak, Standing, duration, pace
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -131,7 +131,7 @@ def test_what_is_there_already_is_not_sent_again(hub: UploadHub, artifact: Path)
 def test_a_connection_that_breaks_is_said_and_the_same_command_sends_the_rest(
     hub: UploadHub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("v4forge.uploading.AT_A_TIME", 1)
+    monkeypatch.setattr("v4forge.hub.upload.AT_A_TIME", 1)
     shards = sorted(artifact.glob("*.safetensors"), key=lambda path: -path.stat().st_size)
     third = certified_artifact.sha256_of(shards[2])
     hub.breaks = [Break(third, after_bytes=10_000, times=100)]

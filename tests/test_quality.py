@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from v4forge import calibration, corpus, layers, tiny_text
-from v4forge.artifact import assemble
-from v4forge.checkpoint import Checkpoint
-from v4forge.evaluation import Quality, evaluate, unigram_perplexity
+from dev.tiny import text
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import corpus
+from v4forge.model.evaluation import Quality, evaluate, unigram_perplexity
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.postprocess import assemble
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 SEQUENCES, SEQ_LEN = 16, 512
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def heldout() -> torch.Tensor:
-    tokens = torch.from_numpy(tiny_text.heldout_tokens(TINY, TINY / "heldout.txt").astype("int64"))
+    tokens = torch.from_numpy(text.heldout_tokens(TINY, TINY / "heldout.txt").astype("int64"))
     return tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
 
 
@@ -27,14 +29,14 @@ def heldout() -> torch.Tensor:
 def qualities(tmp_path_factory: pytest.TempPathFactory, heldout: torch.Tensor) -> dict[str, Quality]:
     work = tmp_path_factory.mktemp("quality")
     source = Checkpoint(TINY)
-    digests = layers.source_digests(TINY, source.shard_names, work / "digests.json")
+    digests = layer_files.source_digests(TINY, source.shard_names, work / "digests.json")
     samples = corpus.load(TINY, TINY / "calibration.jsonl", 64, 256, 42, source.config.vocab_size)
     found = {"source": evaluate(source, heldout, CPU)}
-    for method, text in {"gptq": samples, "rtn": None}.items():
-        settings = layers.Settings(method=method)
-        mark = layers.fingerprint(digests, text, settings, CPU)
-        layers.claim(work / method, mark, "refuse", print)
-        calibration.calibrate(source, text, work / method, settings, mark, CPU)
+    for method, given in {"gptq": samples, "rtn": None}.items():
+        settings = layer_files.Settings(method=method)
+        mark = layer_files.fingerprint(digests, given, settings, CPU)
+        layer_files.claim(work / method, mark, "refuse", print)
+        calibrate.calibrate(source, given, work / method, settings, mark, CPU)
         assemble(source, work / method, work / f"artifact-{method}")
         found[method] = evaluate(Checkpoint(work / f"artifact-{method}", form="artifact"), heldout, CPU)
     return found

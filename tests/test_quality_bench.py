@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts import bench_quality
-from v4forge import derive, harness, quality, sandbox
+from v4forge.bench import lm_eval as lm_eval_harness
+from v4forge.bench import lm_eval_tasks, quality, sandbox
+from v4forge.bench.lm_eval import Asked, Environment, Limits
+from v4forge.bench.quality import Output
 from v4forge.errors import UserError
-from v4forge.harness import Asked, Environment, Limits
-from v4forge.quality import Output
 
 shares = st.floats(0, 1)
 errors = st.floats(1e-4, 0.2)
@@ -63,8 +64,8 @@ def test_the_standard_error_of_a_share_is_the_published_one_of_humaneval() -> No
 
 
 def test_the_module_of_figures_loads_without_torch() -> None:
-    code = "import sys, v4forge.quality; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=derive.Path(__file__).parents[1]).returncode == 0
+    code = "import sys, v4forge.bench.quality; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=lm_eval_tasks.Path(__file__).parents[1]).returncode == 0
 
 
 # The table.
@@ -116,7 +117,7 @@ def spec(**more: Any) -> dict[str, Any]:
 
 
 def test_a_derived_task_includes_the_original_and_pins_its_revision(lm_eval: Path) -> None:
-    task = derive.derived(lm_eval / "group/group_blue.yaml", spec())
+    task = lm_eval_tasks.derived(lm_eval / "group/group_blue.yaml", spec())
     assert task == {
         "include": str(lm_eval / "group/group_blue.yaml"),
         "task": "group_blue",
@@ -125,22 +126,22 @@ def test_a_derived_task_includes_the_original_and_pins_its_revision(lm_eval: Pat
 
 
 def test_a_task_of_programs_is_written_out_without_the_functions_that_run_them(lm_eval: Path) -> None:
-    task = derive.derived(lm_eval / "code.yaml", spec(code=True))
+    task = lm_eval_tasks.derived(lm_eval / "code.yaml", spec(code=True))
     assert task and "include" not in task and "!function" not in yaml.safe_dump(task)
     assert task["metric_list"] == [{"metric": "bypass"}] and task["unsafe_code"] is False
     assert task["doc_to_text"] == "{{q}}"
 
 
 def test_the_server_is_told_four_strings_that_end_a_program_and_the_rest_is_cut_off_after(lm_eval: Path) -> None:
-    task = derive.derived(lm_eval / "code.yaml", spec(code=True))
+    task = lm_eval_tasks.derived(lm_eval / "code.yaml", spec(code=True))
     assert task and task["generation_kwargs"] == {"until": ["a", "b", "c", "d"], "max_gen_toks": 7}
-    assert derive.stops({"until": ["a", "b", "c", "d", "e"]}, spec(code=True))[1] == ["e"]
-    assert derive.stops({"until": ["a", "b", "c", "d", "e"]}, spec(code=False))[1] == []
+    assert lm_eval_tasks.stops({"until": ["a", "b", "c", "d", "e"]}, spec(code=True))[1] == ["e"]
+    assert lm_eval_tasks.stops({"until": ["a", "b", "c", "d", "e"]}, spec(code=False))[1] == []
 
 
 def test_local_files_take_the_place_of_the_hub(lm_eval: Path, tmp_path: Path) -> None:
     quality_data.lines(tmp_path / "data/test.jsonl", [{"q": 1}])
-    task = derive.derived(lm_eval / "base.yaml", spec(local=str(tmp_path / "data")))
+    task = lm_eval_tasks.derived(lm_eval / "base.yaml", spec(local=str(tmp_path / "data")))
     assert task and (task["dataset_path"], task["dataset_name"]) == ("json", None)
     assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "data/test.jsonl")}}
 
@@ -148,19 +149,19 @@ def test_local_files_take_the_place_of_the_hub(lm_eval: Path, tmp_path: Path) ->
 def test_parts_with_folders_of_their_own_are_those_whose_folder_is_there(lm_eval: Path, tmp_path: Path) -> None:
     quality_data.lines(tmp_path / "data/blue/test.jsonl", [{"q": 1}])
     chosen = spec(group=True, folders="colour", local=str(tmp_path / "data"))
-    assert derive.derived(lm_eval / "group/group_blue.yaml", chosen)
-    assert derive.derived(lm_eval / "group/group_red_hat.yaml", chosen) is None
+    assert lm_eval_tasks.derived(lm_eval / "group/group_blue.yaml", chosen)
+    assert lm_eval_tasks.derived(lm_eval / "group/group_red_hat.yaml", chosen) is None
 
 
 def test_parts_of_a_shared_file_are_those_with_questions_in_it(lm_eval: Path, tmp_path: Path) -> None:
     quality_data.lines(tmp_path / "data/test.jsonl", [{"category": "red hat"}])
     chosen = spec(group=True, local=str(tmp_path / "data"))
-    assert derive.derived(lm_eval / "group/group_red_hat.yaml", chosen)
-    assert derive.derived(lm_eval / "group/group_blue.yaml", chosen) is None
+    assert lm_eval_tasks.derived(lm_eval / "group/group_red_hat.yaml", chosen)
+    assert lm_eval_tasks.derived(lm_eval / "group/group_blue.yaml", chosen) is None
 
 
 def test_a_group_keeps_its_metrics_and_names_the_parts_that_there_are(lm_eval: Path) -> None:
-    found = derive.group(spec(), ["group_blue"], lm_eval / "group")
+    found = lm_eval_tasks.group(spec(), ["group_blue"], lm_eval / "group")
     assert found == {"group": "group", "task": ["group_blue"], "aggregate_metric_list": [{"metric": "acc"}]}
 
 
@@ -193,7 +194,7 @@ def asked(**more: Any) -> Asked:
 
 
 def words(name: str, **more: Any) -> list[str]:
-    return harness.command("python", quality.table().tasks[name], asked(**more), Path("/tasks"), Path("/work"))
+    return lm_eval_harness.command("python", quality.table().tasks[name], asked(**more), Path("/tasks"), Path("/work"))
 
 
 def model_arguments(command: list[str]) -> dict[str, Any]:
@@ -317,21 +318,24 @@ def test_a_program_ends_where_the_server_was_not_told_to_stop() -> None:
     ],
 )
 def test_what_lm_eval_said_last_becomes_a_fact(said: str, fact: str) -> None:
-    assert fact in harness.explain(said, 1, Path("log")).fact
+    assert fact in lm_eval_harness.explain(said, 1, Path("log")).fact
 
 
 def test_the_last_progress_counts() -> None:
-    assert harness.reached("Requesting API:   0%|  | 0/24 [00:00\rRequesting API:  58%|#  | 14/24 [00:18") == (14, 24)
-    assert harness.reached("Checking cached requests: 100%| 2/2") == (0, 0)
+    assert lm_eval_harness.reached("Requesting API:   0%|  | 0/24 [00:00\rRequesting API:  58%|#  | 14/24 [00:18") == (
+        14,
+        24,
+    )
+    assert lm_eval_harness.reached("Checking cached requests: 100%| 2/2") == (0, 0)
 
 
 def run(code: str, tmp_path: Path, limits: Limits) -> str:
     environment = Environment(tmp_path, Path(sys.executable).parent)
-    return harness.run(environment, [environment.python, "-c", code], {}, tmp_path / "log", limits)
+    return lm_eval_harness.run(environment, [environment.python, "-c", code], {}, tmp_path / "log", limits)
 
 
 def test_a_server_that_stalls_ends_the_run_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "GRACE_S", 0.5)
+    monkeypatch.setattr(lm_eval_harness, "GRACE_S", 0.5)
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"stalls.* after 3 of 9"):
         run("import time; print('Requesting API: 3/9', flush=True); time.sleep(60)", tmp_path, Limits(0.5))
@@ -351,7 +355,9 @@ def test_what_an_earlier_run_said_is_not_taken_for_this_ones(tmp_path: Path) -> 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be run"):
-        harness.run(Environment(tmp_path, tmp_path), [str(tmp_path / "python")], {}, tmp_path / "log", Limits(1))
+        lm_eval_harness.run(
+            Environment(tmp_path, tmp_path), [str(tmp_path / "python")], {}, tmp_path / "log", Limits(1)
+        )
 
 
 # Programs of a model.

@@ -30,9 +30,9 @@ from programs import (
 from synthetic import TINY, Tensors, edit
 from torch import Tensor
 
-from v4forge import ranks
-from v4forge.dispatch import Dispatch
-from v4forge.ranks import Ranks
+from v4forge.model import distributed
+from v4forge.model.distributed import Ranks
+from v4forge.model.expert_dispatch import Dispatch
 
 CPU = torch.device("cpu")
 ENDS_WITHIN_S = 60
@@ -289,7 +289,7 @@ def test_one_rank_needs_no_process_group() -> None:
 
 
 def check_gather(_: str) -> None:
-    with ranks.joined(CPU) as (place, device):
+    with distributed.joined(CPU) as (place, device):
         assert (place.size, device) == (3, CPU)
         assert place.gather((place.rank, "x" * place.rank)) == [(0, ""), (1, "x"), (2, "xx")]
         assert place.told("told" if place.rank == 0 else None) == "told"
@@ -298,7 +298,7 @@ def check_gather(_: str) -> None:
 
 def check_barrier(folder: str) -> None:
     flag = Path(folder) / "flag"
-    with ranks.joined(CPU) as (place, _):
+    with distributed.joined(CPU) as (place, _):
         if place.rank == 1:
             time.sleep(0.3)
             flag.write_text("here")
@@ -312,7 +312,7 @@ def check_exchange(_: str) -> None:
         count = (2 * sender + receiver) % 4
         return (torch.arange(count * 5).view(count, 5) + 20 * sender + 60 * receiver).to(dtype)
 
-    with ranks.joined(CPU) as (place, _):
+    with distributed.joined(CPU) as (place, _):
         for dtype in (torch.bfloat16, torch.float32, torch.int64):
             rows = [sent(place.rank, receiver, dtype) for receiver in range(3)]
             wanted = [sent(sender, place.rank, dtype) for sender in range(3)]
@@ -335,7 +335,7 @@ def check_ordered_sum(_: str) -> None:
     for term in terms:
         wanted += term
     assert not torch.equal(terms.flip(0).sum(0), wanted)  # another order gives other bits
-    with ranks.joined(CPU) as (place, _):
+    with distributed.joined(CPU) as (place, _):
         for splits in ((4, 0, 5), (0, 8, 1), (9, 0, 0), (0, 0, 9), (3, 3, 3)):
             own = terms.split(splits)[place.rank]
             assert torch.equal(place.ordered_sum(iter(own), torch.empty(40, 7)), wanted)
@@ -358,7 +358,7 @@ def check_dispatch(_: str) -> None:
         ((0, 3, 0), 2, 1),
         ((11, 8, 13), 3, 16),
     ]
-    with ranks.joined(CPU) as (place, _):
+    with distributed.joined(CPU) as (place, _):
         for seed, case in enumerate(cases):
             dispatch_like_one_process(place, *case, seed)
 

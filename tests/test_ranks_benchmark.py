@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import ranks
-from v4forge.watch import Span
+from v4forge.profiling import Span
 
 CPU = torch.device("cpu")
 

@@ -18,10 +18,13 @@ from registry_stand_in import Stored, serving
 from test_report import EVALUATION
 
 from scripts import release_check
-from v4forge import card, certified, images, lock_check, registry, release, report, report_inputs, run_record
-from v4forge.oci import MANIFESTS, digest_of
-from v4forge.registry import Locked
-from v4forge.release import Release, Row
+from v4forge import artifact_folder
+from v4forge.images import definitions, lock_check, registry
+from v4forge.images.oci import MANIFESTS, digest_of
+from v4forge.images.registry import Locked
+from v4forge.pipeline import release_check as release
+from v4forge.pipeline.release_check import Release, Row
+from v4forge.reporting import card, gather, page, run_record
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +40,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certified_artifact.seal(artifact)
     results = bench_results.full(tiny=True)
     for result in results:
-        result["target"]["artifact"]["sums_sha256"] = certified.sums_sha256(artifact)
+        result["target"]["artifact"]["sums_sha256"] = artifact_folder.sums_sha256(artifact)
     bench_results.write(work / "reports", *results)
-    write_json(work / "reports/evaluation.json", EVALUATION | {"sums_sha256": certified.sums_sha256(artifact)})
+    write_json(work / "reports/evaluation.json", EVALUATION | {"sums_sha256": artifact_folder.sums_sha256(artifact)})
     write_texts(work)
     return work
 
@@ -56,9 +59,9 @@ def write_texts(work: Path) -> None:
     """Card, run.json and report, by what writes them."""
     run_record.write(work, work / "artifact")
     (work / "artifact/README.md").write_text(card.text(work, work / "artifact"))
-    inputs, _ = report_inputs.gathered(work)
-    (work / report_inputs.PAGE).write_text(report.page(inputs))
-    (work / report_inputs.MARKDOWN).write_text(report_inputs.markdown(inputs))
+    inputs, _ = gather.gathered(work)
+    (work / gather.PAGE).write_text(page.page(inputs))
+    (work / gather.MARKDOWN).write_text(gather.markdown(inputs))
 
 
 @pytest.fixture
@@ -75,15 +78,17 @@ def server() -> Iterator[Stored]:
 @pytest.fixture
 def lock(server: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """images.lock of two images that the registry has, of this checkout's code, as it was when the test began."""
-    code = images.code_sha256()
-    monkeypatch.setattr(images, "code_sha256", lambda _root=images.ROOT: code)
-    for name in images.IMAGES:
+    code = definitions.code_sha256()
+    monkeypatch.setattr(definitions, "code_sha256", lambda _root=definitions.ROOT: code)
+    for name in definitions.IMAGES:
         push(server, name, tmp_path / "images.lock")
     return tmp_path / "images.lock"
 
 
 def push(server: Stored, name: str, lock: Path, **labels: str) -> None:
-    said = images.labels(images.get(name), "cpu", "0" * 40) | {key.replace("_", "."): v for key, v in labels.items()}
+    said = definitions.labels(definitions.get(name), "cpu", "0" * 40) | {
+        key.replace("_", "."): v for key, v in labels.items()
+    }
     config = json.dumps({"config": {"Labels": said}}).encode()
     manifest = json.dumps({"schemaVersion": 2, "config": {"digest": digest_of(config)}, "layers": []}).encode()
     server.blobs[digest_of(config)] = config

@@ -15,9 +15,12 @@ from programs import calibrate_arguments, run_here, write_corpus, write_source
 from safetensors.torch import load_file
 
 from scripts import replay as program
-from v4forge import corpus, digests, layers, replay
+from v4forge import digests
+from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
-from v4forge.writer import write_shard
+from v4forge.model import corpus
+from v4forge.quantization import layer_files
+from v4forge.verification import reproduce
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -97,7 +100,7 @@ def test_ctrl_c_says_the_command_that_goes_on_with_the_replay(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("v4forge.runner.Runner.run", interrupted)
+    monkeypatch.setattr("v4forge.pipeline.runner.Runner.run", interrupted)
     words = [str(made.manifest), "--scratch", str(tmp_path), "--source", str(made.source), "--corpus", str(made.text)]
     assert program.main(words) == 130
     assert said in capsys.readouterr().err
@@ -113,7 +116,7 @@ def test_another_code_stops_at_its_layer_and_names_expert_and_matrix(
     said = capsys.readouterr()
     assert "layer 0 beside the manifest: identical" in said.out and "layer 1 beside" not in said.out
     assert said.err.startswith(f"error: layer 1, expert 2, w3, codes and scales: {'0' * 16} in the manifest, ")
-    assert not layers.layer_file(tmp_path / "layers", 2).exists(), "nothing is made behind the first difference"
+    assert not layer_files.layer_file(tmp_path / "layers", 2).exists(), "nothing is made behind the first difference"
 
 
 def test_a_replay_goes_on_behind_what_is_finished_and_compares_that_too(
@@ -124,19 +127,19 @@ def test_a_replay_goes_on_behind_what_is_finished_and_compares_that_too(
 
     edited = made.edited(tmp_path / "edited", change)
     assert made.calibrate(tmp_path / "layers", edited) == 1
-    first = layers.layer_file(tmp_path / "layers", 0).stat().st_ino
+    first = layer_files.layer_file(tmp_path / "layers", 0).stat().st_ino
     assert "error: layer 0, expert 0, tokens: " in capsys.readouterr().err
     assert made.calibrate(tmp_path / "layers", edited) == 1, "the finished layer still differs"
     capsys.readouterr()
     assert made.calibrate(tmp_path / "layers", made.manifest) == 0
     assert capsys.readouterr().out.count("beside the manifest: identical") == 3
-    assert layers.layer_file(tmp_path / "layers", 0).stat().st_ino == first
+    assert layer_files.layer_file(tmp_path / "layers", 0).stat().st_ino == first
 
 
 def test_losses_and_blended_experts_are_compared_too(made: Made, tmp_path: Path) -> None:
-    report = json.loads(layers.layer_report(made.folder / "layers", 0).read_text())
-    original = replay.load(made.manifest)
-    exact = replay.Comparison(original, made.folder / "layers", True, torch.device("cpu"))
+    report = json.loads(layer_files.layer_report(made.folder / "layers", 0).read_text())
+    original = reproduce.load(made.manifest)
+    exact = reproduce.Comparison(original, made.folder / "layers", True, torch.device("cpu"))
     assert "identical" in exact.layer(report)
     worse = {**report["error"], "w2": {"gptq": [2 * x for x in report["error"]["w2"]["gptq"]], "rtn": [1.0] * 4}}
     for changed, said in (({"error": worse}, "w2, mean loss with gptq"), ({"fallback": ["w1 0"]}, "fallback")):
@@ -199,8 +202,8 @@ def test_an_artifact_that_lies_in_a_cache_of_links_is_compared_by_its_codes_too(
     for path in made.manifest.parent.iterdir():
         shutil.copy(path, tmp_path / "blobs")
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    copy = replay.copied(replay.load(tmp_path / "snapshot/manifest.json"), tmp_path / "work/deep/original")
-    assert all(replay.load(copy).shard(layer) for layer in range(3))
+    copy = reproduce.copied(reproduce.load(tmp_path / "snapshot/manifest.json"), tmp_path / "work/deep/original")
+    assert all(reproduce.load(copy).shard(layer) for layer in range(3))
 
 
 def test_another_source_is_refused_before_anything_is_made(
@@ -232,21 +235,21 @@ def test_another_corpus_file_is_refused_by_its_content(made: Made, tmp_path: Pat
         program.main([str(made.manifest), *words])
     same = tmp_path / "renamed.txt"
     same.write_bytes(made.text.read_bytes())
-    replay.check_corpus(replay.load(made.manifest), same)
+    reproduce.check_corpus(reproduce.load(made.manifest), same)
 
 
 def test_a_pinned_data_set_must_be_the_one_of_versions_env(made: Made, tmp_path: Path) -> None:
     here = corpus.pinned_origin()
 
-    def manifest_of(revision: str) -> replay.Original:
+    def manifest_of(revision: str) -> reproduce.Original:
         def change(content: dict[str, Any]) -> None:
             content["calibration"]["corpus"]["origin"] = {**here, "revision": revision, "documents": 3}
 
-        return replay.load(made.edited(tmp_path / revision, change))
+        return reproduce.load(made.edited(tmp_path / revision, change))
 
-    replay.check_corpus(manifest_of(here["revision"]), None)
+    reproduce.check_corpus(manifest_of(here["revision"]), None)
     with pytest.raises(UserError, match="this would be of ") as raised:
-        replay.check_corpus(manifest_of("elsewhere"), None)
+        reproduce.check_corpus(manifest_of("elsewhere"), None)
     assert "CORPUS_REVISION=elsewhere" in raised.value.hint
 
 
@@ -254,7 +257,7 @@ def test_the_settings_that_make_does_not_have_come_from_the_manifest(made: Made,
     def change(content: dict[str, Any]) -> None:
         content["calibration"]["settings"] |= {"experts": "all", "scales": "absmax", "dampening": 0.05, "threads": 1}
 
-    original = replay.load(made.edited(tmp_path / "edited", change))
+    original = reproduce.load(made.edited(tmp_path / "edited", change))
     words = [str(part) for part in program.table_of(original, "cpu", pinned=False)["calibrate"].arguments]
     told = {name: words[words.index(name) + 1] for name in ("--scales", "--dampening", "--threads", "--micro-batch")}
     assert told == {"--scales": "absmax", "--dampening": "0.05", "--threads": "1", "--micro-batch": "4"}
@@ -269,7 +272,7 @@ def test_a_file_that_must_be_the_same_everywhere_is_named(
         for name in ("model-00001-of-00005.safetensors", "tokenizer.json"):
             content["files"][name]["sha256"] = "0" * 64
 
-    original = replay.load(made.edited(tmp_path / "edited", change))
+    original = reproduce.load(made.edited(tmp_path / "edited", change))
     assert program.verdict(original, made.folder, gpus=1) == 1
     said = capsys.readouterr().out
     assert "tokenizer.json: sha256 0000000000000000… there, " in said and said.count(": it must be the same") == 1
@@ -283,7 +286,7 @@ def test_only_layers_may_differ_within_the_tolerance(
         elsewhere(content)
         content["files"]["model-00001-of-00005.safetensors"]["sha256"] = "0" * 64
 
-    assert program.verdict(replay.load(made.edited(tmp_path / "edited", change)), made.folder, gpus=1) == 0
+    assert program.verdict(reproduce.load(made.edited(tmp_path / "edited", change)), made.folder, gpus=1) == 0
     assert "replay: within the stated tolerance; 9 of 10 files have the same bytes" in capsys.readouterr().out
 
 
@@ -294,9 +297,9 @@ def test_another_number_of_gpus_lets_bytes_differ_and_of_processes_on_a_processo
     path = made.edited(tmp_path / "edited", lambda content: content["calibration"].update(hardware="NVIDIA H200"))
     (path.parent / "run.json").write_text(json.dumps({"layers": [{"ranks": 8}]}))
     gpu = {**mark, "hardware": "NVIDIA H200"}
-    assert replay.differences(replay.load(path), gpu, 8) == []
-    assert replay.differences(replay.load(path), gpu, 4) == ["GPUs: 8 there, 4 here"]
-    assert replay.differences(replay.load(made.manifest), mark, 4) == []
+    assert reproduce.differences(reproduce.load(path), gpu, 8) == []
+    assert reproduce.differences(reproduce.load(path), gpu, 4) == ["GPUs: 8 there, 4 here"]
+    assert reproduce.differences(reproduce.load(made.manifest), mark, 4) == []
 
 
 @pytest.mark.parametrize(
@@ -310,4 +313,4 @@ def test_another_number_of_gpus_lets_bytes_differ_and_of_processes_on_a_processo
 )
 def test_a_manifest_that_cannot_be_repeated_is_refused(made: Made, tmp_path: Path, change: Edit, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        replay.load(made.edited(tmp_path / "edited", change))
+        reproduce.load(made.edited(tmp_path / "edited", change))

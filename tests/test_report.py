@@ -1,4 +1,4 @@
-"""v4forge.report, scripts.report and scripts.evaluate, on hand-written inputs."""
+"""v4forge.reporting.page, scripts.report and scripts.evaluate, on hand-written inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 from scripts import evaluate
 from scripts import report as program
-from v4forge import certified, charts, report, run_rows
+from v4forge import artifact_folder
 from v4forge.errors import UserError
-from v4forge.glance import Inputs
-from v4forge.layer_rows import layer_rows
+from v4forge.quantization.layer_reports import layer_rows
+from v4forge.reporting import layer_charts, run_sections
+from v4forge.reporting import page as report_page
+from v4forge.reporting.overview import Inputs
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 
@@ -153,7 +155,7 @@ def test_a_failed_check_is_exit_code_1_and_named(run_folder: Path, capsys: pytes
 @given(st.lists(st.booleans(), max_size=6), st.booleans())
 def test_a_certificate_is_ok_only_if_it_and_every_check_say_so(oks: list[bool], ok: bool) -> None:
     checks = [{"name": str(i), "ok": value, "detail": ""} for i, value in enumerate(oks)]
-    verdict = certified.verdict({"ok": ok, "checks": checks})
+    verdict = artifact_folder.verdict({"ok": ok, "checks": checks})
     assert verdict.ok == (ok and oks != [] and all(oks))
     assert (verdict.line == "certificate: ok") == verdict.ok
     assert [check.ok for check in verdict.checks] == sorted(oks), "failed checks come first"
@@ -195,12 +197,12 @@ def test_the_page_shows_the_layers_of_the_images_that_stages_ran_in() -> None:
     image = {"id": "sha256:abc", "lane": "cpu", "layers": [{"bytes": 3 << 20, "step": "imported"}]}
     image["layers"].append({"bytes": 1 << 19, "step": "RUN <it>"})
     run = {name: {**entry, "image": image} for name, entry in RUN.items()}
-    text = report.page(Inputs(run=run))
+    text = report_page.page(Inputs(run=run))
     assert "sha256:abc</code>, lane cpu, ran calibrate, verify." in text
     assert re.findall(r'<t[dh] class="n">(\d+\.\d)</t[dh]><t[dh]>(.+)</t[dh]>', text) == [
         *(("3.0", "imported"), ("0.5", "RUN &lt;it&gt;"), ("3.5", "together")),
     ]
-    assert "lane" not in report.page(Inputs(run=RUN))
+    assert "lane" not in report_page.page(Inputs(run=RUN))
 
 
 def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +307,10 @@ class Page(HTMLParser):
 def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
     made.write(run_folder / "reports", *made.full())
     call(run_folder)
-    for text in ((run_folder / "reports/index.html").read_text(), report.calibration_page([layer(0), layer(1, True)])):
+    for text in (
+        (run_folder / "reports/index.html").read_text(),
+        report_page.calibration_page([layer(0), layer(1, True)]),
+    ):
         page = Page(text)
         assert [load for load in page.loads if not load.startswith("#")] == ["data:,"]
         assert not {"script", "iframe", "img", "object"} & set(page.tags)
@@ -314,7 +319,7 @@ def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
 
 
 def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> None:
-    page = Page(report.calibration_page([layer(1, blended=True), layer(0)]))
+    page = Page(report_page.calibration_page([layer(1, blended=True), layer(0)]))
     text = " ".join(page.text.split())
     assert "2 layers of 2 experts" in text
     assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
@@ -340,7 +345,7 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
 
 def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() -> None:
     def source_row(files: dict[str, Any]) -> str:
-        return dict(run_rows.provenance({"source": {"files": files}})[0][1])["source.files"]
+        return dict(run_sections.provenance({"source": {"files": files}})[0][1])["source.files"]
 
     row = source_row(SOURCE_FILES)
     assert row.startswith("2 files, 18.0 MB; sha256 of their list ")
@@ -350,7 +355,7 @@ def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() ->
 
 @given(st.floats(0, 1e6))
 def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> None:
-    ticks = charts.axis(highest)
+    ticks = layer_charts.axis(highest)
     assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
     steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
@@ -358,8 +363,8 @@ def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> N
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
 def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: int) -> None:
-    most = charts.LOG_RATIO * fewest + more
-    ticks = charts.log_axis(fewest, most)
+    most = layer_charts.LOG_RATIO * fewest + more
+    ticks = layer_charts.log_axis(fewest, most)
     assert ticks == sorted(set(ticks)) and ticks[0] <= fewest and ticks[-1] >= most
     assert 2 <= len(ticks) <= 10
     assert (ticks[0] == 0) == (fewest == 0)
@@ -369,13 +374,13 @@ def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: 
 @pytest.mark.parametrize("tokens", [[17, 900], [0, 900], [0, 0], [600, 900], [800_000, 1_000_000]])
 def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[int]) -> None:
     rows = layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
-    losses, counts = charts.loss_charts(rows), charts.token_charts(rows)
+    losses, counts = layer_charts.loss_charts(rows), layer_charts.token_charts(rows)
     for chart in (*losses, *counts):
-        assert len(chart.x_ticks) <= charts.X_LABELS
+        assert len(chart.x_ticks) <= layer_charts.X_LABELS
         for points in chart.lines.values():
             assert len(points) == layers
-            assert all(charts.LEFT <= p.x <= chart.width - charts.RIGHT for p in points)
-            assert all(charts.TOP <= p.y <= charts.CHART_HEIGHT - charts.BOTTOM for p in points)
+            assert all(layer_charts.LEFT <= p.x <= chart.width - layer_charts.RIGHT for p in points)
+            assert all(layer_charts.TOP <= p.y <= layer_charts.CHART_HEIGHT - layer_charts.BOTTOM for p in points)
     assert all(g.y > r.y for c in losses for g, r in zip(c.lines["gptq"], c.lines["rtn"], strict=True)), (
         "less loss is lower"
     )
@@ -384,7 +389,7 @@ def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[
 
 @pytest.mark.parametrize(("most", "logarithmic"), [(20_000, False), (20_001, True)])
 def test_tokens_of_very_different_counts_have_a_logarithmic_axis(most: int, logarithmic: bool) -> None:
-    chart = charts.token_charts(layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
+    chart = layer_charts.token_charts(layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
     assert ("logarithmic" in chart.title) == logarithmic
     assert [label for _, label in chart.y_ticks] == (
         ["1k", "2k", "5k", "10k", "20k", "50k"] if logarithmic else ["0", "5k", "10k", "15k", "20k"]

@@ -11,9 +11,9 @@ import bench_results as made
 import pytest
 from test_report import EVALUATION, MANIFEST, RUN, layer
 
-from v4forge import report
-from v4forge.browser import Opened, open_page
-from v4forge.glance import Inputs
+from v4forge.bench.tools.browser import Opened, open_page
+from v4forge.reporting import page as report_page
+from v4forge.reporting.overview import Inputs
 
 SIZES = ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark"))
 LEAST_PX = 8.5  # letters in a figure
@@ -109,7 +109,7 @@ CASES: dict[str, Callable[[], Inputs]] = {
 @pytest.fixture(scope="module", params=CASES)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     path: Path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(report.page(CASES[request.param]()), encoding="utf-8")
+    path.write_text(report_page.page(CASES[request.param]()), encoding="utf-8")
     with open_page(path, limit_s=120) as page:
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         yield page
@@ -174,6 +174,6 @@ def test_every_figure_and_table_is_there(opened: Opened) -> None:
 
 
 def test_pointing_at_a_mark_says_its_figure() -> None:
-    text = report.page(inputs(made.speed(), rest=False))
+    text = report_page.page(inputs(made.speed(), rest=False))
     assert re.search(r"<g><title>k=3, 16 at once: [\d.,]+ ms a token</title>", text)
     assert "<title>published, k=1, 16 at once: 367.13 tok/s</title>" in text

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from v4forge import matching, rules, strict_yaml
+from v4forge.bench.tools import call_assertions, strict_yaml, value_matchers
+from v4forge.bench.tools.call_assertions import Call, Run
+from v4forge.bench.tools.strict_yaml import Table
 from v4forge.errors import UserError
-from v4forge.rules import Call, Run
-from v4forge.strict_yaml import Table
 
 TOOLS = ("read", "write")
 
@@ -25,7 +25,7 @@ def table(**fields: Any) -> Table:
 
 
 def holds(form: Any, value: Any) -> bool:
-    return matching.matcher(form).holds(value)
+    return value_matchers.matcher(form).holds(value)
 
 
 JSON = st.recursive(
@@ -37,13 +37,13 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_a_value_is_the_same_as_itself_and_as_no_wrapped_one(value: Any) -> None:
-    assert matching.same(value, value)
-    assert not matching.same(value, [value])
+    assert value_matchers.same(value, value)
+    assert not value_matchers.same(value, [value])
 
 
 def test_true_is_not_one_and_one_is_a_number_with_a_point() -> None:
-    assert not matching.same(True, 1) and not matching.same(0, False)
-    assert matching.same(45, 45.0) and not matching.same(45, "45")
+    assert not value_matchers.same(True, 1) and not value_matchers.same(0, False)
+    assert value_matchers.same(45, 45.0) and not value_matchers.same(45, "45")
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 10), st.floats(-2, 2))
@@ -58,7 +58,7 @@ FORMS = ["%Y-%m-%d", "%d.%m.%Y", "%d %B %Y", "%B %d, %Y", "%A, %d %B %Y", "%Y-%m
 
 @given(DAYS, st.sampled_from(FORMS))
 def test_a_day_is_known_in_every_usual_form(day: date, form: str) -> None:
-    assert matching.date_of(day.strftime(form)) == day
+    assert value_matchers.date_of(day.strftime(form)) == day
     assert not holds(table(date=str(day + timedelta(days=1))), day.strftime(form))
 
 
@@ -67,7 +67,7 @@ def test_a_time_is_known_with_24_hours_and_with_12(hour: int, minute: int) -> No
     wanted = hour * 60 + minute
     half = "pm" if hour >= 12 else "am"
     for text in (f"{hour:02}:{minute:02}", f"{hour}:{minute:02}:00", f"{hour % 12 or 12}:{minute:02} {half}"):
-        assert matching.minute_of(text) == wanted, text
+        assert value_matchers.minute_of(text) == wanted, text
 
 
 @given(JSON)
@@ -89,9 +89,9 @@ def test_words_are_the_same_whatever_signs_are_between() -> None:
     assert not holds(table(text="Kiln #2"), "Kiln #3")
 
 
-def rule(**fields: Any) -> rules.Rule:
+def rule(**fields: Any) -> call_assertions.Rule:
     outer = table(rules=[table(**fields)])
-    (found,) = rules.rules(outer, "rules", TOOLS)
+    (found,) = call_assertions.rules(outer, "rules", TOOLS)
     return found
 
 

@@ -1,4 +1,5 @@
-"""v4forge.runner, v4forge.overlap and scripts.stage: dry runs, a download beside a stage, and ends before the end."""
+"""pipeline.runner, pipeline.background_fetch and scripts.stage: dry runs, a download beside a stage, and ends before
+the end."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ import pytest
 from streamed import CALIBRATE, FETCH, TABLE
 
 from scripts import stage
-from v4forge import arriving, events
+from v4forge.checkpoint import incoming
 from v4forge.errors import UserError
 from v4forge.files import changed_json, read_json
-from v4forge.overlap import Fetch
-from v4forge.runner import LAUNCHER, Runner, StageFailed
-from v4forge.stamps import exclusive
+from v4forge.pipeline import events
+from v4forge.pipeline.background_fetch import Fetch
+from v4forge.pipeline.runner import LAUNCHER, Runner, StageFailed
+from v4forge.pipeline.stamps import exclusive
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,12 +127,12 @@ def test_ctrl_c_ends_the_download_too_and_says_how_to_go_on(project: Path) -> No
     assert code == 130
     assert said.rstrip().endswith("stopped; what is finished is kept. To go on: make artifact PROFILE=flash")
     assert "Traceback" not in said
-    assert not arriving.live(project / "scratch/flash/upstream")
+    assert not incoming.live(project / "scratch/flash/upstream")
     assert ("interrupted", "calibrate") in stages_of(project)
 
 
 def test_a_stage_that_needs_all_of_the_source_refuses_one_that_is_arriving(project: Path) -> None:
-    with arriving.marked(project / "scratch/flash/upstream"):
+    with incoming.marked(project / "scratch/flash/upstream"):
         done = subprocess.run(command("run", "verify"), capture_output=True, text=True)
     assert done.returncode == 1
     assert "is still being downloaded" in done.stderr
@@ -247,7 +249,7 @@ def test_sigterm_ends_the_download_too_and_is_told(project: Path) -> None:
     run.send_signal(signal.SIGTERM)  # of the runner alone
     code, _ = ended(run)
     assert code == 143
-    assert not arriving.live(project / "scratch/flash/upstream")
+    assert not incoming.live(project / "scratch/flash/upstream")
     assert (
         events.read(events.file_of(project / "scratch/flash"))[-1].items() >= {"event": "run-end", "code": 143}.items()
     )

@@ -12,7 +12,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
-from v4forge import sbom
+from v4forge.images import sbom
 
 IMAGE = "sha256:" + "a" * 64
 EPOCH = 1_700_000_000

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from benchmarks import serve, serve_forward, serve_layers
 from benchmarks.serve_client import Answer, Drafts, events, logged, tpot
-from v4forge import evaluation
-from v4forge.checkpoint import Checkpoint
-from v4forge.corpus import load_tokenizer
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import evaluation
+from v4forge.model.corpus import load_tokenizer
 
 CPU = torch.device("cpu")
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")

@@ -17,13 +17,14 @@ import pytest
 import yaml
 
 from scripts import serve as program
-from v4forge import compose, gpus, pins, replicas, router, serving, starting
-from v4forge.compose import Compose
-from v4forge.endpoints import PIN
+from v4forge import gpus, pins
 from v4forge.errors import UserError
-from v4forge.replicas import Plan
-from v4forge.serving import DRAFT_METHOD, DRAFTS
-from v4forge.supervised import Supervised
+from v4forge.serving import compose, deployment, haproxy, preflight, settings
+from v4forge.serving.client import PIN
+from v4forge.serving.compose import Compose
+from v4forge.serving.deployment import Plan
+from v4forge.serving.settings import DRAFT_METHOD, DRAFTS
+from v4forge.serving.supervisord import Supervised
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
@@ -39,50 +40,50 @@ def plan(folder: Path, **changes: Any) -> Plan:
 
 
 def test_the_published_profile_is_the_published_command() -> None:
-    words = serving.serving().arguments("/a", 8000)
+    words = settings.serving().arguments("/a", 8000)
     published = "--tensor-parallel-size 2 --kv-cache-dtype fp8 --block-size 256 --max-model-len 4096"
     published += " --gpu-memory-utilization 0.8 --no-enable-prefix-caching --tokenizer-mode deepseek_v4"
     published += " --tool-call-parser deepseek_v4 --enable-auto-tool-choice --reasoning-parser deepseek_v4"
     assert published in " ".join(words)
     assert not [word for word in words if "trust" in word]
-    assert serving.serving().drafts == 1
+    assert settings.serving().drafts == 1
 
 
-@pytest.mark.parametrize("profile", serving.profiles())
+@pytest.mark.parametrize("profile", settings.profiles())
 @pytest.mark.parametrize("backend", ["cuda", "cpu"])
 def test_every_row_says_why_and_from_where(profile: str, backend: str) -> None:
-    chosen = serving.serving(profile, backend)
+    chosen = settings.serving(profile, backend)
     assert all(row.why and row.source for row in (*chosen.settings.values(), *chosen.environment.values()))
-    assert all(serving.WORD.fullmatch(word) for word in chosen.arguments("/a", 8000))
+    assert all(settings.WORD.fullmatch(word) for word in chosen.arguments("/a", 8000))
 
 
 def test_an_override_wins_over_the_profile_and_the_backend() -> None:
-    chosen = serving.serving("latency", "cpu", {"max-model-len": "77", "enforce-eager": "", "new-option": "true"})
+    chosen = settings.serving("latency", "cpu", {"max-model-len": "77", "enforce-eager": "", "new-option": "true"})
     words = " ".join(chosen.arguments("/a", 8000))
     assert "--max-model-len 77" in words and "--new-option" in words and "--enforce-eager" not in words
 
 
 @pytest.mark.parametrize("off", [{DRAFTS: "0"}, {DRAFT_METHOD: ""}])
 def test_without_drafts_nothing_of_speculation_is_left(off: dict[str, str]) -> None:
-    chosen = serving.serving("throughput", overrides=off)
+    chosen = settings.serving("throughput", overrides=off)
     assert chosen.drafts == 0
     assert "speculative" not in " ".join(chosen.arguments("/a", 8000))
 
 
 def test_a_switch_within_a_json_option_is_a_value() -> None:
-    words = serving.serving(overrides={"kernel-config.enable_jit_warmup": "false"}).arguments("/a", 8000)
+    words = settings.serving(overrides={"kernel-config.enable_jit_warmup": "false"}).arguments("/a", 8000)
     assert words[-2:] == ["--kernel-config.enable_jit_warmup", "false"]
 
 
 @pytest.mark.parametrize("setting", [("max len", "1"), ("x", "a b"), ("x", "$HOME"), ("--x", "1")])
 def test_what_would_not_stay_one_word_is_refused(setting: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="is not an option of vllm serve and a word"):
-        serving.serving(overrides=dict([setting]))
+        settings.serving(overrides=dict([setting]))
 
 
 def test_an_unknown_profile_is_told_which_there_are() -> None:
     with pytest.raises(UserError) as error:
-        serving.serving("fast")
+        settings.serving("fast")
     assert "latency" in error.value.hint
 
 
@@ -114,17 +115,17 @@ def test_clients_cannot_choose_a_replica_on_the_public_address(tmp_path: Path) -
 
 def test_a_plan_is_kept_as_it_was(tmp_path: Path) -> None:
     kept = plan(tmp_path, overrides={"b": "1", "a": "2"}, gpus=(("0", "1"),))
-    replicas.save(kept)
-    assert replicas.differing(replicas.load(tmp_path) or plan(tmp_path), kept) == []
-    assert replicas.differing(dataclasses.replace(kept, port=9), kept) == ["port"]
-    replicas.forget(kept)
-    assert replicas.load(tmp_path) is None
+    deployment.save(kept)
+    assert deployment.differing(deployment.load(tmp_path) or plan(tmp_path), kept) == []
+    assert deployment.differing(dataclasses.replace(kept, port=9), kept) == ["port"]
+    deployment.forget(kept)
+    assert deployment.load(tmp_path) is None
 
 
 def test_a_plan_of_another_version_is_an_error_with_a_way_out(tmp_path: Path) -> None:
-    (tmp_path / replicas.STATE).write_text('{"former": 1}')
+    (tmp_path / deployment.STATE).write_text('{"former": 1}')
     with pytest.raises(UserError, match="was written by another version"):
-        replicas.load(tmp_path)
+        deployment.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,17 +186,17 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is taken"):
-            starting.check_ports(plan(tmp_path, port=port))
+            preflight.check_ports(plan(tmp_path, port=port))
     with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1"):
-        starting.check_ports(plan(tmp_path, port=port, bind="192.0.2.1"))
+        preflight.check_ports(plan(tmp_path, port=port, bind="192.0.2.1"))
 
 
 def test_a_guard_may_be_left_out_by_name_and_says_what_it_found(tmp_path: Path) -> None:
     said: list[str] = []
     nothing = plan(tmp_path, backend="cpu", gpus=[[]])
     with pytest.raises(UserError, match="there is no artifact"):
-        starting.check(nothing, [], said.append)
-    starting.check(nothing, ["certificate"], said.append)
+        preflight.check(nothing, [], said.append)
+    preflight.check(nothing, ["certificate"], said.append)
     assert said == ["serve: allowed by ALLOW=certificate: there is no artifact in /a/artifact"]
 
 
@@ -282,10 +283,10 @@ def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFix
     for number, devices in enumerate(("0,1", "2,3")):
         block = shown.split(f"replica{number}:\n")[1].split("\n\n")[0]
         assert f"CUDA_VISIBLE_DEVICES={devices}" in block
-        assert shlex.split(block.split("vllm serve ")[1]) == serving.serving().arguments("/a", 8000)
+        assert shlex.split(block.split("vllm serve ")[1]) == settings.serving().arguments("/a", 8000)
 
 
 def test_the_admin_listener_is_never_public(tmp_path: Path) -> None:
     text = plan(tmp_path, runtime="host", bind="0.0.0.0").router_configuration()
     assert "bind 0.0.0.0:8000" in text and "bind 127.0.0.1:8001" in text
-    assert router.Addresses("*:8000", "*:8001", []).resolver == ""
+    assert haproxy.Addresses("*:8000", "*:8001", []).resolver == ""

@@ -1,4 +1,4 @@
-"""v4forge.speed and v4forge.load without a server: which points there are, what is read from results of
+"""bench.speed and bench.vllm_bench without a server: which points there are, what is read from results of
 `vllm bench serve` (tests/data/bench-serve.json, of a real one), what is concluded from them."""
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from programs import run_here
 
 from scripts import bench_speed
 from scripts.bench import parse
-from v4forge import containers, load, speed, workloads
+from v4forge.bench import speed, vllm_bench, workloads
+from v4forge.bench.speed import Comparison, Point
+from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
+from v4forge.images import containers
 from v4forge.intervals import Estimate
-from v4forge.load import Client, Load
-from v4forge.speed import Comparison, Point
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models/tiny"
@@ -50,7 +51,7 @@ def test_a_server_is_measured_point_by_point_and_its_first_point_once_more() -> 
 def test_the_client_reads_the_prompts_from_the_file_as_they_are(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")  # what `vllm bench serve` reads it with
     prompts = workloads.random_prompts(WORDS, 64, 40, "seed")
-    (tmp_path / "prompts.jsonl").write_text(load.lines(prompts))
+    (tmp_path / "prompts.jsonl").write_text(vllm_bench.lines(prompts))
     assert pandas.read_json(tmp_path / "prompts.jsonl", lines=True)["prompt"].tolist() == prompts
 
 

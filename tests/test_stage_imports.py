@@ -6,9 +6,9 @@ import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
-from v4forge import locks
 from v4forge.checkout import ROOT
-from v4forge.stages import STAGES
+from v4forge.images import locks
+from v4forge.pipeline.stages import STAGES
 
 PROGRAM = """
 import importlib, sys

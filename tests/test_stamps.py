@@ -1,4 +1,4 @@
-"""v4forge.stamps and scripts.stage, with programs that take milliseconds."""
+"""v4forge.pipeline.stamps and scripts.stage, with programs that take milliseconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from scripts import stage
-from v4forge import pins, stamps
+from v4forge import pins
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.runner import Runner
-from v4forge.stages import FILES, STAGES, Stage
-from v4forge.stamps import Files
+from v4forge.pipeline import stamps
+from v4forge.pipeline.runner import Runner
+from v4forge.pipeline.stages import FILES, STAGES, Stage
+from v4forge.pipeline.stamps import Files
 
 # Copies the source and appends the sample count, so that its output depends on an input, a setting and its code.
 PROGRAM = """

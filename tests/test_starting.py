@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import starting
 from v4forge.errors import UserError
-from v4forge.replicas import Plan, Process
+from v4forge.serving import preflight
+from v4forge.serving.deployment import Plan, Process
 
 RUNS, OTHER = Process("running", "1"), Process("running", "2")
 LOG = """x WARNING may give OSError: too many files
@@ -46,8 +46,8 @@ def both(replica: Process, router: Process = RUNS) -> dict[str, Process]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "POLL_S", 0.0)
-    monkeypatch.setattr(starting, "ready", lambda plan, number: False)
+    monkeypatch.setattr(preflight, "POLL_S", 0.0)
+    monkeypatch.setattr(preflight, "ready", lambda plan, number: False)
 
 
 @pytest.mark.parametrize(
@@ -64,30 +64,30 @@ def test_a_replica_that_ends_ends_the_wait_with_its_own_error(
     told: list[dict[str, Process]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        starting.wait(Told(*told), 60, lambda _done, _doing: None)
+        preflight.wait(Told(*told), 60, lambda _done, _doing: None)
     assert error.value.fact == "replica0 has ended: ValueError: no such file"
     assert LOG.splitlines()[-1] in capsys.readouterr().out
 
 
 def test_a_router_that_ends_is_named() -> None:
     with pytest.raises(UserError, match="router has ended"):
-        starting.wait(Told(both(RUNS, Process("exited", "1"))), 60, lambda _done, _doing: None)
+        preflight.wait(Told(both(RUNS, Process("exited", "1"))), 60, lambda _done, _doing: None)
 
 
 def test_a_wait_has_an_end() -> None:
     with pytest.raises(UserError, match="replica0 is not ready after 0 s"):
-        starting.wait(Told(both(RUNS)), 0, lambda _done, _doing: None)
+        preflight.wait(Told(both(RUNS)), 0, lambda _done, _doing: None)
 
 
 def test_a_wait_ends_when_all_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
-    monkeypatch.setattr(starting, "ready", lambda plan, number: next(answers))
+    monkeypatch.setattr(preflight, "ready", lambda plan, number: next(answers))
     shown: list[tuple[int, str]] = []
-    starting.wait(Told(both(Process("starting")), both(RUNS)), 60, lambda done, doing: shown.append((done, doing)))
+    preflight.wait(Told(both(Process("starting")), both(RUNS)), 60, lambda done, doing: shown.append((done, doing)))
     assert shown[0] == (0, "replica0: starting") and shown[-1] == (1, "ready")
 
 
 def test_a_missing_step_in_a_log_is_no_defect(tmp_path: Path) -> None:
     told = Told(both(RUNS))
     told.log = lambda name: "Loading safetensors checkpoint shards:  50% Completed"  # type: ignore[method-assign]
-    assert starting._step(told, ["replica0"]) == "replica0: Loading safetensors checkpoint shards:  50%"
+    assert preflight._step(told, ["replica0"]) == "replica0: Loading safetensors checkpoint shards:  50%"

@@ -1,4 +1,5 @@
-"""v4forge.streaming and the shard that threads write together: order, bytes, bounds, and errors from other threads."""
+"""checkpoint.prefetch and the shard that threads write together: order, bytes, bounds, and errors from other
+threads."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from synthetic import Tensors, write_checkpoint
 from test_checkpoint import METADATA, every_dtype, refusal
 from torch import Tensor
 
-from v4forge import streaming, writer
-from v4forge.checkpoint import Checkpoint
-from v4forge.layout import TensorSpec
-from v4forge.streaming import Group, Reader, done
-from v4forge.watch import Watch
-from v4forge.writer import SharedShard, tensor_bytes, write_shard
+from v4forge.checkpoint import prefetch, writer
+from v4forge.checkpoint.layout import TensorSpec
+from v4forge.checkpoint.prefetch import Group, Reader, done
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.writer import SharedShard, tensor_bytes, write_shard
+from v4forge.profiling import Watch
 
 CPU = torch.device("cpu")
 ENOUGH = 1 << 30
@@ -74,11 +75,11 @@ def threads() -> set[threading.Thread]:
 
 
 @pytest.mark.parametrize("ahead", [0, 10_000, ENOUGH])
-@pytest.mark.parametrize("request_bytes", [1000, streaming.READ_BYTES])
+@pytest.mark.parametrize("request_bytes", [1000, prefetch.READ_BYTES])
 def test_groups_come_in_order_with_the_bytes_of_the_shards(
     pristine: Path, ahead: int, request_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "READ_BYTES", request_bytes)
+    monkeypatch.setattr(prefetch, "READ_BYTES", request_bytes)
     source = Checkpoint(pristine)
     groups = groups_of(source)
     with reading(source, groups, ahead) as reader:
@@ -115,7 +116,7 @@ def test_a_stack_leaves_out_what_aligns_its_tensors() -> None:
 
 
 def sizes_of(source: Checkpoint, groups: Groups) -> list[int]:
-    aligned = [[-(-source.raw(n).nbytes // streaming.ALIGNMENT) * streaming.ALIGNMENT for n in g] for _, g in groups]
+    aligned = [[-(-source.raw(n).nbytes // prefetch.ALIGNMENT) * prefetch.ALIGNMENT for n in g] for _, g in groups]
     return [sum(each) for each in aligned]
 
 

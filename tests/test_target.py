@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from v4forge import checkout, target
+from v4forge import checkout
+from v4forge.bench import served_model
 from v4forge.errors import UserError
-from v4forge.replicas import Plan
+from v4forge.serving.deployment import Plan
 
 MODELS = {"data": [{"id": "m", "root": "/nowhere", "max_model_len": 4096}]}
 
@@ -59,7 +60,7 @@ def artifact(folder: Path, **certificate: Any) -> Path:
 
 
 def test_a_server_is_asked_what_it_serves(url: str) -> None:
-    found = target.look(f"{url}/v1/")
+    found = served_model.look(f"{url}/v1/")
     assert (found.url, found.model) == (url, "m")
     assert {name: found.facts[name] for name in ("max_model_len", "vllm", "replicas", "artifact", "image")} == {
         "max_model_len": 4096,
@@ -72,25 +73,25 @@ def test_a_server_is_asked_what_it_serves(url: str) -> None:
 
 def test_a_server_without_version_is_measured_all_the_same(url: str, pages: dict[str, Any]) -> None:
     del pages["/version"]
-    assert target.look(url).facts["vllm"] is None
+    assert served_model.look(url).facts["vllm"] is None
 
 
 def test_what_is_no_model_server_is_told(url: str, pages: dict[str, Any]) -> None:
     pages["/v1/models"] = {"data": []}
     with pytest.raises(UserError, match="/v1/models answered in another form"):
-        target.look(url)
+        served_model.look(url)
     with pytest.raises(UserError, match="refused"):
-        target.look("http://127.0.0.1:9")
+        served_model.look("http://127.0.0.1:9")
 
 
 def test_the_key_is_in_no_text_of_a_target(url: str) -> None:
-    assert "sesame" not in repr(target.look(url, "sesame"))
+    assert "sesame" not in repr(served_model.look(url, "sesame"))
 
 
 def test_a_server_is_idle_when_no_replica_runs_or_waits(url: str, pages: dict[str, Any]) -> None:
-    assert target.look(url).idle()
+    assert served_model.look(url).idle()
     pages["/metrics"] = 'vllm:num_requests_waiting{engine="0"} 1.0\n'
-    busy = target.look(url)
+    busy = served_model.look(url)
     assert not busy.idle()
     with pytest.raises(UserError, match="other requests run at"):
         busy.wait_until_idle(limit_s=0.1)
@@ -98,7 +99,7 @@ def test_a_server_is_idle_when_no_replica_runs_or_waits(url: str, pages: dict[st
 
 def test_a_plan_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
     plan = Plan(str(tmp_path), str(artifact(tmp_path)), "host", backend="cpu", port=1234, overrides={"a": "b"})
-    told = target.planned(plan, "9.9", {})
+    told = served_model.planned(plan, "9.9", {})
     assert told["url"] == "http://127.0.0.1:1234" and told["artifact"]["folder"] == str(tmp_path)
     assert isinstance(told["max_model_len"], int) and told["drafts"] is None and told["options"] == {}
 
@@ -116,27 +117,27 @@ def test_a_plan_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
 def test_the_artifact_is_told_by_its_sums_and_what_verify_said(
     tmp_path: Path, certificate: dict[str, Any], verdict: str
 ) -> None:
-    found = target.artifact_facts(artifact(tmp_path, **certificate))
+    found = served_model.artifact_facts(artifact(tmp_path, **certificate))
     assert found and found["certificate"] == verdict and found["num_hidden_layers"] == 43
     assert found["sums_sha256"] == hashlib.sha256(b"0  a\n").hexdigest()
-    assert target.artifact_facts(tmp_path / "none") is None
+    assert served_model.artifact_facts(tmp_path / "none") is None
 
 
 def test_the_served_folder_is_the_artifact_where_it_is_here(tmp_path: Path, url: str, pages: dict[str, Any]) -> None:
     pages["/v1/models"] = {"data": [{"id": "m", "root": str(artifact(tmp_path)), "max_model_len": 8}]}
-    assert target.look(url).facts["artifact"]["folder"] == str(tmp_path)
+    assert served_model.look(url).facts["artifact"]["folder"] == str(tmp_path)
 
 
 def test_the_machine_and_the_commit_are_told() -> None:
-    machine = target.machine()
+    machine = served_model.machine()
     assert machine["cpus"] >= 1 and machine["memory_gib"] > 1 and machine["cpu"]
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout.ROOT
     ).stdout.strip()
-    assert (target.versions()["v4forge"] or "").removesuffix("-dirty") == head
+    assert (served_model.versions()["v4forge"] or "").removesuffix("-dirty") == head
 
 
 def test_files_and_values_have_digests(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert target.sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
-    assert target.sha256_of({"b": 1, "a": 2}) == target.sha256_of({"a": 2, "b": 1})
+    assert served_model.sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    assert served_model.sha256_of({"b": 1, "a": 2}) == served_model.sha256_of({"a": 2, "b": 1})

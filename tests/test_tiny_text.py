@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import corpus
-from v4forge.tiny_chats import conversations
-from v4forge.tiny_text import (
-    CALIBRATION_BYTES,
-    HELDOUT_BYTES,
-    HIDDEN_TOKENS,
-    Document,
-    split,
-    standard_library,
-)
+from dev.tiny.chats import conversations
+from dev.tiny.text import CALIBRATION_BYTES, HELDOUT_BYTES, HIDDEN_TOKENS, Document, split, standard_library
+from v4forge.model import corpus
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 

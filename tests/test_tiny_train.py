@@ -1,4 +1,4 @@
-"""v4forge.tiny_train, and the committed model that it made."""
+"""dev.tiny.train, and the committed model that it made."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from synthetic import TINY, config_dict
 from torch import Tensor
 
-from v4forge import codec, evaluation, layout, model, tiny_text, tiny_train
-from v4forge.checkpoint import Checkpoint
-from v4forge.recipe import rule_for
+from dev.tiny import text, train
+from v4forge.checkpoint import codec, layout
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.model import deepseek_v4, evaluation
 
 CPU = torch.device("cpu")
 
@@ -29,30 +31,30 @@ def test_rounding_in_training_is_what_the_stored_form_reads_back_as(fmt: str, en
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) * torch.exp2(3 * torch.randn(shape, generator=generator))
     expected = decode(**encode(weight)).float()
-    assert torch.equal(tiny_train.rounded(weight, fmt), expected)
+    assert torch.equal(train.rounded(weight, fmt), expected)
     if fmt == "fp4":  # experts are stacked
-        assert torch.equal(tiny_train.rounded(torch.stack((weight, 2 * weight)), fmt)[1], 2 * expected)
+        assert torch.equal(train.rounded(torch.stack((weight, 2 * weight)), fmt)[1], 2 * expected)
 
 
 def test_other_formats_are_not_rounded_in_training() -> None:
     weight = torch.randn(3, 5)
-    assert tiny_train.rounded(weight, "f32") is weight
+    assert train.rounded(weight, "f32") is weight
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> layout.Config:
     """The training at a size that a CPU steps through, in shards small enough that there are several."""
     raw = config_dict()
-    monkeypatch.setattr(tiny_train, "CONFIG", raw)
-    monkeypatch.setattr(tiny_train, "SHARD_BYTES", 1 << 18)
+    monkeypatch.setattr(train, "CONFIG", raw)
+    monkeypatch.setattr(train, "SHARD_BYTES", 1 << 18)
     return layout.parse_config(raw, "config.json")
 
 
-SETTINGS = tiny_train.Settings(steps=2, batch=2, seq_len=140, warmup=1)
+SETTINGS = train.Settings(steps=2, batch=2, seq_len=140, warmup=1)
 
 
 def test_steps_on_one_batch_lower_both_losses(small: layout.Config) -> None:
-    trainer = tiny_train.Trainer(small, SETTINGS, CPU)
+    trainer = train.Trainer(small, SETTINGS, CPU)
     trainer.tokens.copy_(torch.arange(2 * 142).view(2, 142) * 7 % small.vocab_size)
     losses = []
     for quantized in (False, False, False, False, True, True):
@@ -71,14 +73,14 @@ def test_a_trained_model_is_exported_bit_for_bit(small: layout.Config, tmp_path:
         assert math.isfinite(main) and math.isfinite(draft)
         seen.append(step)
 
-    trained, config = tiny_train.train(text, SETTINGS, CPU, progress)
+    trained, config = train.train(text, SETTINGS, CPU, progress)
     assert seen == [0, 1]
-    tiny_train.export(trained, config, tmp_path)
+    train.export(trained, config, tmp_path)
     exported = Checkpoint(tmp_path)
     assert exported.config.raw == config_dict()
     exported.validate(layout.upstream(config))
     assert len(exported.shard_names) >= 2 and weights_apart_from_their_scales(exported)
-    masters = dict(tiny_train.logical_tensors(trained, config))
+    masters = dict(train.logical_tensors(trained, config))
     for name, shape in layout.parameters(config):
         tensor = exported.load(name, shape)
         assert torch.equal(tensor, masters[name].detach().to(tensor.dtype)), name
@@ -95,21 +97,21 @@ def weights_apart_from_their_scales(checkpoint: Checkpoint) -> list[str]:
 def test_the_training_forward_is_the_pipelines_forward() -> None:
     """Dense experts with weights of zero in training, sorted tokens elsewhere: the same losses up to BF16 rounding."""
     checkpoint = Checkpoint(TINY)
-    tiny = tiny_train.TinyModel(checkpoint.config, CPU)
-    for name, tensor in tiny_train.logical_tensors(tiny, checkpoint.config):
+    tiny = train.TinyModel(checkpoint.config, CPU)
+    for name, tensor in train.logical_tensors(tiny, checkpoint.config):
         loaded = checkpoint.load(name, tuple(tensor.shape))
         tensor.data.copy_(loaded)
     for parameter, reference in zip(tiny.parameters(), tiny_parameters_dtypes(tiny, checkpoint.config), strict=True):
         parameter.data = parameter.data.to(reference)
     tokens = heldout()[:2, :258]
     main, draft, loads = tiny(tokens)
-    weights = model.Weights(checkpoint, CPU)
-    config = model.hf_config(checkpoint.config)
-    root = model.load_root(weights, config)
-    context = model.Rotary(config, CPU, torch.bfloat16).context(tokens[:, :-2])
-    streams = model.embed(root, config, tokens[:, :-2])
+    weights = deepseek_v4.Weights(checkpoint, CPU)
+    config = deepseek_v4.hf_config(checkpoint.config)
+    root = deepseek_v4.load_root(weights, config)
+    context = deepseek_v4.Rotary(config, CPU, torch.bfloat16).context(tokens[:, :-2])
+    streams = deepseek_v4.embed(root, config, tokens[:, :-2])
     for index in checkpoint.config.layers:
-        streams = model.run_layer(model.load_layer(weights, config, index), streams, context)
+        streams = deepseek_v4.run_layer(deepseek_v4.load_layer(weights, config, index), streams, context)
     logits = root.final(streams, root.head)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:-1].flatten())
     assert main == pytest.approx(float(expected), rel=5e-3)
@@ -118,20 +120,20 @@ def test_the_training_forward_is_the_pipelines_forward() -> None:
         assert float(load.sum()) == pytest.approx(checkpoint.config.num_experts_per_tok, rel=1e-5)
 
 
-def tiny_parameters_dtypes(tiny: tiny_train.TinyModel, config: layout.Config) -> list[torch.dtype]:
-    f32 = {t.data_ptr() for n, t in tiny_train.logical_tensors(tiny, config) if rule_for(n).source == "f32"}
+def tiny_parameters_dtypes(tiny: train.TinyModel, config: layout.Config) -> list[torch.dtype]:
+    f32 = {t.data_ptr() for n, t in train.logical_tensors(tiny, config) if rule_for(n).source == "f32"}
     return [torch.float32 if p.data_ptr() in f32 else torch.bfloat16 for p in tiny.parameters()]
 
 
 def heldout() -> Tensor:
-    tokens = torch.from_numpy(tiny_text.heldout_tokens(TINY, TINY / "heldout.txt").astype("int64"))
+    tokens = torch.from_numpy(text.heldout_tokens(TINY, TINY / "heldout.txt").astype("int64"))
     return tokens[: len(tokens) // 512 * 512].view(-1, 512)
 
 
 def test_the_committed_model_is_in_the_upstream_form() -> None:
     committed = Checkpoint(TINY)
     committed.validate(layout.upstream(committed.config))
-    assert committed.config.raw == tiny_train.CONFIG
+    assert committed.config.raw == train.CONFIG
     assert len(committed.shard_names) >= 2
     assert weights_apart_from_their_scales(committed)
     for logical, shape in layout.parameters(committed.config):

@@ -18,12 +18,12 @@ import pytest
 from openai_stand_in import Answer, Choice, Server, choice
 
 from scripts import bench
-from v4forge import conversation, scenarios, toolcalls
-from v4forge.conversation import Speaker
-from v4forge.endpoints import Endpoint
+from v4forge.bench.tools import chat_client, play, scenarios
+from v4forge.bench.tools.chat_client import Speaker
+from v4forge.bench.tools.scenarios import Scenario
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.scenarios import Scenario
+from v4forge.serving.client import Endpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = scenarios.load()
@@ -43,7 +43,7 @@ def played(turns: list[Choice], scenario: Scenario, **speaker: Any) -> tuple[dic
 def against(server: Server, scenario: Scenario, limit_s: float = 20, max_tokens: int = 100) -> dict[str, Any]:
     at = Endpoint(0, server.url, pinned=False)
     speaker = Speaker(at, stand_in.MODEL, max_tokens, seed=7, limit_s=limit_s)
-    return toolcalls.part(SUITE, scenario, lambda messages, tools: conversation.reply(speaker, messages, tools))
+    return play.part(SUITE, scenario, lambda messages, tools: chat_client.reply(speaker, messages, tools))
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
@@ -60,7 +60,7 @@ def test_every_scenario_is_proven_to_be_worth_two_points_one_and_none() -> None:
 
 
 def test_the_suite_is_of_thirty_points() -> None:
-    assert len(SUITE.scenarios) * toolcalls.PASS == toolcalls.MOST == 30
+    assert len(SUITE.scenarios) * play.PASS == play.MOST == 30
     assert [scenario.category for scenario in SUITE.scenarios[::3]] == list(scenarios.CATEGORIES)
 
 
@@ -185,7 +185,7 @@ def test_the_perfect_player_gets_thirty_of_thirty(
 ) -> None:
     assert bench.main(arguments(server, tmp_path, "--leave-out", "smoke/coding")) == 0
     content = the_file(tmp_path)
-    assert toolcalls.points(content["parts"]) == dict.fromkeys(scenarios.CATEGORIES, (6, 6))
+    assert play.points(content["parts"]) == dict.fromkeys(scenarios.CATEGORIES, (6, 6))
     assert content["complete"] is True and content["trial"] is None
     assert len(content["parts"]) == 15 + 8
     assert content["hashes"].keys() == {*(f"tools/{path.name}" for path in SUITE.files), "smoke.yaml"}

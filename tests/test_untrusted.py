@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from programs import calibrate_arguments, run_here, write_corpus, write_source
 
-from v4forge import verification
-from v4forge.checkpoint import INDEX, Checkpoint
+from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError
+from v4forge.verification import certificate
 
 SHARD = "model-00001-of-00005.safetensors"
 
@@ -40,7 +40,7 @@ def copy(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def verdict(folder: Path) -> bool | None:
     """What verify says; None for a refusal. Anything but these two is a defect."""
     try:
-        checks, *_ = verification.verify(folder, None, Digests(folder.parent / "digests.json"))
+        checks, *_ = certificate.verify(folder, None, Digests(folder.parent / "digests.json"))
     except UserError:
         return None
     return all(check.ok for check in checks)
@@ -136,7 +136,7 @@ def test_a_manifest_names_no_file_outside_the_source(copy: Path) -> None:
     content = json.loads((copy / "manifest.json").read_text())
     content["source"]["files"]["../../etc/passwd"] = {"sha256": "0"}
     with replaced(copy / "manifest.json", json.dumps(content).encode()):
-        checks, *_ = verification.verify(copy, None, Digests(copy.parent / "digests.json"))
+        checks, *_ = certificate.verify(copy, None, Digests(copy.parent / "digests.json"))
     assert "does not say what" in next(check.detail for check in checks if check.name == "provenance")
 
 
@@ -153,7 +153,7 @@ def test_an_index_that_leaves_the_folder_is_refused_before_anything_is_opened(
     index = json.loads((copy / INDEX).read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = outside
     opened: list[str] = []
-    monkeypatch.setattr("v4forge.checkpoint.safe_open", lambda path, **_: opened.append(str(path)))
+    monkeypatch.setattr("v4forge.checkpoint.reader.safe_open", lambda path, **_: opened.append(str(path)))
     refused = pytest.raises(UserError, match="is not a safetensors index")
     with replaced(copy / INDEX, json.dumps(index).encode()), refused:
         Checkpoint(copy, form="artifact")

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import run_here
 
-from v4forge import heldout
-from v4forge.checkpoint import Checkpoint
-from v4forge.evaluation import evaluate
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import heldout
+from v4forge.model.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "models" / "tiny"

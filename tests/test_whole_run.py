@@ -1,4 +1,4 @@
-"""v4forge.whole_run and scripts.status: a run as its events tell it, for a person in another terminal."""
+"""v4forge.pipeline.run_state and scripts.status: a run as its events tell it, for a person in another terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from programs import run_here
 
-from v4forge import events, whole_run
-from v4forge.whole_run import WholeRun
+from v4forge.pipeline import events, run_state
+from v4forge.pipeline.run_state import WholeRun
 
 STAGES = ["fetch", "calibrate", "postprocess", "verify"]
 BEGUN_AT = 1_800_000_000.0
@@ -40,7 +40,7 @@ def progress(seconds: float, stage: str, done: int, total: int, **facts: Any) ->
 
 
 def seen(history: list[dict[str, Any]], seconds: float, alive: bool = True) -> WholeRun:
-    found = whole_run.view(history, BEGUN_AT + seconds, lambda _stages: alive)
+    found = run_state.view(history, BEGUN_AT + seconds, lambda _stages: alive)
     assert found is not None
     return found
 
@@ -174,19 +174,19 @@ def test_a_pid_that_is_used_again_ends_only_its_own_run() -> None:
 
 
 def test_without_a_run_there_is_nothing_to_see() -> None:
-    assert whole_run.view([at(0, "calibrate", "start")], BEGUN_AT, lambda _stages: True) is None
+    assert run_state.view([at(0, "calibrate", "start")], BEGUN_AT, lambda _stages: True) is None
 
 
 def test_a_run_lives_while_its_lock_is_held(tmp_path: Path) -> None:
     lock = tmp_path / ".stamps" / "lock"
-    assert not whole_run.lives(tmp_path, STAGES)
+    assert not run_state.lives(tmp_path, STAGES)
     lock.parent.mkdir()
     with open(lock, "w") as held:
-        assert not whole_run.lives(tmp_path, STAGES)
+        assert not run_state.lives(tmp_path, STAGES)
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert whole_run.lives(tmp_path, STAGES)
-        assert not whole_run.lives(tmp_path, ["fetch"])
-    assert not whole_run.lives(tmp_path, STAGES)
+        assert run_state.lives(tmp_path, STAGES)
+        assert not run_state.lives(tmp_path, ["fetch"])
+    assert not run_state.lives(tmp_path, STAGES)
 
 
 def written(tmp_path: Path, history: list[dict[str, Any]]) -> Path:

@@ -1,4 +1,4 @@
-"""v4forge.workloads: the prompts of the benches."""
+"""v4forge.bench.workloads: the prompts of the benches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4forge import workloads
-from v4forge.corpus import load_tokenizer
+from v4forge.bench import workloads
+from v4forge.bench.workloads import WRITTEN
 from v4forge.errors import UserError
-from v4forge.workloads import WRITTEN
+from v4forge.model.corpus import load_tokenizer
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "tiny"
 WORDS = workloads.vocabulary(TINY)

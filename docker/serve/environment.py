@@ -17,9 +17,9 @@ import venv
 from collections.abc import Iterable
 from pathlib import Path
 
-from v4forge import locks
 from v4forge.errors import UserError, run_main
-from v4forge.locks import Lock
+from v4forge.images import locks
+from v4forge.images.locks import Lock
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = Path("/opt/venv")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import doctor
-from v4forge.doctor_host import OK, Host
+from v4forge.pipeline.doctor import checks as doctor_checks
+from v4forge.pipeline.doctor.host import OK, Host
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,8 +17,8 @@ pytestmark = [
 
 
 def test_the_checks_of_gpus_understand_this_machine(tmp_path: Path) -> None:
-    checks = [check for check in doctor.CHECKS if check.group == "GPU"]
-    rows = {row.name: row for row in doctor.run(Host(tmp_path, "flash", runtime="host"), checks)}
+    checks = [check for check in doctor_checks.CHECKS if check.group == "GPU"]
+    rows = {row.name: row for row in doctor_checks.run(Host(tmp_path, "flash", runtime="host"), checks)}
     print(*(f"{row.status:<8} {row.name:<15} {row.fact}" for row in rows.values()), sep="\n")
     assert not [row for row in rows.values() if "the check itself broke" in row.fact]
     for name in ("driver", "CUDA", "GPUs", "capability", "GPU memory"):

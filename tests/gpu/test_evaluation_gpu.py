@@ -6,8 +6,8 @@ import pytest
 import torch
 from synthetic import TINY
 
-from v4forge import evaluation, heldout
-from v4forge.checkpoint import Checkpoint
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import evaluation, heldout
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 from kernel_cases import DAMPENING, blocks, mixed, problem, scales
 
-from v4forge import codec, gptq
+from v4forge.checkpoint import codec
+from v4forge.quantization import gptq
 
 pytestmark = [
     pytest.mark.gpu,

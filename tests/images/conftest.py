@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from staged import PROBE, Project, build, left
 
-from v4forge import containers, image_base, images
-from v4forge.containers import Engine
+from v4forge.images import base, containers, definitions
+from v4forge.images.containers import Engine
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def base_image(engine: Engine) -> str:
     """A Debian with certificates and without Python: V4FORGE_TEST_BASE, or the one that `make images` makes."""
-    return os.environ.get("V4FORGE_TEST_BASE") or image_base.debian(engine.client)
+    return os.environ.get("V4FORGE_TEST_BASE") or base.debian(engine.client)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def make_image(
 ) -> Iterator[Callable[..., str]]:
     made = set()
 
-    def make(lane: str = "cpu", code: str = images.code_sha256()) -> str:
+    def make(lane: str = "cpu", code: str = definitions.code_sha256()) -> str:
         tag = build(engine, base_image, tmp_path_factory.mktemp("context"), lane=lane, code=code)
         made.add(tag)
         return tag

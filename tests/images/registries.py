@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from v4forge.oci import INDEX, MANIFESTS
+from v4forge.images.oci import INDEX, MANIFESTS
 
 USER, PASSWORD = "forger", "s3cret"
 BASIC = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()

@@ -20,12 +20,13 @@ from fetched import shard_of_layer, write_by_layer
 from hub_stand_in import Fault, Hub, Repo, serving, sha256_of
 from registries import Server
 
-from v4forge import image_files, images, pins
+from v4forge import pins
+from v4forge.images import archive, definitions
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
-ROOT = images.ROOT
-TAG = images.tag("calib")
+ROOT = definitions.ROOT
+TAG = definitions.tag("calib")
 SOMEBODY = 54321  # a user that neither this host nor the image knows
 # What the build host must not leave in an image.
 TRACES = ("/etc/ssl/certs/ca-certificates.crt", "proxy", "PIP_INDEX", "find-links", str(ROOT))
@@ -72,18 +73,18 @@ def test_labels_say_what_is_inside(documents: Path) -> None:
     assert labels["org.opencontainers.image.created"].startswith(pins.read()["LOCK_DATE"])
     assert re.match(r"[0-9a-f]{40}(-dirty)?$|unknown$", labels["org.opencontainers.image.revision"])
     inside = in_image("python", "-c", "from v4forge import images; print(images.code_sha256())").strip()
-    assert labels["io.v4forge.code"] == inside == images.code_sha256()
+    assert labels["io.v4forge.code"] == inside == definitions.code_sha256()
 
 
 def test_nothing_of_the_build_host_is_in_it(documents: Path) -> None:
     client = docker.from_env()
-    saved = image_files.of_daemon(client, TAG)
+    saved = archive.of_daemon(client, TAG)
     text = json.dumps(saved.config)
     assert [trace for trace in TRACES if trace in text] == []
     paths = [path for layer in saved.layers for path in layer.files]
     assert [path for path in paths if path.endswith((".pyc", "/__pycache__", "pip.conf", "/.git", "/wheels"))] == []
     newest = max(entry.mtime for layer in saved.layers for entry in layer.files.values())
-    assert newest <= images.epoch()
+    assert newest <= definitions.epoch()
 
 
 @pytest.mark.parametrize("user", ["", str(SOMEBODY), f"{SOMEBODY}:{SOMEBODY}"])

@@ -18,10 +18,10 @@ import pytest
 from docker.client import DockerClient
 from staged import Project, left
 
-from v4forge import containers
-from v4forge.containers import Engine
 from v4forge.errors import UserError, run_main
-from v4forge.jobs import Job
+from v4forge.images import containers
+from v4forge.images.containers import Engine
+from v4forge.images.jobs import Job
 
 pytestmark = pytest.mark.images
 

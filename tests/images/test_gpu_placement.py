@@ -15,10 +15,10 @@ import pytest
 from docker.client import DockerClient
 from docker.errors import APIError, DockerException
 
-from v4forge import containers
-from v4forge.containers import Engine
 from v4forge.errors import UserError
-from v4forge.jobs import ULIMITS, Job
+from v4forge.images import containers
+from v4forge.images.containers import Engine
+from v4forge.images.jobs import ULIMITS, Job
 
 pytestmark = pytest.mark.images
 

@@ -22,11 +22,11 @@ from docker import DockerClient
 from docker.errors import ImageNotFound
 from registries import BASIC, PASSWORD, Plain, Server, guarded_by_password, guarded_by_token
 
-from v4forge import attestation, image_files, images, registry
-from v4forge.containers import Engine
 from v4forge.errors import UserError
-from v4forge.oci import Repository, digest_of
-from v4forge.registry import UNSIGNED, Signing
+from v4forge.images import archive, attestation, definitions, registry
+from v4forge.images.containers import Engine
+from v4forge.images.oci import Repository, digest_of
+from v4forge.images.registry import UNSIGNED, Signing
 
 pytestmark = pytest.mark.images
 
@@ -115,7 +115,7 @@ def make_image(client: DockerClient) -> Iterator[Callable[..., str]]:
             entry = tarfile.TarInfo("hello.txt")
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content.encode()))
-        wanted = images.expected_labels("calib") | {key.replace("__", "."): value for key, value in labels.items()}
+        wanted = definitions.expected_labels("calib") | {key.replace("__", "."): value for key, value in labels.items()}
         changes = [f"LABEL {json.dumps(key)}={json.dumps(value)}" for key, value in wanted.items()]
         answer = client.api.import_image_from_data(archive.getvalue(), changes=changes)
         made.append(json.loads(answer.splitlines()[-1])["status"])
@@ -150,7 +150,7 @@ def test_what_was_pushed_and_wiped_comes_back_by_digest(shop: Shop, make_image: 
     assert back["sbom"] == documents(image)["sbom"]
     assert hashlib.sha256(back["provenance"]).hexdigest() == entry.provenance_sha256
     assert attestation.subjects(back["provenance"]) == {image, entry.reference.split("@")[1]}
-    (layer,) = image_files.of_daemon(shop.client, TAG).layers
+    (layer,) = archive.of_daemon(shop.client, TAG).layers
     assert layer.files["/hello.txt"].content == hashlib.sha256(b"pushed and pulled").hexdigest()
 
 

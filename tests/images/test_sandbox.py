@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from v4forge import harness, sandbox
-from v4forge.containers import Engine
+from v4forge.bench import lm_eval, sandbox
+from v4forge.bench.lm_eval import Environment, Limits
+from v4forge.bench.sandbox import Verdict
 from v4forge.errors import UserError
-from v4forge.harness import Environment, Limits
-from v4forge.sandbox import Verdict
+from v4forge.images.containers import Engine
 
 pytestmark = pytest.mark.images
 LIMIT_S = 8.0
@@ -169,7 +169,7 @@ def test_a_program_in_the_image_writes_to_its_folder_and_its_output_to_the_log(
         f"open('{tmp_path}/made', 'w').write('x'); print('Requesting API: 2/2'); import os; print(os.environ['NAMED'])"
     )
     words = ["python3", "-c", code]
-    said = harness.run(environment(engine, image, tmp_path), words, {"NAMED": "so"}, tmp_path / "log", Limits(30, 30))
+    said = lm_eval.run(environment(engine, image, tmp_path), words, {"NAMED": "so"}, tmp_path / "log", Limits(30, 30))
     assert said.splitlines() == ["Requesting API: 2/2", "so"]
     assert (tmp_path / "made").read_text() == "x"
 
@@ -177,15 +177,15 @@ def test_a_program_in_the_image_writes_to_its_folder_and_its_output_to_the_log(
 def test_a_stall_in_the_image_ends_in_time_and_leaves_no_container(
     engine: Engine, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "GRACE_S", 1.0)
+    monkeypatch.setattr(lm_eval, "GRACE_S", 1.0)
     words = ["python3", "-u", "-c", "import time; print('Requesting API: 1/2'); time.sleep(600)"]
     with pytest.raises(UserError, match="after 1 of 2"):
-        harness.run(environment(engine, image, tmp_path), words, {}, tmp_path / "log", Limits(2, 60))
-    label = f"{harness.RUN_LABEL}={tmp_path}"
+        lm_eval.run(environment(engine, image, tmp_path), words, {}, tmp_path / "log", Limits(2, 60))
+    label = f"{lm_eval.RUN_LABEL}={tmp_path}"
     assert engine.client.containers.list(all=True, filters={"label": label}) == []
 
 
 def test_a_failure_in_the_image_is_told_with_its_last_words(engine: Engine, image: str, tmp_path: Path) -> None:
     words = ["python3", "-c", "raise SystemExit('no module lm_eval')"]
     with pytest.raises(UserError, match="lm-eval ended with 1: 'no module lm_eval'"):
-        harness.run(environment(engine, image, tmp_path), words, {}, tmp_path / "log", Limits(30, 30))
+        lm_eval.run(environment(engine, image, tmp_path), words, {}, tmp_path / "log", Limits(30, 30))

@@ -12,9 +12,9 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from docker import DockerClient
 
-from v4forge import image_files, sbom
-from v4forge.containers import Engine
 from v4forge.errors import UserError
+from v4forge.images import archive, sbom
+from v4forge.images.containers import Engine
 
 pytestmark = pytest.mark.images
 
@@ -51,17 +51,17 @@ def test_what_the_daemon_says_of_an_image_is_what_its_archive_holds(
     client: DockerClient, make_image: Callable[..., str]
 ) -> None:
     image = make_image(a="12345", b="1")
-    saved = image_files.of_daemon(client, image)
+    saved = archive.of_daemon(client, image)
     known = client.images.get(image).attrs
     assert saved.id == image
     assert [layer.diff_id for layer in saved.layers] == known["RootFS"]["Layers"]
     assert saved.layers[0].bytes == known["Size"] == 6
-    assert image_files.layer_sizes(client, image) == [(6, "")]
+    assert archive.layer_sizes(client, image) == [(6, "")]
 
 
 def test_two_images_are_compared_down_to_the_line(client: DockerClient, make_image: Callable[..., str]) -> None:
     one, other = make_image(a="x\ny\n", b="1"), make_image(a="x\nz\n", c="1")
-    lines = image_files.differences(*(image_files.of_daemon(client, image) for image in (one, other)))
+    lines = archive.differences(*(archive.of_daemon(client, image) for image in (one, other)))
     files = [line for line in lines if not line.startswith("config ")]
     assert files[0] == "layer 0 (imported): 1 files added, 1 removed, 1 changed"
     assert files[1].startswith("  /a: content ")
@@ -71,7 +71,7 @@ def test_two_images_are_compared_down_to_the_line(client: DockerClient, make_ima
 
 def test_an_image_that_is_not_there_is_named(client: DockerClient) -> None:
     with pytest.raises(UserError, match="there is no image v4forge-test:none"):
-        image_files.of_daemon(client, "v4forge-test:none")
+        archive.of_daemon(client, "v4forge-test:none")
     with pytest.raises(UserError, match="there is no image v4forge-test:none"):
         sbom.sbom(client, "v4forge-test:none", "v4forge-test", "", EPOCH)
 

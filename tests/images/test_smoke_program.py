@@ -10,15 +10,16 @@ import openai_stand_in as stand_in
 import pytest
 
 from scripts import bench
-from v4forge import sandbox, smoke, toolcalls
-from v4forge.containers import Engine
-from v4forge.conversation import Reply
-from v4forge.measurement import newest
-from v4forge.scenarios import CATEGORIES
+from v4forge.bench import sandbox
+from v4forge.bench.measurement import newest
+from v4forge.bench.tools import answer_assertions, play
+from v4forge.bench.tools.chat_client import Reply
+from v4forge.bench.tools.scenarios import CATEGORIES
+from v4forge.images.containers import Engine
 
 pytestmark = pytest.mark.images
 
-(PROMPT,) = (prompt for prompt in smoke.load() if prompt.name == "calm-spells")
+(PROMPT,) = (prompt for prompt in answer_assertions.load() if prompt.name == "calm-spells")
 
 GOOD = """Here it is:
 
@@ -48,7 +49,7 @@ def part_of(engine: Engine, image: str, answer: str, limit_s: float = 8) -> dict
     def run(programs: Sequence[str]) -> list[tuple[bool, str]]:
         return [(each.passed, each.detail) for each in sandbox.score(engine, image, programs, limit_s=limit_s)]
 
-    return smoke.part(PROMPT, lambda _text: Reply(answer), run)
+    return answer_assertions.part(PROMPT, lambda _text: Reply(answer), run)
 
 
 def test_a_function_that_is_right_passes_every_case(engine: Engine, image: str) -> None:
@@ -75,8 +76,8 @@ def test_the_perfect_player_wins_all_of_the_bench(image: str, tmp_path: Path) ->
         assert bench.main(["tools", *places, "--sandbox-image", image]) == 0
     content = newest(tmp_path, "tools")
     assert content is not None and content["complete"] is True
-    assert toolcalls.points(content["parts"]) == dict.fromkeys(CATEGORIES, (6, 6))
-    assert smoke.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
+    assert play.points(content["parts"]) == dict.fromkeys(CATEGORIES, (6, 6))
+    assert answer_assertions.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
     assert content["parts"]["smoke/coding/calm-spells"]["checked_with"]["docker"].startswith(image)
 
 

@@ -74,7 +74,7 @@ def test_a_shell_sees_what_a_stage_sees(project: Project) -> None:
     code = f"""
         from pathlib import Path
         from v4forge import containers
-        from v4forge.jobs import Job
+        from v4forge.images.jobs import Job
         folders = {{"work": Path("scratch/a,b"), "reads": [Path("source")]}}
         job = Job({project.image!r}, ["bash"], **folders, environment={{"X": "secret"}})
         containers.shell(containers.connect(), job)

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from scripts import patch
-from v4forge import locks, patches, pins
+from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.images import locks, patches
 
 pytestmark = [pytest.mark.images, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -17,8 +17,8 @@ from dense import TINY
 from programs import run_module
 
 from benchmarks.clients import Outcome, ask_all
-from v4forge import replicas
-from v4forge.replicas import Plan
+from v4forge.serving import deployment
+from v4forge.serving.deployment import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
@@ -35,7 +35,7 @@ class Served:
 
     @property
     def plan(self) -> Plan:
-        plan = replicas.load(self.folder)
+        plan = deployment.load(self.folder)
         assert plan is not None
         return plan
 

@@ -16,8 +16,8 @@ import httpx
 import pytest
 from conftest import free_ports, wait_until
 
-from v4forge import router
-from v4forge.router import PIN, Addresses
+from v4forge.serving import haproxy
+from v4forge.serving.haproxy import PIN, Addresses
 
 pytestmark = pytest.mark.serve
 
@@ -84,7 +84,7 @@ def balanced(tmp_path: Path) -> Iterator[Callable[..., Balanced]]:
             addresses = [f"127.0.0.1:{backend.port}" for backend in backends]
             public, admin = f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"
             (tmp_path / "haproxy.cfg").write_text(
-                router.configuration(Addresses(public, admin, addresses), 30, affinity)
+                haproxy.configuration(Addresses(public, admin, addresses), 30, affinity)
             )
             for backend in backends:
                 stack.enter_context(backend.running())

@@ -18,13 +18,13 @@ from programs import run_module
 
 from benchmarks import serve_forward
 from benchmarks.clients import kill, processes
-from v4forge import measurement
-from v4forge.acceptance import difference
-from v4forge.checkpoint import Checkpoint
-from v4forge.exposition import Counts
+from v4forge.bench import measurement
+from v4forge.bench.acceptance import difference
+from v4forge.bench.served_model import look
+from v4forge.bench.workloads import PROMPT_TOKENS, WORKLOADS
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.intervals import Estimate
-from v4forge.target import look
-from v4forge.workloads import PROMPT_TOKENS, WORKLOADS
+from v4forge.serving.metrics import Counts
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

@@ -19,7 +19,9 @@ import quality_data
 from conftest import ROOT, SERVE_ENVIRONMENT, Served, wait_until
 from staged import build
 
-from v4forge import containers, endpoints, image_base, images, quality
+from v4forge.bench import quality
+from v4forge.images import base, containers, definitions
+from v4forge.serving import client
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 TRIAL = ("--limit", "2", "--max-tokens", "16")
@@ -38,7 +40,7 @@ def python_image() -> str:
     """An image with python3 in which programs may run."""
     engine = containers.connect()
     with tempfile.TemporaryDirectory() as folder:
-        return build(engine, image_base.debian(engine.client), Path(folder), lane="cpu", code=images.code_sha256())
+        return build(engine, base.debian(engine.client), Path(folder), lane="cpu", code=definitions.code_sha256())
 
 
 def command(reports: Path, *arguments: object) -> list[str]:
@@ -98,7 +100,7 @@ def test_the_log_probabilities_of_choices_are_those_of_the_next_token(tiny: Serv
         sample = json.loads(next(iter(lines)))
     arguments = sample["arguments"]["gen_args_0"]
     request = {"prompt": arguments["arg_0"], "max_tokens": 1, "temperature": 0, "logprobs": 20}
-    answer = endpoints.ask(tiny.plan.endpoints[0], "/v1/completions", {"model": tiny.plan.serving.model, **request})
+    answer = client.ask(tiny.plan.endpoints[0], "/v1/completions", {"model": tiny.plan.serving.model, **request})
     told = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     assert float(quality.first(sample["resps"])) == pytest.approx(told[arguments["arg_1"]], abs=0.1)
 

@@ -20,11 +20,12 @@ import pytest
 from conftest import SERVE_ENVIRONMENT, Served, free_ports, serve, wait_until
 
 from benchmarks.clients import kill, processes
-from v4forge import load, measurement, replicas, speed
+from v4forge.bench import measurement, speed, vllm_bench
+from v4forge.bench.speed import Point
+from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.load import Client, Load
-from v4forge.speed import Point
+from v4forge.serving import deployment
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
@@ -107,7 +108,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
     assert set(content["failures"]) == {"k2/32x16/c2/again"}
     assert "not measured: k2/32x16/c2/again: " in text and "Traceback" not in text
     assert not content["complete"] and content["trial"] == 3
-    assert not replicas.load(bench.folder.with_name("serve-bench")), "its server is stopped"
+    assert not deployment.load(bench.folder.with_name("serve-bench")), "its server is stopped"
 
     assert parts["k0/32x16/c2"]["acceptance"] is None and 0 < parts["k2/32x16/c2"]["acceptance"] < 1
     for part in parts.values():
@@ -190,7 +191,7 @@ def standing_in(fault: Callable[[Any, str], None]) -> Iterator[tuple[str, type[S
 def measured(url: str, folder: Path, limit_s: float) -> dict[str, Any]:
     """The figures of four requests, two at a time."""
     asked = Load(url, MODEL, [f"prompt {number}" for number in range(4)], TOKENS, 2, SLO_MS, 42)
-    result = load.measure(Client(str(SERVE_ENVIRONMENT / "bin")), asked, TINY, folder, "sesame", limit_s)
+    result = vllm_bench.measure(Client(str(SERVE_ENVIRONMENT / "bin")), asked, TINY, folder, "sesame", limit_s)
     return speed.figures(result, Point(0, 4, TOKENS, 2), 4, SLO_MS)
 
 
@@ -208,7 +209,7 @@ def test_a_server_that_fails_is_told_with_its_own_words_and_asked_with_the_key(t
         measured(url, tmp_path, 120.0)
     assert [seen["Authorization"] for seen in kind.headers_seen] == ["Bearer sesame"] * 4
     assert re.fullmatch(r"[23] of 4 requests failed, the first with: Internal Server Error", told.value.fact)
-    assert "sesame" not in (tmp_path / load.LOG).read_text()
+    assert "sesame" not in (tmp_path / vllm_bench.LOG).read_text()
 
 
 def test_a_server_that_stalls_is_given_up_and_its_client_ended(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, Served, wait_until
 
 from benchmarks.clients import kill, processes
-from v4forge.measurement import newest
-from v4forge.scenarios import CATEGORIES
+from v4forge.bench.measurement import newest
+from v4forge.bench.tools.scenarios import CATEGORIES
 
 pytestmark = pytest.mark.serve
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SERVE_ENVIRONMENT, dense_settings, wait_until
 
-from v4forge import containers, image_base, images
+from v4forge.images import base, containers, definitions
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -127,8 +127,8 @@ def load_image(host: Host) -> None:
     for name in ("health", "replica"):
         shutil.copy(ROOT / "docker/serve" / name, context / name)
     usual = containers.connect().client
-    (context / "Dockerfile").write_text(IMAGE.format(base=image_base.debian(usual)))
-    usual.images.build(path=str(context), tag=TAG, rm=True, labels=images.expected_labels("serve"))
+    (context / "Dockerfile").write_text(IMAGE.format(base=base.debian(usual)))
+    usual.images.build(path=str(context), tag=TAG, rm=True, labels=definitions.expected_labels("serve"))
     archive = host.folder / "image.tar"
     with open(archive, "wb") as file:
         file.writelines(usual.images.get(TAG).save(named=True))

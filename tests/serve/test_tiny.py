@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.clients import message
-from v4forge import endpoints, exposition
+from v4forge.serving import client, metrics
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
@@ -66,10 +66,10 @@ def test_the_status_shows_the_drafts_that_are_accepted(tiny: Served) -> None:
 def test_drafts_are_made_only_while_few_requests_run(tiny: Served) -> None:
     def made(requests: int) -> float:
         """Drafts a token of the answers."""
-        before = [endpoints.metrics(at).counts for at in tiny.plan.endpoints]
+        before = [client.metrics(at).counts for at in tiny.plan.endpoints]
         assert all(outcome.whole for outcome in tiny.ask_all([message(f"x{n}", tokens=64) for n in range(requests)]))
-        after = [endpoints.metrics(at).counts for at in tiny.plan.endpoints]
-        added = exposition.total(now.since(then) for now, then in zip(after, before, strict=True))
+        after = [client.metrics(at).counts for at in tiny.plan.endpoints]
+        added = metrics.total(now.since(then) for now, then in zip(after, before, strict=True))
         return (added.drafts or 0) / (added.generated or 0)
 
     assert made(4) > 0.3

@@ -1,0 +1,1 @@
+"""What only developers and CI run: lint, locks, the commands of the pages, making models/tiny."""

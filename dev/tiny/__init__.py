@@ -1,0 +1,1 @@
+"""Making models/tiny: its texts, its chats, its training."""

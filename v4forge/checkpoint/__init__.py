@@ -1,0 +1,4 @@
+"""DeepSeek-V4 checkpoints as bytes: the recipe, every tensor, number formats, safetensors in and out.
+
+Imports the ground only.
+"""

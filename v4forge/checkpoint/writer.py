@@ -1,0 +1,123 @@
+"""Safetensors shards and their index, written whole or not at all; a shard that several processes fill."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from v4forge.checkpoint.incoming import INDEX
+from v4forge.checkpoint.layout import DTYPE_NAMES, TensorSpec
+from v4forge.files import atomic_path, sync_folder, write_json, writing
+
+
+def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
+    """A safetensors file's first bytes, where in the file each tensor starts, and the size of the whole.
+
+    The library's own writer orders more than one metadata entry at random, so the header is made here.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
+    order = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))  # wide types first: all data aligned
+    starts, offset = {}, 0
+    for name in order:
+        dtype, shape = specs[name].dtype, specs[name].shape
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        starts[name], offset = offset, end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    head = len(head).to_bytes(8, "little") + head
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+    head, starts, _ = header_of({n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        for name in starts:
+            file.write(tensor_bytes(tensors[name]))
+
+
+class SharedShard:
+    """A safetensors file that threads and processes of one file system fill together, a tensor at a time.
+
+    One of them calls `create`, which reserves the space; all may `write` and end with `sync`; then one calls `publish`.
+    The bytes are those of `write_shard`, whoever writes what in which order. Raises UserError where the disk is full.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.shared.tmp")
+        self._specs = dict(specs)
+        self._head, self._starts, self._size = header_of(specs, metadata)
+        self._file = -1
+
+    def create(self) -> None:
+        """Makes the file under its temporary name, with its header, at its full size."""
+        with writing(self.path):
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                os.posix_fallocate(self._file, 0, self._size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(self._file, self._size)
+            os.pwrite(self._file, self._head, 0)
+
+    def open(self) -> None:
+        """Opens the file that another process has created."""
+        with writing(self.path):
+            if self._file < 0:
+                self._file = os.open(self._temporary, os.O_RDWR)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors in their places and waits until the disk has them."""
+        with writing(self.path):
+            for name, tensor in tensors.items():
+                if TensorSpec(tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
+                    raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._specs[name]}")
+                data, offset = tensor_bytes(tensor), self._starts[name]
+                while len(data):
+                    count = os.pwrite(self._file, data, offset)
+                    data, offset = data[count:], offset + count
+            os.fdatasync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def publish(self) -> None:
+        """Gives the file its name, once everybody has written."""
+        with writing(self.path):
+            os.fsync(self._file)
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor of any dtype, on the CPU, without a copy where it lies contiguous there."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Writes model.safetensors.index.json: tensor name -> shard."""
+    write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
+
+
+def carries(path: Path, fingerprint: str) -> bool:
+    """Whether a safetensors file is there, whole, and of the run with this fingerprint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint") == fingerprint
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,378 @@
+"""DeepSeek-V4 one block at a time: a decoder layer, the MTP block and the head, filled from a Checkpoint.
+
+The layers are transformers' own classes. A decoder layer runs in two halves, because calibration needs what lies
+between them and can reuse the first half after only the experts have changed: `attend` ends with the routed experts'
+input and routing, `combine` adds the routed experts' output. transformers has no MTP module; `MTPBlock` is ours.
+
+Weights and activations are in one compute dtype (BF16 unless asked otherwise), while the parameters that a checkpoint
+keeps in F32 stay F32, and so does everything computed from them in the layer classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
+
+from v4forge.checkpoint.layout import Config, Shape, layer_parameters, mtp_parameters, root_parameters
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.recipe import rule_for
+
+# Upstream names inside a block -> names in transformers' DeepseekV4DecoderLayer, first match wins.
+RENAMES = (
+    (r"^attn\.indexer\.compressor\.norm\.", "self_attn.compressor.indexer.kv_norm."),
+    (r"^attn\.indexer\.compressor\.wkv\.", "self_attn.compressor.indexer.kv_proj."),
+    (r"^attn\.indexer\.compressor\.wgate\.", "self_attn.compressor.indexer.gate_proj."),
+    (r"^attn\.indexer\.compressor\.ape$", "self_attn.compressor.indexer.position_bias"),
+    (r"^attn\.indexer\.wq_b\.", "self_attn.compressor.indexer.q_b_proj."),
+    (r"^attn\.indexer\.weights_proj\.", "self_attn.compressor.indexer.scorer.weights_proj."),
+    (r"^attn\.compressor\.norm\.", "self_attn.compressor.kv_norm."),
+    (r"^attn\.compressor\.wkv\.", "self_attn.compressor.kv_proj."),
+    (r"^attn\.compressor\.wgate\.", "self_attn.compressor.gate_proj."),
+    (r"^attn\.compressor\.ape$", "self_attn.compressor.position_bias"),
+    (r"^attn\.attn_sink$", "self_attn.sinks"),
+    (r"^attn\.q_norm\.", "self_attn.q_a_norm."),
+    (r"^attn\.kv_norm\.", "self_attn.kv_norm."),
+    (r"^attn\.wq_a\.", "self_attn.q_a_proj."),
+    (r"^attn\.wq_b\.", "self_attn.q_b_proj."),
+    (r"^attn\.wkv\.", "self_attn.kv_proj."),
+    (r"^attn\.wo_a\.", "self_attn.o_a_proj."),
+    (r"^attn\.wo_b\.", "self_attn.o_b_proj."),
+    (r"^attn_norm\.", "input_layernorm."),
+    (r"^ffn_norm\.", "post_attention_layernorm."),
+    (r"^hc_(attn|ffn)_(fn|base|scale)$", r"\1_hc.\2"),
+    (r"^ffn\.gate\.bias$", "mlp.gate.e_score_correction_bias"),
+    (r"^ffn\.gate\.", "mlp.gate."),
+    (r"^ffn\.shared_experts\.w1\.", "mlp.shared_experts.gate_proj."),
+    (r"^ffn\.shared_experts\.w2\.", "mlp.shared_experts.down_proj."),
+    (r"^ffn\.shared_experts\.w3\.", "mlp.shared_experts.up_proj."),
+)
+EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.weight$")
+Parameters = Iterator[tuple[str, Shape]]
+
+
+def renamed(name: str) -> str:
+    """A block's upstream name (without `layers.N.`) under transformers' name."""
+    for pattern, replacement in RENAMES:
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    raise KeyError(name)
+
+
+def hf_config(config: Config) -> DeepseekV4Config:
+    """transformers' config with one more layer than the model: index `num_hidden_layers` is the MTP block's."""
+    raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "architectures", "torch_dtype")}
+    n = config.num_hidden_layers
+    made = DeepseekV4Config(**deepcopy(raw) | {"num_hidden_layers": n + 1})  # it writes into its nested arguments
+    made._attn_implementation = "eager"
+    return made
+
+
+@dataclass
+class Context:
+    """What every layer needs for a batch of sequences of one length: rope tables, mask, token ids."""
+
+    input_ids: Tensor  # [batch, seq]
+    position_ids: Tensor  # [1, seq]
+    position_embeddings: dict[str, tuple[Tensor, Tensor]]
+    attention_mask: Tensor  # [batch, 1, seq, seq], or [1, 1, seq, keys]
+    keys: Any = None  # where attention adds its keys to those of passes before and reads them all, if it does
+
+
+class Rotary:
+    """Rope tables and sliding-window masks; one for the whole model."""
+
+    def __init__(self, config: DeepseekV4Config, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.tables = hf.DeepseekV4RotaryEmbedding(config).to(device)
+
+    def context(self, input_ids: Tensor) -> Context:
+        """input_ids: [batch, seq] -> its Context."""
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        like = torch.empty(*input_ids.shape, 1, dtype=self.dtype, device=input_ids.device)
+        mask = create_sliding_window_causal_mask(
+            config=self.config,
+            inputs_embeds=like,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        return Context(input_ids, position_ids, self.embeddings(position_ids), mask)
+
+    def embeddings(self, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """position_ids: [1, seq] -> cosines and sines, [1, seq, rope_dim / 2] each, by kind of table."""
+        like = torch.empty(0, dtype=self.dtype, device=position_ids.device)
+        return {kind: self.tables(like, position_ids=position_ids, layer_type=kind) for kind in ("main", "compress")}
+
+
+def _materialize(module: nn.Module, state: dict[str, Tensor], config: DeepseekV4Config, device: torch.device) -> None:
+    """Fills a module made on the meta device: `state` for its parameters and buffers, rope tables made anew."""
+    module.load_state_dict(state, strict=True, assign=True)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, hf.DeepseekV4RotaryEmbedding):
+            parent = module.get_submodule(name.rpartition(".")[0])
+            parent.rotary_emb = hf.DeepseekV4RotaryEmbedding(config).to(device)
+        for key, buffer in list(child.named_buffers(recurse=False)):
+            if not buffer.is_meta and buffer.device != device:
+                child._buffers[key] = buffer.to(device)
+    module.eval().requires_grad_(False)
+
+
+class Weights:
+    """Reads logical tensors of a checkpoint onto a device in the compute dtype, F32 and integer tensors as they are."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+
+    def __call__(self, name: str, shape: Shape) -> Tensor:
+        tensor = self.checkpoint.load(name, shape, self.device)
+        # by what upstream keeps in F32, so that source and artifact run in the same arithmetic
+        return tensor if rule_for(name).source in ("f32", "int") else tensor.to(self.dtype)
+
+    def block(self, prefix: str, parameters: Parameters, experts: bool = True) -> dict[str, Tensor]:
+        """The state dict of a DeepseekV4DecoderLayer from the tensors under `prefix`; experts stacked [E, out, in]."""
+        c = self.checkpoint.config
+        inner, hidden = c.moe_intermediate_size, c.hidden_size
+        new: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        state: dict[str, Tensor] = {}
+        slots: dict[str, Tensor] = {}
+        if experts:
+            gate_up = torch.empty(c.n_routed_experts, 2 * inner, hidden, **new)
+            down = torch.empty(c.n_routed_experts, hidden, inner, **new)
+            slots = {"w1": gate_up[:, :inner], "w3": gate_up[:, inner:], "w2": down}
+            state = {"mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+        for name, shape in parameters:
+            local = name.removeprefix(prefix)
+            expert = EXPERT.match(local)
+            if expert is None:
+                state[renamed(local)] = self(name, shape)
+            elif experts:
+                slots[expert[2]][int(expert[1])] = self(name, shape)
+        if "mlp.gate.tid2eid" in state:
+            state["mlp.gate.tid2eid"] = state["mlp.gate.tid2eid"].long()
+        return state
+
+
+def load_layer(
+    weights: Weights, config: DeepseekV4Config, layer: int, experts: bool = True
+) -> hf.DeepseekV4DecoderLayer:
+    """Decoder layer `layer`, on weights.device; without its routed experts it can only `attend`."""
+    with torch.device("meta"):
+        module = hf.DeepseekV4DecoderLayer(config, layer)
+    if not experts:
+        module.mlp.experts = nn.Module()
+    state = weights.block(f"layers.{layer}.", layer_parameters(weights.checkpoint.config, layer), experts)
+    _materialize(module, state, config, weights.device)
+    return module
+
+
+class Head(nn.Module):
+    """Collapses the residual streams, normalizes, and projects to the vocabulary."""
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        self.hc_head = hf.DeepseekV4HyperHead(config)
+        self.norm = hf.DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, streams: Tensor, head: Tensor) -> Tensor:
+        """streams: [batch, seq, hc_mult, hidden], head: [vocab, hidden] -> logits [batch, seq, vocab] f32."""
+        return F.linear(self.norm(self.hc_head(streams)), head).float()
+
+
+@dataclass
+class Root:
+    """What lies outside the layers: embedding and output head in the compute dtype, and the final Head."""
+
+    embed: Tensor  # [vocab, hidden]
+    head: Tensor  # [vocab, hidden]
+    final: Head
+
+
+def load_root(weights: Weights, config: DeepseekV4Config) -> Root:
+    """Embedding, output head, final norm and stream collapse."""
+    with torch.device("meta"):
+        final = Head(config)
+    tensors = {n: weights(n, s) for n, s in root_parameters(weights.checkpoint.config)}
+    state = {
+        "norm.weight": tensors["norm.weight"],
+        **{f"hc_head.hc_{k}": tensors[f"hc_head_{k}"] for k in ("fn", "base", "scale")},
+    }
+    _materialize(final, state, config, weights.device)
+    return Root(tensors["embed.weight"], tensors["head.weight"].to(weights.dtype), final)
+
+
+class MTPBlock(nn.Module):
+    """The Multi-Token Prediction block: from the streams at t and the token t+1 to a prediction of token t+2.
+
+    DeepSeek-V3 report (arXiv 2412.19437) section 2.2, with V4's two separate projections and its own stream collapse
+    and norm; embedding and output head are the main model's. Like vLLM it reads no embedding at position 0.
+    """
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = hf.DeepseekV4RMSNorm(hidden, eps=eps)
+        self.hnorm = hf.DeepseekV4RMSNorm(hidden, eps=eps)
+        self.e_proj = nn.Linear(hidden, hidden, bias=False)
+        self.h_proj = nn.Linear(hidden, hidden, bias=False)
+        self.block = hf.DeepseekV4DecoderLayer(config, config.num_hidden_layers - 1)
+        self.head = Head(config)
+
+    def forward(self, streams: Tensor, embeds: Tensor, context: Context) -> Tensor:
+        """streams: [batch, seq, hc_mult, hidden] of the main model; embeds: [batch, seq, hidden] of the next tokens,
+        whose ids context.input_ids holds -> streams of the same shape, for `head` and for the next draft."""
+        embeds = embeds.masked_fill((context.position_ids == 0).unsqueeze(-1), 0.0)
+        mixed = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(embeds)).unsqueeze(2)
+        return run_layer(self.block, mixed, context)
+
+
+def load_mtp(weights: Weights, config: DeepseekV4Config, experts: tuple[Tensor, Tensor] | None = None) -> MTPBlock:
+    """The MTP block, on weights.device; its routed experts' gate_up and down are read where they are not given."""
+    with torch.device("meta"):
+        module = MTPBlock(config)
+    own = re.compile(r"mtp\.0\.(enorm|hnorm|e_proj|h_proj|norm|hc_head_(fn|base|scale))(\.weight)?$")
+    everything = list(mtp_parameters(weights.checkpoint.config))
+    block = weights.block("mtp.0.", ((n, s) for n, s in everything if not own.match(n)), experts is None)
+    if experts is not None:
+        block |= dict(zip(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), experts, strict=True))
+    state = {f"block.{name}": tensor for name, tensor in block.items()}
+    for name, shape in everything:
+        if own.match(name):
+            local = name.removeprefix("mtp.0.")
+            if local == "norm.weight":
+                local = "head.norm.weight"
+            state[local.replace("hc_head_", "head.hc_head.hc_")] = weights(name, shape)
+    _materialize(module, state, config, weights.device)
+    return module
+
+
+def embed(root: Root, config: DeepseekV4Config, input_ids: Tensor) -> Tensor:
+    """input_ids: [batch, seq] -> hc_mult equal residual streams [batch, seq, hc_mult, hidden]."""
+    return F.embedding(input_ids, root.embed).unsqueeze(2).expand(-1, -1, config.hc_mult, -1).contiguous()
+
+
+@dataclass
+class Attended:
+    """A decoder layer's state just before its routed experts."""
+
+    x: Tensor  # [tokens, hidden], the experts' input
+    indices: Tensor  # [tokens, top_k], the experts chosen
+    weights: Tensor  # [tokens, top_k], their weights, routed scaling included
+    shared: Tensor  # [batch, seq, hidden], the shared expert's output
+    post: Tensor  # [batch, seq, hc_mult], how much of the output each stream takes
+    carried: Tensor  # [batch, seq, hc_mult, hidden], the mixed streams that the output is added to
+
+
+def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) -> Attended:
+    """The first half of a decoder layer: attention, router, shared expert. streams: [batch, seq, hc_mult, hidden]."""
+    dtype = streams.dtype
+    post, comb, collapsed = layer.attn_hc(streams)
+    attention, _ = layer.self_attn(
+        layer.input_layernorm(collapsed),
+        position_embeddings=context.position_embeddings,
+        position_ids=context.position_ids,
+        attention_mask=context.attention_mask,
+        past_key_values=context.keys,
+    )
+    streams = mixed(streams, comb.to(dtype), post.to(dtype), attention)
+    post, comb, collapsed = layer.ffn_hc(streams)
+    x = layer.post_attention_layernorm(collapsed)
+    routed = layer.mlp.gate(x, context.input_ids) if layer.mlp.is_hash else layer.mlp.gate(x)
+    _, weights, indices = routed
+    return Attended(
+        x=x.flatten(0, 1),
+        indices=indices,
+        weights=weights,
+        shared=layer.mlp.shared_experts(x),
+        post=post.to(dtype),
+        carried=mixed(streams, comb.to(dtype), post.to(dtype)),
+    )
+
+
+def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None = None) -> Tensor:
+    """Each stream as comb's mixture of all, plus post's share of a sublayer's output.
+
+    streams: [..., hc_mult, hidden]; comb: [..., hc_mult, hc_mult], from row to column; post: [..., hc_mult]; output:
+    [..., hidden] -> like streams.
+    """
+    if streams.is_cuda and not (streams.requires_grad or comb.requires_grad):  # the kernel has no gradient
+        from v4forge.model import kernels
+
+        return kernels.mixed(streams, comb, post, output)
+    carried = torch.matmul(comb.mT, streams)
+    return carried if output is None else post.unsqueeze(-1) * output.unsqueeze(-2) + carried
+
+
+def combine(attended: Attended, routed: Tensor) -> Tensor:
+    """The second half: routed experts' output [tokens, hidden] -> streams [batch, seq, hc_mult, hidden]."""
+    output = routed.view_as(attended.shared) + attended.shared
+    return attended.post.unsqueeze(-1) * output.unsqueeze(-2) + attended.carried
+
+
+@dataclass
+class Routing:
+    """Tokens sorted by expert: row r of a sorted tensor is token `token[r]`; expert e has bounds[e]:bounds[e+1]."""
+
+    token: Tensor  # [tokens * top_k]
+    inverse: Tensor  # [tokens * top_k], position of (token, choice) in the sorted order
+    bounds: list[int]  # [experts + 1]
+
+
+def sort_by_expert(indices: Tensor, experts: int) -> Routing:
+    """indices: [tokens, top_k] -> Routing; tokens of one expert keep their order."""
+    flat = indices.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    bounds = [0, *torch.cumsum(counts, 0).tolist()]
+    return Routing(order // indices.shape[1], torch.argsort(order), bounds)
+
+
+def activation(gate_up: Tensor, limit: float) -> Tensor:
+    """Clamped SwiGLU, the input of w2. gate_up: [tokens, 2 * inner] -> [tokens, inner]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def expert(x: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """One routed expert. x: [tokens, hidden]; gate_up: [2 * inner, hidden]; down: [hidden, inner] -> like x."""
+    return F.linear(activation(F.linear(x, gate_up), limit), down)
+
+
+def weighted_sum(by_choice: Tensor, weights: Tensor) -> Tensor:
+    """by_choice: [tokens * top_k, hidden]; weights: [tokens, top_k] -> [tokens, hidden].
+
+    Each token's outputs are added in the order of its choices, in F32, however tokens are batched.
+    """
+    outputs = by_choice.view(*weights.shape, -1).float()
+    return (outputs * weights.float().unsqueeze(-1)).sum(1).to(by_choice.dtype)
+
+
+def routed_experts(attended: Attended, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """The routed experts' weighted sum, [tokens, hidden]; gate_up: [E, 2 * inner, hidden], down: [E, hidden, inner].
+
+    The GEMMs may round otherwise for another number of rows: seen on the CPU in F32 below 256 tokens, not in BF16.
+    """
+    routing = sort_by_expert(attended.indices, gate_up.shape[0])
+    x = attended.x[routing.token]
+    out = torch.empty_like(x)
+    for e, (start, end) in enumerate(zip(routing.bounds, routing.bounds[1:], strict=False)):
+        if end > start:
+            out[start:end] = expert(x[start:end], gate_up[e], down[e], limit)
+    return weighted_sum(out[routing.inverse], attended.weights)
+
+
+def run_layer(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) -> Tensor:
+    """A whole decoder layer: streams -> streams."""
+    attended = attend(layer, streams, context)
+    experts = layer.mlp.experts
+    return combine(attended, routed_experts(attended, experts.gate_up_proj, experts.down_proj, experts.limit))

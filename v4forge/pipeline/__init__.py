@@ -1,0 +1,4 @@
+"""Operating a run: stages, stamps, runner, progress, plan, doctor, release check.
+
+Imports any package.
+"""

@@ -1,0 +1,189 @@
+"""What can go wrong on a machine, checked before anything runs: a table of checks, each with a fact and a fix.
+
+The checks run side by side, each in its time. One that breaks is a failed row: it never takes the others with it.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from v4forge import pins
+from v4forge.errors import UserError
+from v4forge.pipeline.doctor import containers as of_containers
+from v4forge.pipeline.doctor import disk as of_disk
+from v4forge.pipeline.doctor import gpu as of_gpu
+from v4forge.pipeline.doctor import network as of_network
+from v4forge.pipeline.doctor import system as of_system
+from v4forge.pipeline.doctor.host import FAILED, WARNING, Host, NotChecked, Result
+
+GROUPS = ("GPU", "containers", "disk", "system", "network")
+LIMIT_S, LONG_S = 45.0, 120.0
+UNCHECKED = "not checked: "
+SHORTEST_SECRET = 6  # what is shorter stands in other words by chance
+
+# Of a check that could not be made: what the embedded model, or a run without docker, can do without.
+SEVERITY: dict[str, Callable[[Host, str, str], Result]] = {"GPU": Host.needed, "containers": of_containers.missing}
+
+
+@dataclass(frozen=True)
+class Check:
+    """`alone`: after all others, because they would disturb what it measures."""
+
+    name: str
+    group: str
+    function: Callable[[Host], Result]
+    limit_s: float = LIMIT_S
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A check and what it found; `after`: the check that says why it could not be made."""
+
+    name: str
+    group: str
+    status: str
+    fact: str
+    fix: str
+    after: str = ""
+
+
+# nvidia-smi wakes every GPU first where no daemon keeps them awake: the first that asks waits for a minute.
+CHECKS = (
+    Check("driver", "GPU", of_gpu.driver, LONG_S),
+    Check("CUDA", "GPU", of_gpu.cuda, LONG_S),
+    Check("torch", "GPU", of_gpu.torch_build, LONG_S),
+    Check("fabric manager", "GPU", of_gpu.fabric_manager, LONG_S),
+    Check("GPUs", "GPU", of_gpu.models, LONG_S),
+    Check("capability", "GPU", of_gpu.capability, LONG_S),
+    Check("GPU memory", "GPU", of_gpu.memory, LONG_S),
+    Check("ECC", "GPU", of_gpu.health, LONG_S),
+    Check("in use", "GPU", of_gpu.idle, LONG_S),
+    Check("NVLink", "GPU", of_gpu.links, LONG_S),
+    Check("all-reduce", "GPU", of_gpu.all_reduce, of_gpu.NCCL_LIMIT_S + LONG_S),
+    Check("docker", "containers", of_containers.daemon),
+    Check("compose", "containers", of_containers.compose_program),
+    Check("image builder", "containers", of_containers.builder),
+    Check("NVIDIA toolkit", "containers", of_containers.toolkit, LONG_S),
+    Check("calib image", "containers", partial(of_containers.image, name="calib")),
+    Check("serve image", "containers", partial(of_containers.image, name="serve")),
+    Check("container: GPUs", "containers", of_containers.sees_gpus, LONG_S),
+    Check("container: files", "containers", of_containers.writes, LONG_S),
+    Check("container: nvcc", "containers", of_containers.compiler, LONG_S),
+    Check("scratch", "disk", of_disk.writable),
+    *(Check(f"space: {stage}", "disk", partial(of_disk.space, stage=stage)) for stage in of_disk.STAGES),
+    Check("space: images", "disk", of_disk.images),
+    Check("speed", "disk", of_disk.speed, LONG_S, alone=True),
+    Check("memory", "system", of_system.host_memory),
+    Check("/dev/shm", "system", of_system.shared_memory),
+    *(Check(name, "system", partial(of_system.limit, name=name)) for name in of_system.LIMITS),
+    Check("Python", "system", of_system.python),
+    Check("serve on host", "system", of_system.serving),
+    Check("hub", "network", of_network.hub),
+    Check("token", "network", of_network.token),
+    Check("clock", "network", of_network.clock),
+)
+
+
+def run(
+    host: Host, checks: Sequence[Check] = CHECKS, progress: Callable[[int, str], None] = lambda _done, _doing: None
+) -> list[Row]:
+    """A row a check, in their order; `progress` is told how many are finished, and which are not."""
+    found: dict[str, Row] = {}
+
+    def told(running: Sequence[str]) -> None:
+        progress(len(found), ", ".join(running))
+
+    together = [check for check in checks if not check.alone]
+    for group in (together, *([check] for check in checks if check.alone)):
+        _run_together(host, group, found, told)
+    return [_as_the_first(found[check.name], found) for check in checks]
+
+
+def _as_the_first(row: Row, found: Mapping[str, Row]) -> Row:
+    """A row that waits for another check has its fix."""
+    first = found.get(row.after)
+    return replace(row, fix=first.fix) if first and first.fix else row
+
+
+def _run_together(
+    host: Host, checks: Sequence[Check], found: dict[str, Row], told: Callable[[Sequence[str]], None]
+) -> None:
+    """Runs checks in threads, until each has ended or has used up its time."""
+    ended: queue.SimpleQueue[tuple[Check, Result]] = queue.SimpleQueue()
+    started = time.monotonic()
+    for check in checks:
+        # A daemon's thread: the program may end while one hangs in the kernel.
+        threading.Thread(target=lambda check=check: ended.put((check, judge(host, check))), daemon=True).start()
+    waiting = {check.name: check for check in checks}
+    while waiting:
+        told(list(waiting))
+        left_s = min(check.limit_s for check in waiting.values()) - (time.monotonic() - started)
+        try:
+            check, result = ended.get(timeout=min(1.0, max(0.0, left_s)))
+        except queue.Empty:
+            late = [each for each in waiting.values() if time.monotonic() - started >= each.limit_s]
+            answers = [(each, _late(each)) for each in late]
+        else:
+            answers = [(check, result)] if check.name in waiting else []
+        for check, result in answers:
+            del waiting[check.name]
+            found[check.name] = Row(check.name, check.group, *_redacted(host, result), result.after)
+    told([])
+
+
+def _failed(_host: Host, fact: str, fix: str) -> Result:
+    return Result(FAILED, fact, fix)
+
+
+def _late(check: Check) -> Result:
+    fact = f"no answer within {check.limit_s:.0f} s: a disk, a GPU or the network hangs"
+    return Result(FAILED, fact, "sudo dmesg --level err,warn | tail")
+
+
+def judge(host: Host, check: Check) -> Result:
+    """What a check found; an error that a user can act on is a failure, one of ours too, and neither is raised."""
+    try:
+        return check.function(host)
+    except NotChecked as error:
+        return Result(WARNING, UNCHECKED + error.fact, error.fix, error.after)
+    except UserError as error:
+        return SEVERITY.get(check.group, _failed)(host, error.fact, error.hint)
+    except Exception as error:  # a check that breaks must not hide the others
+        fact = f"the check itself broke: {type(error).__name__}: {error}"
+        return Result(FAILED, fact, f"report it at {pins.read()['PROJECT_URL']}/issues")
+
+
+def _redacted(host: Host, result: Result) -> tuple[str, str, str]:
+    """Status, fact on one line and fix, without a secret that an address or another program's message brought in."""
+    secrets = [of_network.held_token(host), *map(_password, host.environment.values())]
+    texts = []
+    for text in (" ".join(result.fact.split()), result.fix):
+        text = re.sub(r"(?<=://)[^/\s@]+(?=@)", "…", text)
+        for secret in secrets:
+            text = text.replace(secret, "…") if len(secret) >= SHORTEST_SECRET else text
+        texts.append(text)
+    return result.status, texts[0], texts[1]
+
+
+def _password(url: str) -> str:
+    match = re.match(r"\w+://[^/\s@]*?:([^/\s@]+)@", url)
+    return match[1] if match else ""
+
+
+def verdict(host: Host, rows: Sequence[Row]) -> str:
+    """One line: may the run begin?"""
+    failures = [row.name for row in rows if row.status == FAILED]
+    unchecked = sum(row.fact.startswith(UNCHECKED) for row in rows)
+    warnings = sum(row.status == WARNING for row in rows) - unchecked
+    counts = f"{warnings} warning{'s' * (warnings != 1)}, {unchecked} not checked"
+    if failures:
+        names = f"{len(failures)} check{'s' * (len(failures) != 1)} failed: {', '.join(failures)}"
+        return f"doctor: PROFILE={host.profile} cannot run here yet; {names}; {counts}"
+    return f"doctor: PROFILE={host.profile} can run here; {counts}"

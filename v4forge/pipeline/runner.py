@@ -1,0 +1,381 @@
+"""Runs stages of the pipeline, each only when its inputs, settings, pins or code changed; on the host or in its image.
+
+A stage that may read a source that is still being downloaded starts while `fetch` runs beside it
+(background_fetch).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from v4forge import checkout, machine, pins
+from v4forge.checkpoint import incoming
+from v4forge.digests import Digests
+from v4forge.errors import UserError, report
+from v4forge.files import changed_json, read_json
+from v4forge.images import containers, definitions
+from v4forge.images.archive import layer_sizes, step_of
+from v4forge.images.jobs import Job
+from v4forge.pipeline import events, stamps
+from v4forge.pipeline.background_fetch import STOPPED, Fetch, wait_until_ended
+from v4forge.pipeline.run_state import lock_file
+from v4forge.pipeline.stages import FILES, TARGETS, Stage
+from v4forge.pipeline.stamps import Files
+
+REASONS_SHOWN = 4
+READ_ONLY = ("source", "corpus", "heldout")
+LAUNCHER = ("v4forge.pipeline.torchrun", "--standalone", "--nproc-per-node")
+
+
+class StageFailed(Exception):
+    """A stage's program has ended with a code that is not 0; it has said why."""
+
+    def __init__(self, stage: str, code: int) -> None:
+        super().__init__(stage, code)
+        self.stage = stage
+        self.code = code
+
+
+class Runner:
+    """Runs stages of `table` in one work folder, `<scratch>/<profile>`."""
+
+    def __init__(self, values: Mapping[str, Any], table: Mapping[str, Stage], root: Path) -> None:
+        self.values = dict(values)
+        self.table = table
+        self.root = root
+        self.work = Path(values["work"])
+        self.digests = Digests(self.work / ".stamps" / "digests.json")
+        self.unsaid: list[str] = []  # about stages that need not run: said once another one runs
+        self.seconds: dict[str, float] = {}  # of the stages that ran
+        self.fetch: Fetch | None = None  # that runs beside the stages
+
+    def files(self, names: Sequence[str]) -> list[Files]:
+        """The files under these names; one whose setting is empty is left out."""
+        groups = []
+        for name in names:
+            template, without = FILES[name]
+            path = template.format(**self.values)
+            if path:
+                groups.append(Files(name, Path(path), without))
+        return groups
+
+    def skipped(self, name: str) -> str:
+        """Why there is nothing to run for a stage whatever changed; '' when there may be."""
+        if name == "fetch" and self.values["source"] != f"{self.work}/upstream":
+            return f"the source is {self.values['source']}"
+        return ""
+
+    def stamp_file(self, name: str) -> Path:
+        return self.work / ".stamps" / f"{name}.json"
+
+    def record(self, name: str, inputs: Sequence[Files] | None = None) -> stamps.Record:
+        stage = self.table[name]
+        code = stamps.code_closure(stage.program, self.root)
+        if not code:
+            raise UserError(f"{name} has no program {stage.program}", "git status: is a file missing?")
+        return stamps.record(
+            command=[part if isinstance(part, str) else " ".join(part) for part in stage.arguments],
+            settings={key: self.values[key] for key in stage.settings},
+            pins={key: pins.read().get(key, "") for key in stage.pins},
+            inputs=self.files(stage.inputs) if inputs is None else inputs,
+            code=code,
+            root=self.root,
+            digests=self.digests,
+        )
+
+    def reasons(self, name: str, now: stamps.Record) -> list[str]:
+        outputs = self.files(self.table[name].outputs)
+        return stamps.differences(read_json(self.stamp_file(name)), now, outputs, self.digests)
+
+    def why(self, name: str) -> list[str]:
+        """Lines that say whether the stage would run and why, after the first earlier stage that would."""
+        for earlier in self.table[name].after:
+            lines = self.why(earlier)
+            if not lines[-1].endswith(" is up to date"):
+                last = f"{name} would run after {lines[-1].split(' would run')[0]}"
+                return [*lines, last] if not self._own_reasons(name) else [*lines, self._own_line(name)]
+        return [self._own_line(name)]
+
+    def _own_reasons(self, name: str) -> list[str]:
+        return [] if self.skipped(name) else self.reasons(name, self.record(name))
+
+    def _own_line(self, name: str) -> str:
+        reasons = self._own_reasons(name)
+        return f"{name} would run: {listed(reasons)}" if reasons else f"{name} is up to date"
+
+    def dry_run(self, names: Sequence[str]) -> list[str]:
+        """Lines that say what a run of these stages would do, in order: each stage, why, and its command."""
+        lines: list[str] = []
+        before = ""  # the last stage that would run
+        for name in names:
+            if skipped := self.skipped(name):
+                lines.append(f"{name}: {skipped}")
+                continue
+            stage = self.table[name]
+            groups = [group for group in self.files(stage.inputs) if group.name not in stage.optional]
+            missing = [group.path for group in groups if not group.members()]
+            reasons = [] if missing else self.reasons(name, self.record(name))
+            if before and stage.after:
+                reasons = reasons or [f"after {before}"]
+            if missing and not before:
+                reasons = [f"it needs {missing[0]}: {self._maker_of(missing[0])}"]
+            if not reasons:
+                lines.append(f"{name}: up to date")
+                continue
+            before = name
+            lines += [f"{name}: would run ({listed(reasons)})", f"    {self.shown_command(name)}"]
+        return lines
+
+    def _maker_of(self, path: Path) -> str:
+        return next(self._maker(group.name) for group in self.files(list(FILES)) if group.path == path)
+
+    def command(self, name: str) -> list[str]:
+        stage = self.table[name]
+        command = [sys.executable, "-m", stage.program]
+        if self.launched(stage):
+            command[2:2] = [*LAUNCHER, str(self.values["gpus"]), "-m"]
+        for part in stage.arguments:
+            if isinstance(part, str):
+                command.append(part.format(**self.values))
+            elif self.values[part[1]]:
+                command += [part[0], str(self.values[part[1]])]
+        return command
+
+    def shown_command(self, name: str) -> str:
+        """The command as a person reads it, and as run.json keeps it: `python` is the environment's or the image's."""
+        return " ".join(["python", *self.command(name)[1:]])
+
+    def launched(self, stage: Stage) -> bool:
+        """Whether the stage runs as several processes."""
+        return stage.parallel and self.values["gpus"] > 1
+
+    @cached_property
+    def engine(self) -> containers.Engine:
+        return containers.connect()
+
+    @cached_property
+    def image(self) -> containers.Image:
+        return containers.find(self.engine, definitions.resolve("calib"), definitions.code_sha256())
+
+    @cached_property
+    def image_layers(self) -> dict[str, Any]:
+        """The image for run.json: what it is, and how large its layers are."""
+        sizes = layer_sizes(self.engine.client, self.image.id)
+        layers = [{"bytes": size, "step": step_of(created_by)} for size, created_by in sizes]
+        return {"id": self.image.id, "lane": self.image.lane, "layers": layers}
+
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        """The machine for run.json, asked once a run: nvidia-smi may have to wake every GPU first."""
+        return machine.facts()
+
+    def job(self, name: str) -> Job:
+        """The stage in a container, where it can write to the work folder, but not to a source in it."""
+        stage = self.table[name]
+        reads = [group.path for group in self.files([key for key in stage.inputs if key in READ_ONLY])]
+        reads += [Path(self.values[key]) for key in stage.reads if self.values[key]]
+        uses_gpu = stage.gpu and self.image.lane == "cuda"
+        cache = self.work / ".cache"
+        return Job(
+            image=self.image.id,
+            command=["python", *self.command(name)[1:]],
+            work=self.work,
+            reads=reads,
+            gpus=(self.values["gpus"] if self.launched(stage) else 1) if uses_gpu else 0,
+            online=stage.downloads == "always" or (stage.downloads != "" and not self.values[stage.downloads]),
+            name=f"v4forge-{self.values['profile']}-{name}-{secrets.token_hex(3)}",
+            beside=name if stage.beside else "",
+            environment={
+                "XDG_CACHE_HOME": str(cache),
+                "TRITON_CACHE_DIR": str(cache / "triton"),
+                "MPLCONFIGDIR": str(cache / "matplotlib"),
+                # Imports take twice as long without bytecode, which an image has none of. By image, since Python knows
+                # it by the sources' times, and those are the same in all of them.
+                "PYTHONPYCACHEPREFIX": str(cache / "bytecode" / self.image.id.removeprefix("sha256:")[:12]),
+                "PYTHONDONTWRITEBYTECODE": "",
+                **self.environment(name),
+            },
+        )
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The stage's variables: where its events go, under which name; and, as torchrun sets this one, and says so,
+        where it is not set, while the program fixes its threads itself, OMP_NUM_THREADS."""
+        told = {events.VARIABLE: str(events.file_of(self.work.absolute())), events.STAGE: name}
+        return told | ({"OMP_NUM_THREADS": "1"} if self.launched(self.table[name]) else {})
+
+    def say_unsaid(self) -> None:
+        while self.unsaid:
+            say(self.unsaid.pop(0))
+
+    def begin_fetch(self, options: Sequence[str]) -> bool:
+        """Starts `fetch` beside what follows, where there is something to download, and returns as soon as a stage can
+        begin on its first files, or it has ended -> whether there was. `options`: this run's own, for the process that
+        downloads. Raises StageFailed."""
+        source = Path(self.values["source"])
+        if not incoming.live(source) and (self.skipped("fetch") or not self._own_reasons("fetch")):
+            return False
+        self.say_unsaid()
+        log = self.work / "logs" / "fetch.log"
+        say(f"fetch: {self.table['fetch'].does}; its log is {log}")
+        self.fetch = Fetch.begin(source, lock_file(self.work, ["fetch"]), log, options)
+        self.fetch.wait_until_ready()
+        if not self.fetch.running():
+            self.end_fetch()
+        return True
+
+    def end_fetch(self) -> None:
+        """Waits for the download that runs beside; StageFailed when it has failed."""
+        if self.fetch is None:
+            return
+        code = self.fetch.wait()
+        self.fetch = None
+        if code:
+            raise StageFailed("fetch", code)
+        entry = read_json(self.work / "reports" / "run.json").get("fetch", {})
+        self.seconds["fetch"] = float(entry.get("elapsed_s", 0))
+
+    def stop_fetch(self) -> None:
+        """Ends the download beside a run that ends early; what had failed by itself says why."""
+        fetch, self.fetch = self.fetch, None
+        if fetch is not None:
+            fetch.stop()
+
+    def run(self, name: str, lock: int) -> bool:
+        """Runs the stage unless it is up to date; whether it ran.
+
+        Raises UserError when an input is missing, StageFailed when its program fails.
+        """
+        if skipped := self.skipped(name):
+            self.unsaid.append(f"{name}: {skipped}")
+            return False
+        stage = self.table[name]
+        arrives = "source" in stage.inputs and incoming.live(Path(self.values["source"]))
+        if arrives and not stage.streams:
+            fact = f"{name} needs the whole source, and {self.values['source']} is still being downloaded"
+            hint = f"make status{self.profile_word} shows how far it is; then run the same command again"
+            raise UserError(fact, hint)
+        inputs = [group for group in self.files(stage.inputs) if not (arrives and group.name == "source")]
+        for group in inputs:
+            if group.name not in stage.optional and not group.members():
+                raise UserError(f"{name} needs {group.path}", self._maker(group.name))
+        now = self.record(name, inputs)
+        reasons = ["its source is arriving"] if arrives else self.reasons(name, now)
+        if not reasons:
+            self.unsaid.append(f"{name}: up to date")
+            events.emit("up-to-date", name)
+            return False
+        job = self.job(name) if self.values["runtime"] == "docker" else None
+        self.say_unsaid()
+        again = f" ({listed(reasons)})" if self.stamp_file(name).exists() else ""
+        say(f"{name}: {stage.does.format(**self.values)}{again}")
+        clock = time.monotonic()
+        elapsed_s = self._execute(name, job, lock)
+        if arrives:
+            self.end_fetch()
+            wait_until_ended(Path(self.values["source"]))
+            now["input"] = self.record(name)["input"]  # all of it now; code and settings as they were when it began
+        outputs = self.files(stage.outputs)
+        for group in outputs:
+            if not group.members():
+                raise UserError(f"{name} ended without writing {group.path}", f"python -m {stage.program} --help")
+        stamps.seal(self.stamp_file(name), now, outputs, self.digests)
+        self.seconds[name] = time.monotonic() - clock
+        if not stage.concludes:
+            say(f"{name}: done in {elapsed_s:.1f} s")
+        return True
+
+    def _execute(self, name: str, job: Job | None, lock: int) -> float:
+        """Runs the stage's program, in a container where there is a job for it, and notes in run.json how -> seconds.
+        Raises StageFailed."""
+        entry: dict[str, Any] = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": self.shown_command(name),
+            "machine": self.machine,
+            "revision": checkout.revision("--untracked-files=no", root=self.root),
+        }
+        if job:
+            entry["image"] = self.image_layers
+        events.emit("start", name)
+        clock = time.monotonic()
+        try:
+            code = (
+                containers.run(self.engine, job)
+                if job
+                else execute(self.command(name), self.root, lock, self.environment(name))
+            )
+        except KeyboardInterrupt:
+            events.emit("interrupted", name)
+            raise
+        elapsed_s = round(time.monotonic() - clock, 3)
+        if code:
+            told: dict[str, Any] = {"elapsed_s": elapsed_s, "code": code}
+            if code > 128 and code not in STOPPED:  # it could not say why
+                error = killed(name, code - 128)
+                report(error)
+                told["fact"] = error.fact
+            events.emit("interrupted" if code in STOPPED else "failed", name, **told)
+            raise StageFailed(name, code)
+        events.emit("end", name, elapsed_s=elapsed_s)
+        with changed_json(self.work / "reports" / "run.json") as content:
+            content[name] = {"elapsed_s": elapsed_s, **entry}
+        return elapsed_s
+
+    @property
+    def profile_word(self) -> str:
+        """What a command of make needs for this profile."""
+        return "" if self.values["profile"] == "tiny" else f" PROFILE={self.values['profile']}"
+
+    def _maker(self, name: str) -> str:
+        """What to do about missing files of this name."""
+        profile = self.profile_word
+        if name == "source":
+            return f"make fetch{profile}" if not self.skipped("fetch") else "make … SOURCE=<an upstream checkpoint>"
+        for stage, spec in self.table.items():
+            if name in spec.outputs:
+                return f"make {stage}{profile}" if stage in TARGETS else "make demo"
+        return f"make … {name.upper()}=<file>"
+
+
+def killed(name: str, number: int) -> UserError:
+    """The error of a stage whose program a signal has ended."""
+    try:
+        by = signal.Signals(number).name
+    except ValueError:
+        by = f"signal {number}"
+    why = "sudo dmesg | tail says whether memory ran out; then the same command again"
+    return UserError(f"{name} was ended by {by}", why)
+
+
+def listed(reasons: Sequence[str]) -> str:
+    more = len(reasons) - REASONS_SHOWN
+    return "; ".join(reasons[:REASONS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
+    """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
+    while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
+    environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
+        previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+        try:
+            code = program.wait()
+        except KeyboardInterrupt:
+            program.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    return code if code >= 0 else 128 - code

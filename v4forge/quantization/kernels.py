@@ -1,0 +1,176 @@
+"""Triton kernels for what torch is slow at: the search of scales, one block of the GPTQ sweep.
+
+gptq.py holds the same arithmetic in plain torch, for the CPU and as the reference of the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from v4forge.checkpoint.codec import INT4_GROUP
+
+ROUNDER = tl.constexpr(1.5 * 2**23)  # added and taken away again it rounds to the nearest integer, ties to even
+SEARCH_ROWS = 32
+SWEEP_ROWS = 32
+
+
+@triton.jit
+def _nearest_code(value, step):
+    code = tl.minimum(tl.maximum(tl.div_rn(value, step), -8.0), 7.0)
+    return (code + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def _searched_scales(
+    weights,
+    importance,
+    widest,
+    factors,
+    best_scale,
+    rows,
+    columns,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    G: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group, expert = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    column = group * G + tl.arange(0, G)
+    inside = row < rows
+    groups = columns // G
+    w = tl.load(
+        weights + (expert * rows + row[:, None]) * columns + column[None, :], mask=inside[:, None], other=0.0
+    ).to(tl.float32)
+    h = tl.load(importance + expert * columns + column)
+    where = (expert * rows + row) * groups + group
+    wide = tl.load(widest + where, mask=inside, other=1.0).to(tl.float32)
+    best = wide
+    least = tl.full([ROWS], float("inf"), tl.float32)
+    for i in range(N):
+        step = (wide * tl.load(factors + i)).to(tl.bfloat16).to(tl.float32)
+        # a product with the reciprocal finds another code only at a tie, where both are as good
+        code = tl.minimum(tl.maximum(w * (1.0 / step)[:, None], -8.0), 7.0)
+        off = ((code + ROUNDER) - ROUNDER) * step[:, None] - w
+        error = tl.sum(off * off * h[None, :], axis=1)
+        best = tl.where(error < least, step, best)
+        least = tl.minimum(error, least)
+    tl.store(best_scale + where, best.to(tl.bfloat16), mask=inside)
+
+
+def searched_scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: tuple[float, ...]) -> Tensor:
+    """As gptq.searched_scales; widest: [E, out, in/128] bf16, the scales that the factors of `grid` multiply."""
+    experts, rows, columns = weights.shape
+    factors = torch.tensor(grid, dtype=torch.float32, device=weights.device)
+    best = torch.empty_like(widest)
+    _searched_scales[(triton.cdiv(rows, SEARCH_ROWS), columns // INT4_GROUP, experts)](
+        weights.contiguous(),
+        importance.contiguous(),
+        widest,
+        factors,
+        best,
+        rows,
+        columns,
+        N=len(grid),
+        ROWS=SEARCH_ROWS,
+        G=INT4_GROUP,
+    )
+    return best
+
+
+@triton.jit
+def _sweep_block(
+    carried,
+    ordered,
+    lower,
+    pivots,
+    scale,
+    group_of,
+    residual,
+    codes,
+    loss,
+    start,
+    rows,
+    columns,
+    groups,
+    lower_stride,
+    pivots_stride,
+    group_stride,
+    CARRIED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    expert = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = row < rows
+    mask = inside[:, None]
+    at = (expert * rows + row[:, None]) * columns + start + column[None, :]
+    target = tl.load(ordered + at, mask=mask, other=0.0).to(tl.float32)
+    if CARRIED:
+        target += tl.load(carried + (expert * rows + row[:, None]) * WIDTH + column[None, :], mask=mask, other=0.0)
+    lost = tl.zeros([ROWS], tl.float32)
+    scale_row = scale + (expert * rows + row) * groups
+    for i in range(WIDTH):
+        k = WIDTH - 1 - i
+        here = column[None, :] == k
+        wanted = tl.sum(tl.where(here, target, 0.0), axis=1)
+        group = tl.load(group_of + expert * group_stride + start + k)
+        step = tl.load(scale_row + group, mask=inside, other=1.0).to(tl.float32)
+        original = tl.load(ordered + (expert * rows + row) * columns + start + k, mask=inside, other=0.0).to(tl.float32)
+        value = _nearest_code(wanted, step) * step
+        off = wanted - value
+        lost += tl.load(pivots + expert * pivots_stride + start + k) * off * off
+        left = original - value
+        # the factor's row is zero above its diagonal, so later columns keep their residual
+        l_row = tl.load(lower + expert * lower_stride + (start + k).to(tl.int64) * columns + start + column)
+        target = tl.where(here, left[:, None], target + left[:, None] * l_row[None, :])
+    tl.store(residual + at, target, mask=mask)
+    group = tl.load(group_of + expert * group_stride + start + column)
+    steps = tl.load(scale_row[:, None] + group[None, :], mask=mask, other=1.0).to(tl.float32)
+    original = tl.load(ordered + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(codes + at, _nearest_code(original - target, steps).to(tl.int8), mask=mask)
+    tl.store(
+        loss + expert * rows + row, lost + tl.load(loss + expert * rows + row, mask=inside, other=0.0), mask=inside
+    )
+
+
+def sweep_block(
+    start: int,
+    end: int,
+    carried: Tensor | None,
+    ordered: Tensor,
+    lower: Tensor,
+    pivots: Tensor,
+    scale: Tensor,
+    group_of: Tensor,
+    residual: Tensor,
+    codes: Tensor,
+    loss: Tensor,
+) -> None:
+    """As gptq._sweep_block; `lower`, `pivots` and `group_of` may be one matrix expanded to all experts."""
+    experts, rows, columns = ordered.shape
+    _sweep_block[(triton.cdiv(rows, SWEEP_ROWS), experts)](
+        carried if carried is not None else residual,
+        ordered,
+        lower,
+        pivots,
+        scale,
+        group_of,
+        residual,
+        codes,
+        loss,
+        start,
+        rows,
+        columns,
+        scale.shape[-1],
+        lower.stride(0),
+        pivots.stride(0),
+        group_of.stride(0),
+        CARRIED=carried is not None,
+        ROWS=SWEEP_ROWS,
+        WIDTH=end - start,
+        num_warps=1,
+    )

@@ -1,0 +1,218 @@
+"""The tables of a model card: precision, checks, prediction, losses, hardware, what making it took.
+
+Pure functions of the JSON files' contents; a key that they lack is a KeyError, and the caller knows the file.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.layout import Config
+from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.intervals import Estimate
+from v4forge.reporting import run_record
+from v4forge.reporting.tables import NONE, Cell, Table, columns, ends, number, percent
+
+Json = Mapping[str, Any]
+
+FORMATS = {  # of recipe.Rule: upstream's, and the artifact's
+    "fp4": "FP4 E2M1, E8M0 per 32",
+    "fp8": "FP8 E4M3, E8M0 per 128x128",
+    "int4": "INT4, BF16 scale per 128 (GPTQ)",
+    "fp8-ct": "the same FP8 bytes, scale in F32",
+    "bf16": "BF16",
+    "f32": "F32",
+    "int": "integers",
+}
+LAYERS_SHOWN = 12  # of more, a summary first
+# Memory of a card in 10^9 bytes, as its maker states it; all are Hopper or newer, which the kernels need.
+CARDS = {"H100": 80, "H200": 141, "B200": 180}
+REPLICA_SIZES = (1, 2, 4, 8)
+
+
+def size_of(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u), (1.0, "bytes"))
+    return f"{count / unit:,.1f} {name}" if unit > 1 else f"{count:,.0f} bytes"
+
+
+def bytes_by_kind(config: Config) -> Counter[str]:
+    """Bytes of the artifact's tensors by the kind of their rule; an alias counts as what it repeats."""
+    sizes: Counter[str] = Counter()
+    for name, shape in layout.parameters(config):
+        rule = rule_for(name)
+        copies = 1 + sum(original == name for original in ALIASES.values())
+        for spec in layout.stored(name, shape, rule.artifact).values():
+            sizes[rule.kind] += copies * math.prod(spec.shape) * spec.dtype.itemsize
+    return sizes
+
+
+def precision(manifest: Json, sizes: Mapping[str, int]) -> Table:
+    """The recipe of the manifest, with what each kind takes."""
+    rows = [
+        [
+            Cell(rule["kind"]),
+            Cell(FORMATS.get(rule["source"], rule["source"])),
+            Cell(FORMATS.get(rule["artifact"], rule["artifact"])),
+            Cell(size_of(sizes[rule["kind"]])) if rule["kind"] in sizes else NONE,
+            Cell(rule["why"]),
+        ]
+        for rule in manifest["recipe"]["rules"]
+    ]
+    return Table("precision", "Precision", columns("<tensors", "<upstream", "<here", "size", "<why"), rows)
+
+
+def prediction(deep: Json) -> Table:
+    """What verify --deep found: source and artifact over the same tokens, with 95% intervals over sequences."""
+    models = deep["models"]
+    source, artifact = models["source"], models["artifact"]
+
+    def figure(told: Json, form: str, unit: str = "") -> Cell:
+        value = Estimate.of(told)
+        return NONE if math.isnan(value.value) else Cell(f"{value.value:{form}}{unit}", ends(value, form))
+
+    rows = [
+        [Cell("perplexity"), figure(source["perplexity"], ".3f"), figure(artifact["perplexity"], ".3f")],
+        [Cell("change of perplexity"), NONE, figure(artifact["perplexity_change_percent"], "+.2f", "%")],
+        [Cell("same most likely token"), NONE, percent(Estimate.of(artifact["top1_agreement"]))],
+        [Cell("KL divergence a token, nats"), NONE, figure(artifact["kl_nats"]["mean"], ".4f")],
+        *(
+            [
+                Cell("draft 1 accepted" if i == 0 else f"draft {i + 1}, where all before it were"),
+                *(percent(Estimate.of(each["drafts"][i]["acceptance_after_accepted"])) for each in (source, artifact)),
+            ]
+            for i in range(len(artifact["drafts"]))
+        ),
+    ]
+    note = f"{deep['tokens']:,} tokens of {deep['sequences']:,} sequences, 95% intervals over sequences"
+    heads = columns("<", "source", "this artifact")
+    return Table("prediction", "Prediction beside the source", heads, rows, f"{note}; forward passes of our own.")
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """A layer of the manifest. Losses in percent of output energy, means over its experts and their three matrices."""
+
+    layer: int
+    attention: str
+    tokens: list[int]  # by expert
+    starved: int
+    rtn: float
+    gptq: float
+
+    @property
+    def ratio(self) -> float:
+        return self.gptq / self.rtn if self.rtn else math.nan
+
+
+def losses(manifest: Json, config: Config) -> list[LayerLoss]:
+    """The layers that GPTQ quantized."""
+    found = []
+    for entry in manifest["layers"]:
+        if not entry["error"]:
+            continue
+        mean = {m: 100 * statistics.fmean(by[m] for by in entry["error"].values()) for m in ("rtn", "gptq")}
+        kind = layout.COMPRESS_RATIOS[config.compress_ratios[entry["layer"]]]
+        found.append(LayerLoss(entry["layer"], kind, entry["tokens"], len(entry["blended"]), **mean))
+    return found
+
+
+def _loss_cells(rows: Sequence[LayerLoss]) -> list[Cell]:
+    """Tokens an expert and losses of some layers together."""
+    tokens = [count for row in rows for count in row.tokens]
+    rtn, gptq = (statistics.fmean(getattr(row, method) for row in rows) for method in ("rtn", "gptq"))
+    return [
+        Cell(f"{min(tokens):,}") if tokens else NONE,
+        number(statistics.median(tokens) if tokens else None, 0),
+        Cell(f"{sum(row.starved for row in rows):,} of {len(tokens):,}"),
+        number(rtn, 3),
+        number(gptq, 3),
+        number(gptq / rtn if rtn else None, 2),
+    ]
+
+
+LOSS_HEADS = ("fewest tokens an expert", "median", "<starved", "nearest, %", "GPTQ, %", "GPTQ / nearest")
+LOSS_NOTE = (
+    "Loss is the share of the experts' output energy that quantization takes, weighted with the calibration's Hessian: "
+    "means over experts and matrices, of round-to-nearest and of GPTQ. A starved expert saw fewer tokens than its "
+    "width; its Hessian is filled up with that of all tokens."
+)
+
+
+def losses_by_layer(rows: Sequence[LayerLoss]) -> Table:
+    """One row a layer."""
+    lines = [[Cell(str(row.layer)), Cell(row.attention), *_loss_cells([row])] for row in rows]
+    heads = columns("<layer", "<attention", *LOSS_HEADS)
+    return Table("losses", "Losses by layer", heads, lines, LOSS_NOTE)
+
+
+def losses_by_attention(rows: Sequence[LayerLoss]) -> Table:
+    """One row a kind of attention, and all together."""
+    kinds = dict.fromkeys(row.attention for row in rows)
+    groups = {kind: [row for row in rows if row.attention == kind] for kind in kinds} | {"all": list(rows)}
+    lines = []
+    for kind, some in groups.items():
+        worst = max(some, key=lambda row: row.gptq)
+        place = Cell(f"{worst.gptq:.3f}", f"layer {worst.layer}")
+        lines.append([Cell(kind), Cell(str(len(some))), *_loss_cells(some), place])
+    heads = columns("<attention", "layers", *LOSS_HEADS, "worst layer, %")
+    return Table("losses-summary", "Losses by kind of attention", heads, lines, LOSS_NOTE)
+
+
+def hardware(artifact_bytes: int, utilization: float) -> Table:
+    """How many cards hold the weights, at the share of their memory that serving takes."""
+    rows = []
+    for card, size in CARDS.items():
+        room = size * 1e9 * utilization
+        fits = next((n for n in REPLICA_SIZES if n * room >= artifact_bytes), None)
+        left = Cell(size_of(fits * room - artifact_bytes)) if fits else NONE
+        rows.append([Cell(card), Cell(f"{size} GB"), Cell(str(fits)) if fits else Cell("more than 8"), left])
+    note = (
+        f"Computed from the shards' size and a memory utilization of {utilization:.2f}; what is left holds the KV "
+        "cache and what a forward pass needs."
+    )
+    heads = columns("<GPU", "memory", "GPUs a replica", "left")
+    return Table("hardware", "GPUs that hold it", heads, rows, note)
+
+
+def stages(run: Json) -> Table:
+    """What making it took, and where: one row a stage of run.json."""
+    rows = []
+    for name, entry in run_record.stages(run):
+        image = str(entry.get("image") or "")
+        lane = (run.get("images", {}).get(image) or {}).get("lane")
+        where = Cell(image.removeprefix("sha256:")[:12], f"lane {lane}") if image else Cell("no image")
+        rows.append([Cell(name), number(entry.get("elapsed_s"), 1), where, Cell(machine_line(entry.get("machine")))])
+    layers, together_s = run.get("layers", ()), run_record.layers_s(run)
+    note = (
+        "Of a stage that was resumed, or ran again with little left to do, these are the seconds of its last run alone."
+        + (f" The {len(layers)} layers computed for {together_s:,.1f} s together." if together_s else "")
+    )
+    heads = columns("<stage", "seconds, last run", "<image", "<machine")
+    return Table("stages", "What making it took", heads, rows, note)
+
+
+def machine_line(machine: Json | None) -> str:
+    """A machine in a line, from machine.facts()."""
+    if not machine:
+        return "not recorded"
+    gpus = machine.get("gpus") or []
+    names = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    memory = f"{(machine.get('memory_bytes') or 0) / 2**30:,.0f} GiB"
+    cpu = f"{machine.get('cores')} cores of {machine.get('cpu')}, {memory}"
+    return f"{', '.join(names)}{driver}; {cpu}" if gpus else f"no GPU; {cpu}"
+
+
+def peaks(run: Json) -> Iterator[str]:
+    """The most memory that calibration had, where the layers tell."""
+    for what, key in (("of a GPU", "peak_gpu_bytes"), ("of the host a process", "peak_host_bytes")):
+        most = max((layer[key] for layer in run.get("layers", ())), default=0)
+        if most:
+            yield f"{most / 2**30:.1f} GiB {what}"

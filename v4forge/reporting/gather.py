@@ -1,0 +1,68 @@
+"""What there is to report on in a work folder, each file looked at once by itself, so that an error names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from v4forge import artifact_folder
+from v4forge.bench import results
+from v4forge.bench.results import Result
+from v4forge.errors import UserError
+from v4forge.files import read, understood
+from v4forge.quantization.layer_reports import layer_rows
+from v4forge.reporting import page, published_comparison, run_sections
+from v4forge.reporting.overview import Inputs
+
+PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
+
+
+def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
+    """What is in the folder, each file looked at once by itself, so that an error names it.
+
+    Raises UserError for a file of another form, and where there is none at all.
+    """
+    files = {
+        "evaluation": (work / "reports/evaluation.json", "make demo"),
+        "run": (work / "reports/run.json", "make demo"),
+        "certificate": (work / "artifact/certificate.json", "make verify"),
+        "manifest": (work / "artifact/manifest.json", "make postprocess"),
+    }
+    found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
+    layer_files = sorted((work / "layers").glob("layer-*.json"))
+    measured = results.newest(work / "reports")
+    inputs = Inputs(
+        evaluation=found.get("evaluation"),
+        certificate=found.get("certificate"),
+        layers=[read(path, "make calibrate") for path in layer_files],
+        run=found.get("run", {}),
+        manifest=found.get("manifest"),
+        results={bench: result.content for bench, result in measured.items()},
+    )
+    if not (found.keys() - {"run"} or inputs.layers or inputs.results):
+        raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
+
+    checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
+        "evaluation": (run_sections.models_table,),
+        "run": (run_sections.stage_rows, run_sections.image_rows),
+        "certificate": (
+            artifact_folder.verdict,
+            lambda each: artifact_folder.check_certificate(work / "artifact", each),
+        ),
+        "manifest": (run_sections.provenance, lambda each: published_comparison.pipeline(inputs.run, each)),
+    }
+    for name, content in found.items():
+        for check in checks[name]:
+            understood(*files[name], partial(check, content))
+    for path, layer in zip(layer_files, inputs.layers, strict=True):
+        understood(path, "make calibrate", partial(layer_rows, [layer]))
+    for bench, each in measured.items():
+        understood(each.path, results.again(each.path, bench), partial(page.sections, {bench: each.content}))
+    return inputs, measured
+
+
+def markdown(inputs: Inputs) -> str:
+    """The tables of the benches as a file of their own."""
+    return f"# Benchmarks\n\n{page.markdown(inputs)}"

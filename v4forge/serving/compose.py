@@ -1,0 +1,179 @@
+"""A plan in containers: compose.yaml with the plan's values."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from v4forge import pins
+from v4forge.checkout import ROOT
+from v4forge.errors import UserError
+from v4forge.files import write_text
+from v4forge.serving.deployment import METRICS, ROUTER, Plan, Process
+
+FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
+PAIR = 2
+MOST = 4
+# Whom a caller who is root runs it as: the image's own user.
+USER = 10000
+# Of docker-compose ps and inspect -> ours.
+STATES = {"created": "starting", "restarting": "exited", "dead": "exited", "removing": "exited"}
+
+
+# docker's plugin, or the docker-compose of before.
+PROGRAMS = (("docker", "compose"), ("docker-compose",))
+INSTALL = "apt-get install docker-compose-plugin, or docker-compose"
+
+
+@functools.lru_cache(maxsize=1)
+def program() -> tuple[str, ...]:
+    """The one of PROGRAMS that is here. Raises UserError where neither is installed."""
+    for words in PROGRAMS:
+        if shutil.which(words[0]) and not subprocess.run([*words, "version"], capture_output=True).returncode:
+            return words
+    raise UserError("docker compose is not installed", INSTALL)
+
+
+class Compose:
+    """Docker compose keeps the processes of a plan: a Runtime."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.files = [FILE, LIMITS, *map(Path, plan.compose)]
+
+    @property
+    def project(self) -> str:
+        return f"v4forge-{self.plan.port}"
+
+    def variables(self) -> dict[str, str]:
+        """The variables of compose.yaml. Raises UserError for what it cannot express."""
+        plan = self.plan
+        if plan.replicas > MOST:
+            raise UserError(f"compose.yaml has {MOST} replicas, not {plan.replicas}", f"make serve REPLICAS={MOST}")
+        values = {
+            "COMPOSE_PROJECT_NAME": self.project,
+            "SERVE_IMAGE": plan.image,
+            "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
+            "SERVE_FOLDER": plan.folder,
+            "ARTIFACT": plan.artifact,
+            "REPLICA_ARGUMENTS": " ".join(plan.arguments(0)),
+            "API_KEY_FILE": plan.key_file or os.devnull,
+            "BIND": plan.bind,
+            "PORT": str(plan.port),
+            "ADMIN_PORT": str(plan.port + 1),
+            **{key: pins.read()[key] for key in ("PROMETHEUS_IMAGE", "GRAFANA_IMAGE")},
+        }
+        for number, devices in enumerate(plan.gpus):
+            if plan.backend == "cuda" and len(devices) != PAIR:
+                hint = "make serve TP=2, or without docker: RUNTIME=host"
+                raise UserError(f"compose.yaml gives a replica {PAIR} GPUs, not {len(devices)}", hint)
+            values |= {f"REPLICA{number}_GPU{place}": device for place, device in enumerate(devices)}
+        return values
+
+    def write(self) -> None:
+        lines = [f"{name}={value}\n" for name, value in self.plan.variables(0).items()]
+        write_text(Path(self.plan.folder) / "replica.env", "".join(lines))
+        if self.plan.key_file and not os.getuid():
+            os.chown(self.plan.key_file, USER, USER)
+
+    def check_readable(self) -> None:
+        """Raises UserError for an artifact that the image's user may not read, where a replica runs as that."""
+        artifact = Path(self.plan.artifact)
+        closed = [path for path in (artifact, *sorted(artifact.iterdir())) if not path.stat().st_mode & 0o004]
+        if closed and not os.getuid():
+            fact = f"you are root and the replicas are user {USER}, who may not read {closed[0]}"
+            raise UserError(fact, f"chmod -R go+rX {artifact}, or make serve as another user")
+
+    def command(self, *words: str) -> list[str]:
+        profiles = [f"replicas-{self.plan.replicas}", *(["metrics"] if self.plan.metrics else [])]
+        files = [word for file in self.files for word in ("--file", str(file))]
+        return [*program(), *files, *(f"--profile={name}" for name in profiles), *words]
+
+    def start(self) -> None:
+        words = ("up", "--detach", "--no-build", "--remove-orphans")
+        try:
+            self._run(*words)
+        except UserError as error:
+            if "rlimit" not in error.fact:
+                raise
+            self.files.remove(LIMITS)  # a daemon without the right to raise limits
+            self._run(*words)
+
+    def processes(self) -> Mapping[str, Process]:
+        wanted = [*self.plan.names, ROUTER, *(METRICS if self.plan.metrics else ())]
+        found = dict.fromkeys(wanted, Process())
+        if listed := self._containers():
+            seen = subprocess.run(["docker", "inspect", *listed], capture_output=True, text=True).stdout
+            for container in json.loads(seen or "[]"):
+                name = container["Config"]["Labels"]["com.docker.compose.service"]
+                state = container["State"]
+                found[name] = Process(STATES.get(state["Status"], state["Status"]), state["StartedAt"])
+        return found
+
+    def log(self, name: str) -> str:
+        # Docker's own command: compose's takes a second to start, and this is asked for again and again.
+        words = [["docker", "logs", container] for container in self._containers(name)]
+        told = [subprocess.run(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in words]
+        return "".join(each.stdout for each in told)
+
+    def _containers(self, service: str = "") -> list[str]:
+        """The ids of the project's containers, or of one service's, those that have ended too."""
+        labels = [f"project={self.project}", *([f"service={service}"] if service else [])]
+        filters = [f"--filter=label=com.docker.compose.{label}" for label in labels]
+        return subprocess.run(
+            ["docker", "ps", "--all", "--quiet", *filters], capture_output=True, text=True
+        ).stdout.split()
+
+    def follow(self, names: Sequence[str], lines: int) -> NoReturn:
+        words = self.command("logs", "--follow", f"--tail={lines}", *names)
+        os.execvpe(words[0], words, self._environment())
+
+    def stop(self, say: Callable[[str], None]) -> None:
+        # The router gets SIGUSR1, ends when its last answer has, and is not started again.
+        self._run("stop", f"--timeout={self.plan.drain_s}", ROUTER)
+        say("serve: no request is left, stopping the replicas")
+        self._run("down", "--timeout=60")
+
+    def _environment(self) -> dict[str, str]:
+        return os.environ | self.variables()
+
+    def _run(self, *words: str) -> None:
+        done = subprocess.run(self.command(*words), capture_output=True, text=True, env=self._environment())
+        if done.returncode:
+            raise _explained(done.stdout + done.stderr)
+
+
+# What docker or compose says -> fact, hint.
+REFUSALS = (
+    (
+        "could not select device driver",
+        "the docker daemon has no NVIDIA runtime, which GPUs need",
+        "install nvidia-container-toolkit and restart docker",
+    ),
+    (
+        "port is already allocated",
+        "a port of the router is taken by another container",
+        "make serve PORT=<another one>",
+    ),
+    (
+        "address already in use",
+        "a port of the router is taken by another program",
+        "make serve PORT=<another one>",
+    ),
+    ("no space left on device", "the disk of the docker daemon is full", "docker system df"),
+    ("Cannot connect to the Docker daemon", "no docker daemon answers", "sudo systemctl start docker"),
+)
+
+
+def _explained(said: str) -> UserError:
+    for text, fact, hint in REFUSALS:
+        if text in said:
+            return UserError(fact, hint)
+    last = " ".join(said.strip().splitlines()[-2:]) or "it said nothing"
+    return UserError(f"docker compose failed: {last}", "docker ps --all, docker logs <container>")

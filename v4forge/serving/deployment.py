@@ -1,0 +1,169 @@
+"""What `make serve` starts, as data: replicas, router, where they listen; and how it is kept between commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from v4forge.errors import UserError
+from v4forge.files import make_folder, read_json, write_json, write_text
+from v4forge.serving import client, haproxy, settings
+from v4forge.serving.client import Endpoint
+from v4forge.serving.haproxy import Addresses
+from v4forge.serving.settings import Serving
+
+STATE = "serving.json"
+REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
+ROUTER, METRICS = "router", ("prometheus", "grafana")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A deployment. `folder` holds its files; `gpus` the devices of each replica, none on a CPU; `overrides` are the
+    operator's settings of vLLM; `key_file` holds the API key, "" for none; `program` is the folder of a host's vllm;
+    `compose` are files on top of compose.yaml."""
+
+    folder: str
+    artifact: str
+    runtime: str
+    backend: str = "cuda"
+    profile: str = "published"
+    overrides: dict[str, str] = field(default_factory=dict)
+    gpus: Sequence[Sequence[str]] = ((),)
+    bind: str = "127.0.0.1"
+    port: int = 8000
+    key_file: str = ""
+    drain_s: int = 600
+    affinity: bool = False
+    metrics: bool = False
+    image: str = ""
+    program: str = ""
+    compose: Sequence[str] = ()
+
+    @property
+    def serving(self) -> Serving:
+        return settings.serving(self.profile, self.backend, self.overrides)
+
+    @property
+    def replicas(self) -> int:
+        return len(self.gpus)
+
+    @property
+    def names(self) -> list[str]:
+        """The replicas' names, first to last."""
+        return [f"replica{number}" for number in range(self.replicas)]
+
+    @property
+    def url(self) -> str:
+        """Where clients ask."""
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
+        return f"http://{shown}:{self.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """Where this machine asks one replica, and the router about itself."""
+        return f"http://127.0.0.1:{self.port + 1}"
+
+    @property
+    def key(self) -> str:
+        return Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The replicas, each asked for itself."""
+        return client.endpoints(self.admin_url, self.replicas, self.key)
+
+    def arguments(self, number: int) -> list[str]:
+        """What follows `vllm serve` for a replica."""
+        if self.runtime == "docker":
+            return self.serving.arguments(self.artifact, REPLICA_PORT)
+        return self.serving.arguments(self.artifact, self.replica_port(number), "127.0.0.1")
+
+    def variables(self, number: int) -> dict[str, str]:
+        """The environment that the settings give a replica; its caches are a volume, or a folder here."""
+        return self.serving.variables("/cache" if self.runtime == "docker" else f"{self.folder}/cache/{number}")
+
+    def replica_port(self, number: int) -> int:
+        return self.port + 2 + number
+
+    def ports(self) -> Iterator[tuple[str, int]]:
+        """(address, port) of everything that listens on this machine."""
+        yield self.bind, self.port
+        yield "127.0.0.1", self.port + 1
+        if self.runtime == "host":
+            yield from (("127.0.0.1", self.replica_port(number)) for number in range(self.replicas))
+
+    def router_configuration(self) -> str:
+        if self.runtime == "docker":
+            names = [f"{name}:{REPLICA_PORT}" for name in self.names]
+            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER)
+        else:
+            names = [f"127.0.0.1:{self.replica_port(number)}" for number in range(self.replicas)]
+            addresses = Addresses(f"{self.bind}:{self.port}", f"127.0.0.1:{self.port + 1}", names)
+        return haproxy.configuration(addresses, self.drain_s, self.affinity)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What its keeper says of a process: running, starting, exited, missing or another word of the keeper's. `run` is
+    another one when it has been started again."""
+
+    state: str = "missing"
+    run: str = ""
+
+
+class Runtime(Protocol):
+    """What keeps the processes of a plan: docker compose, or supervisord. `names` are replicas, or the router's."""
+
+    plan: Plan
+
+    def write(self) -> None:
+        """Writes the files that start() reads."""
+
+    def start(self) -> None:
+        """Starts everything that does not run yet."""
+
+    def processes(self) -> Mapping[str, Process]:
+        """What runs, by name; those that should and do not are missing."""
+
+    def log(self, name: str) -> str:
+        """What it has said since start()."""
+
+    def follow(self, names: Sequence[str], lines: int) -> None:
+        """Becomes a program that shows the last lines and goes on."""
+
+    def stop(self, say: Callable[[str], None]) -> None:
+        """Drains the router, then stops all."""
+
+
+def save(plan: Plan) -> None:
+    """Keeps the plan in its folder, with the router's configuration."""
+    folder = Path(plan.folder)
+    make_folder(folder)
+    write_text(folder / "haproxy.cfg", plan.router_configuration())
+    write_json(folder / STATE, asdict(plan))
+
+
+def load(folder: Path) -> Plan | None:
+    """The plan that was started in this folder and not stopped, None where there is none."""
+    kept = read_json(folder / STATE)
+    if not kept:
+        return None
+    try:
+        return Plan(**kept)
+    except TypeError:
+        hint = f"stop what runs by hand (docker ps, supervisorctl), then remove {folder / STATE}"
+        raise UserError(f"{folder / STATE} was written by another version", hint) from None
+
+
+def forget(plan: Plan) -> None:
+    (Path(plan.folder) / STATE).unlink(missing_ok=True)
+
+
+def differing(one: Plan, other: Plan) -> list[str]:
+    """The names of what two plans have different."""
+    a, b = (json.loads(json.dumps(asdict(plan))) for plan in (one, other))  # tuples as lists, as they are kept
+    return [name for name in a if a[name] != b[name]]

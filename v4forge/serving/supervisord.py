@@ -1,0 +1,159 @@
+"""A plan without containers: the same processes under supervisord, which starts again what ends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from supervisor.xmlrpc import Faults, SupervisorTransport
+
+from v4forge.checkout import ROOT
+from v4forge.errors import UserError
+from v4forge.files import write_text
+from v4forge.serving.deployment import ROUTER, Plan, Process
+
+REPLICA = ROOT / "docker" / "serve" / "replica"
+# supervisord's words -> ours; the others are told as they are.
+STATES = {"RUNNING": "running", "STARTING": "starting", "BACKOFF": "exited", "EXITED": "exited", "FATAL": "exited"}
+ANSWERS_S = 20.0
+OPEN_FILES = 65536  # what vLLM asks for
+LOG_BYTES, LOG_FILES = "50MB", 3
+
+
+class Supervised:
+    """supervisord keeps the processes of a plan: a Runtime."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.folder = Path(plan.folder)
+        self.logs = self.folder / "logs"
+        # A socket's path has at most 107 characters, and a folder's may have more.
+        name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
+        self.socket = Path(f"/tmp/v4forge-{os.getuid()}-{name}.sock")
+
+    def write(self) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "supervisord.conf", self.configuration())
+
+    def configuration(self) -> str:
+        parts: list[tuple[str, Mapping[str, Any]]] = [
+            (
+                "supervisord",
+                {
+                    "logfile": self.logs / "supervisord.log",
+                    "pidfile": self.folder / "supervisord.pid",
+                    "childlogdir": self.logs,
+                    "minfds": min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+                },
+            ),
+            ("unix_http_server", {"file": self.socket, "chmod": "0700"}),
+            (
+                "rpcinterface:supervisor",
+                {"supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"},
+            ),
+            *(self._program(name, *self.process(name)) for name in (*self.plan.names, ROUTER)),
+        ]
+        sections = ("\n".join([f"[{name}]", *(f"{k}={v}" for k, v in rows.items())]) for name, rows in parts)
+        return "\n\n".join(sections) + "\n"
+
+    def process(self, name: str) -> tuple[list[str], dict[str, str]]:
+        """A process's command, and its variables besides this environment's."""
+        if name == ROUTER:
+            haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+            if haproxy is None:
+                raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
+            return [haproxy, "-db", "-f", str(self.folder / "haproxy.cfg")], {}
+        number = self.plan.names.index(name)
+        variables = self.plan.variables(number)
+        variables |= {"PATH": f"{self.plan.program}:{os.environ.get('PATH', os.defpath)}"}
+        variables |= {"API_KEY_FILE": self.plan.key_file or os.devnull}
+        if self.plan.gpus[number]:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.plan.gpus[number])
+        return [str(REPLICA), *self.plan.arguments(number)], variables
+
+    def _program(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+        rows = {
+            "command": " ".join(command),
+            "environment": ",".join(f'{key}="{value}"' for key, value in variables.items()),
+            "directory": self.folder,
+            "autorestart": "true",
+            # A replica that does not come up within this time counts as failed, and is tried again, ever later.
+            "startsecs": 1 if name == ROUTER else 10,
+            "startretries": 1000,
+            "stopsignal": "USR1" if name == ROUTER else "TERM",
+            "stopwaitsecs": self.plan.drain_s + 5 if name == ROUTER else 60,
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": self.logs / f"{name}.log",
+            "stdout_logfile_maxbytes": LOG_BYTES,
+            "stdout_logfile_backups": LOG_FILES,
+        }
+        return f"program:{name}", {key: str(value).replace("%", "%%") for key, value in rows.items()}
+
+    def start(self) -> None:
+        if self._answers():
+            return
+        for name in (*self.plan.names, ROUTER):
+            with suppress(FileNotFoundError):  # what an earlier start said is another story
+                (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"supervisord did not start: {done.stderr.strip()}", f"see {self.logs}/supervisord.log")
+        end = time.monotonic() + ANSWERS_S
+        while not self._answers():
+            if time.monotonic() > end:
+                raise UserError("supervisord does not answer", f"see {self.logs}/supervisord.log")
+            time.sleep(0.1)
+
+    def processes(self) -> Mapping[str, Process]:
+        found = dict.fromkeys((*self.plan.names, ROUTER), Process())
+        with suppress(OSError, xmlrpc.client.Error):
+            for each in self._server().getAllProcessInfo():
+                state = STATES.get(each["statename"], each["statename"].lower())
+                found[each["name"]] = Process(state, str(each["start"]))
+        return found
+
+    def log(self, name: str) -> str:
+        path = self.logs / f"{name}.log"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def follow(self, names: Sequence[str], lines: int) -> NoReturn:
+        files = [str(self.logs / f"{name}.log") for name in names or (*self.plan.names, ROUTER)]
+        os.execvp("tail", ["tail", f"--lines={lines}", "-F", *files])
+
+    def stop(self, say: Callable[[str], None]) -> None:
+        try:
+            self._server().stopProcess(ROUTER)  # SIGUSR1; it ends when its last answer has
+        except xmlrpc.client.Fault:
+            pass  # it does not run
+        except OSError:
+            return
+        say("serve: no request is left, stopping the replicas")
+        with suppress(xmlrpc.client.Fault, OSError):  # of a stop that was cut off, it is shutting down already
+            self._server().shutdown()
+        while self._answers(Faults.SHUTDOWN_STATE):  # what it says while it ends its processes
+            time.sleep(0.2)
+
+    def _answers(self, *faults: int) -> bool:
+        """Whether supervisord answers; with one of these faults, too."""
+        try:
+            return bool(self._server().getPID())
+        except xmlrpc.client.Fault as fault:
+            return fault.faultCode in faults
+        except (OSError, xmlrpc.client.Error):
+            return False
+
+    def _server(self) -> Any:
+        transport = SupervisorTransport(serverurl=f"unix://{self.socket}")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor

@@ -1,0 +1,108 @@
+"""Runs the checks of certificate.py on an artifact and writes what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4forge.artifact_folder import SUMS
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.digests import Digests
+from v4forge.errors import UserError
+from v4forge.files import remove_leftovers, write_json
+from v4forge.model.evaluation import Quality
+from v4forge.verification.checks import CHECKS, Row, Subject
+
+CERTIFICATE = "certificate.json"
+# what a check lacked -> why it was not run
+LACKING = {
+    "layout": "another tool's layout",
+    "tensors": "the artifact cannot be opened",
+    "source": "there is no --source to compare with",
+    "hashes": "--no-hash left it out",
+    "deep": "it needs --deep N or --tokens FILE",
+}
+LOST = {"layout": {"layout"}, "opens": {"tensors"}}  # what a failed check takes from those behind it
+RUNNABLE = ("tensors", "finite", "expert codes")  # what must hold before the artifact can predict anything
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's outcome. `detail` says what was compared, or the first failures."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@torch.no_grad()
+def verify(
+    folder: Path,
+    source: Checkpoint | None,
+    digests: Digests,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+    expect: str = "",
+    hashing: bool = True,
+    compare: Callable[[Checkpoint, Checkpoint], Sequence[Quality]] | None = None,
+) -> tuple[list[Check], dict[str, str], Sequence[Quality]]:
+    """Runs every check that can run -> their outcomes, name -> why for those that were not run, what `compare` found.
+
+    expect: a key of METHODS, how the routed experts must have been quantized; without it all layers alike. progress
+    gets bytes of the artifact that were read, and of how many. compare: from source and artifact to their qualities;
+    called once the artifact is known to be whole. Raises UserError for a source whose config.json does not say what to
+    expect.
+    """
+    if source is not None:
+        source.config  # noqa: B018, reads and checks it
+    subject = Subject(folder, source, digests, expect, hashing, progress)
+    lacking = {need for need, there in (("source", source), ("hashes", hashing), ("deep", compare)) if not there}
+    results: list[Check] = []
+    not_run: dict[str, str] = {}
+    for row in CHECKS:
+        missing = [LACKING[need] for need in ("layout", *row.needs) if need in lacking]
+        if "deep" in row.needs and not missing:
+            missing = [f"{each.name} failed" for each in results if each.name in RUNNABLE and not each.ok]
+        if missing:
+            not_run[row.name] = missing[0]
+            continue
+        if "deep" in row.needs and source and compare:
+            subject = replace(subject, qualities=compare(source, subject.artifact))
+        results.append(_outcome(row, subject))
+        if not results[-1].ok:
+            lacking |= LOST.get(row.name, set())
+    return results, not_run, subject.qualities
+
+
+def _outcome(row: Row, subject: Subject) -> Check:
+    try:
+        failures = list(row.check(subject))
+    except UserError as error:
+        failures = [f"{error.fact}: {error.hint}"]
+    if not failures:
+        return Check(row.name, True, (row.check.__doc__ or "").splitlines()[0])
+    more = f" … and {len(failures) - row.shown} more" if len(failures) > row.shown else ""
+    return Check(row.name, False, ";\n".join(failures[: row.shown]) + more)
+
+
+def write(
+    artifact: Path,
+    checks: Sequence[Check],
+    not_run: dict[str, str],
+    digests: Digests,
+    deep: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes certificate.json into the artifact and returns it; it names SHA256SUMS by its digest. deep: figures."""
+    remove_leftovers(artifact)
+    sums = artifact / SUMS
+    certificate = {
+        "ok": all(check.ok for check in checks),
+        "sums_sha256": digests.of([sums])[sums] if sums.is_file() else None,
+        "checks": [asdict(check) for check in checks],
+        "not_run": not_run,
+    } | ({"deep": deep} if deep else {})
+    write_json(artifact / CERTIFICATE, certificate)
+    return certificate

@@ -1,0 +1,364 @@
+"""The checks of verify: each a small function that yields failures, each failure one line with tensor, expected, found.
+
+What must be there comes from the config and the recipe, never from the artifact. With a source, everything passed
+through is compared bit for bit, and everything quantized within a stated bound. The tensors are read once, by scan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4forge.artifact_folder import MANIFEST, SUMS, members
+from v4forge.checkpoint import layout, recipe
+from v4forge.checkpoint.layout import DTYPE_NAMES, Config, TensorSpec
+from v4forge.checkpoint.reader import Checkpoint, matches
+from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.vllm_schemes import unresolved
+from v4forge.digests import Digests, digest_of
+from v4forge.errors import UserError
+from v4forge.files import read_json
+from v4forge.intervals import share
+from v4forge.model.corpus import check_vocabulary, load_tokenizer
+from v4forge.model.evaluation import Quality, agreement, mean, perplexity_change
+from v4forge.quantization import hf_folder
+from v4forge.quantization.postprocess import TOKENIZER_FILES
+from v4forge.verification.reference import Matrix
+from v4forge.verification.scan import Seen, scan
+from v4forge.verification.tolerances import (
+    ACCEPTANCE_LOST,
+    AGREEMENT,
+    DISTINCT_CODES,
+    GROUP_SLOPES,
+    INT4_RELATIVE_ERROR,
+    KL_NATS,
+    MOVED_CODES,
+    PERPLEXITY_PERCENT,
+)
+
+SHOWN = 5  # failures of one check that the certificate spells out
+METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
+# By kind of the recipe's rule: why a tensor that passes through may differ.
+CAUSES = {
+    "attention projections": "attention quantized anew?",
+    "F32 parameters": "C13: rounded through BF16?",
+    "hash routing tables": "another order of experts or tokens?",
+    "MTP experts": "an MTP block of another checkpoint, or left random (N1)?",
+    "MTP projections": "an MTP block of another checkpoint, or left random (N1)?",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is verified, and against what."""
+
+    folder: Path
+    source: Checkpoint | None
+    digests: Digests
+    expect: str = ""  # a key of METHODS, or "" where either will do
+    hashing: bool = True
+    progress: Callable[[int, int], None] = lambda _done, _of: None
+    qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep
+
+    @cached_property
+    def artifact(self) -> Checkpoint:
+        return Checkpoint(self.folder, form="artifact")
+
+    @property
+    def config(self) -> Config:
+        return self.artifact.config
+
+    @cached_property
+    def seen(self) -> list[Seen]:
+        """Every tensor as it is, beside its source; read once, whichever checks ask."""
+        return scan(self.artifact, self.source, self.digests if self.hashing else None, self.progress)
+
+    @property
+    def experts(self) -> list[tuple[Seen, Matrix]]:
+        """The routed experts' matrices that could be read."""
+        return [(each, each.expert) for each in self.seen if each.expert]
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_json(self.folder / MANIFEST)
+
+
+Failures = Iterator[str]
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """A part of the manifest, which is as untrusted as the rest; {} for one of another kind."""
+    return value if isinstance(value, dict) else {}
+
+
+def own_layout(s: Subject) -> Failures:
+    """The folder is not one that llm-compressor or transformers saved under other names."""
+    if found := hf_folder.recognized(s.folder):
+        yield from found.problems(s.source)
+
+
+def opens(s: Subject) -> Failures:
+    """The index, all shards' headers and config.json can be read and agree with one another."""
+    s.artifact.config  # noqa: B018, reads and checks it
+    yield from ()
+
+
+def checksums(s: Subject) -> Failures:
+    """Every file has the SHA-256 of SHA256SUMS and of manifest.json, and none is unlisted."""
+    try:
+        lines = (s.folder / SUMS).read_text().splitlines()
+    except (OSError, ValueError):
+        yield f"{SUMS} is missing or damaged: run postprocess again"
+        return
+    stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {path.name: digest for path, digest in s.digests.of(members(s.folder)).items()}
+    for name in sorted(stated.keys() | found.keys()):
+        if name not in found:
+            yield f"{name} is listed in {SUMS} but missing"
+        elif stated.get(name) != found[name]:
+            says = stated.get(name, "nothing")[:12]
+            yield f"{name} has sha256 {found[name][:12]}…, {SUMS} says {says}: changed after postprocess"
+    listed = _dict(s.manifest.get("files"))
+    for name in sorted((found.keys() | listed.keys()) - {MANIFEST}):
+        if _dict(listed.get(name)).get("sha256", "") != found.get(name):
+            yield f"{MANIFEST} does not describe {name} as it is"
+
+
+def provenance(s: Subject) -> Failures:
+    """manifest.json names the source and the calibration that the layers were made from."""
+    calibration, files = s.manifest.get("calibration"), _dict(_dict(s.manifest.get("source")).get("files"))
+    if not isinstance(calibration, dict) or not files or any(name != Path(name).name for name in files):
+        yield f"{MANIFEST} does not say what the artifact was made from: run postprocess again"
+        return
+    stated = {name: _dict(entry).get("sha256") for name, entry in files.items()}
+    mark = digest_of({**calibration, "source": stated})
+    for shard in sorted({shard for name, shard in s.artifact.weight_map.items() if name.startswith("layers.")}):
+        if s.artifact.metadata(shard).get("fingerprint") != mark:
+            yield f"{shard} was made from another source or with other settings than {MANIFEST} states"
+    if s.source is not None and s.hashing:
+        folder = s.source.directory
+        found = s.digests.of([folder / name for name in stated if (folder / name).is_file()])
+        for name, digest in stated.items():
+            if (actual := found.get(folder / name)) != digest:
+                yield f"the source's {name} has sha256 {str(actual)[:12]}…, {MANIFEST} says {str(digest)[:12]}…"
+
+
+def recorded(s: Subject) -> Failures:
+    """Every expert matrix has the codes and scales that calibration recorded when it made them."""
+    layers = s.manifest.get("layers")
+    entries = [_dict(each) for each in layers] if isinstance(layers, list) else []
+    by_layer = {str(each.get("layer")): each.get("codes") for each in entries}
+    for each, _ in s.experts:
+        _, layer, _, _, expert, which, _ = each.name.split(".")
+        try:
+            stated = by_layer[layer][which][int(expert)]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            yield f"{each.name}: {MANIFEST} has no record of it"
+            continue
+        if stated != each.digest:
+            yield f"{each.name}: its codes and scales are {each.digest}, calibration recorded {stated}: a flipped bit?"
+
+
+def tensors(s: Subject) -> Failures:
+    """Every tensor that the config asks for is there with its dtype and shape, and no other."""
+    expected = layout.artifact(s.config)
+    for name in sorted(expected.keys() - s.artifact.weight_map.keys()):
+        yield f"{name} is missing" + (" (C2: the MTP block was dropped)" if name.startswith("mtp.") else "")
+    for name in sorted(s.artifact.weight_map.keys() - expected.keys()):
+        quantized = name.startswith("mtp.") and name.endswith(("weight_packed", "weight_scale", "weight_shape"))
+        yield f"{name} is not part of the layout" + (" (C10: the MTP block was quantized)" if quantized else "")
+    for name, spec in expected.items():
+        if name in s.artifact.weight_map and not matches(found := s.artifact.spec(name), spec):
+            rounded = spec.dtype == torch.float32 and found.dtype == torch.bfloat16
+            cause = " (C13: an F32 tensor was rounded)" if rounded else ""
+            yield f"{name} is {_described(found)}, expected {_described(spec)}{cause}"
+
+
+def _described(spec: TensorSpec) -> str:
+    return f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+
+
+def finite(s: Subject) -> Failures:
+    """No tensor holds NaN or Inf, FP8 weights decode exactly, routing tables name experts that there are."""
+    for each in s.seen:
+        if each.fault and rule_for(each.name).artifact != "int4":
+            yield each.fault
+
+
+def passed_through(s: Subject) -> Failures:
+    """Everything but the routed experts equals the source bit for bit: FP8 bytes, exact decodes, F32 and BF16."""
+    for each in s.seen:
+        cause = CAUSES.get(kind := rule_for(each.name).kind, "")
+        if kind != "routed experts" and each.source_fault:
+            yield f"the source's {each.source_fault}"
+        for difference in each.differences:
+            yield difference + (f" ({cause})" if cause else "")
+
+
+def aliases(s: Subject) -> Failures:
+    """The MTP block's copies of head and embedding are those tensors (C14)."""
+    for each in s.seen:
+        for alias in each.stale:
+            yield f"{alias} is not {each.name} (C14)"
+
+
+def expert_codes(s: Subject) -> Failures:
+    """Scales are finite and positive, shapes are stated right, and no expert's codes are constant or nearly so."""
+    for each in s.seen:
+        if each.fault and rule_for(each.name).artifact == "int4":
+            yield each.fault
+    shapes = dict(layout.parameters(s.config))
+    for each, matrix in s.experts:
+        if matrix.stated != shapes[each.name]:
+            yield f"{each.name}: weight_shape says {list(matrix.stated)}, expected {list(shapes[each.name])}"
+        elif not matrix.scales_ok:
+            yield f"{each.name}: weight_scale is not finite and positive everywhere"
+        elif matrix.distinct < DISTINCT_CODES:
+            cause = "a zeroed expert, one that no calibration token reached?"
+            yield f"{each.name} uses {matrix.distinct} of 16 codes: {cause}"
+
+
+def expert_errors(s: Subject) -> Failures:
+    """Every INT4 matrix is its source within the stated relative error."""
+    for each in s.seen:
+        if rule_for(each.name).artifact == "int4" and (fault := each.fault or each.source_fault):
+            yield f"{each.name}: {fault}"
+    for each, matrix in s.experts:
+        if not each.source_fault and not matrix.error <= INT4_RELATIVE_ERROR:
+            cause = "zeroed" if 0.99 < matrix.error < 1.01 else "another matrix's, or codes in another order"
+            yield (
+                f"{each.name}: relative error {matrix.error:.3f} against the source,"
+                f" at most {INT4_RELATIVE_ERROR} expected: {cause}?"
+            )
+
+
+def expert_slopes(s: Subject) -> Failures:
+    """No group of 128 weights is larger or smaller than its source's, as one with a wrong scale would be."""
+    low, high = GROUP_SLOPES
+    for each, matrix in s.experts:
+        if not (low <= matrix.slopes[0] and matrix.slopes[1] <= high):
+            worst = matrix.slopes[0] if not low <= matrix.slopes[0] else matrix.slopes[1]
+            yield (
+                f"{each.name}: a group is {worst:.2f} times its source, {low} to {high} expected:"
+                " a scale or a row of another matrix?"
+            )
+
+
+def rounding(s: Subject) -> Failures:
+    """All layers were quantized alike, by the expected method: GPTQ moves codes away from the nearest ones."""
+    moved: dict[str, list[int]] = {}
+    for each, matrix in s.experts:
+        counts = moved.setdefault(each.name.split(".")[1], [0, 0])
+        counts[0] += matrix.moved
+        counts[1] += matrix.codes
+    shares = {layer: some / max(whole, 1) for layer, (some, whole) in moved.items()}
+    found = {layer: "gptq" if share >= MOVED_CODES else "rtn" for layer, share in shares.items()}
+    methods = list(found.values())
+    wanted = s.expect or max(METHODS, key=methods.count)
+    for layer, method in found.items():
+        if method != wanted:
+            why = f"{shares[layer]:.2%} of its codes are not the nearest ones"
+            others = "" if s.expect else ", as in the other layers"
+            yield f"layer {layer} was quantized by {METHODS[method]} ({why}), {METHODS[wanted]} expected{others}"
+
+
+def mtp_untouched(s: Subject) -> Failures:
+    """No tensor of the MTP block is packed or has a scale."""
+    for name in sorted(s.artifact.weight_map):
+        if name.startswith("mtp.") and name.endswith(("weight_packed", "weight_scale", "weight_shape", ".scale")):
+            yield f"{name}: the MTP block is quantized (C10)"
+
+
+def config_resolves(s: Subject) -> Failures:
+    """quantization_config, read by compressed-tensors' own classes and matcher, gives every vLLM module its scheme."""
+    yield from unresolved(s.config)
+
+
+def config_kept(s: Subject) -> Failures:
+    """config.json is the source's but for quantization_config, and router biases will be read (`noaux_tc`)."""
+    if (method := s.config.raw.get("topk_method")) != "noaux_tc":
+        yield f"config.json: topk_method is {method!r}, vLLM reads gate.bias only for 'noaux_tc'"
+    if s.config.raw.get("quantization_config") != recipe.quantization_config(s.config.num_hidden_layers):
+        yield "config.json: quantization_config is not the recipe's"
+    if s.source is not None:
+        theirs = s.source.config.raw
+        for key in sorted((s.config.raw.keys() | theirs.keys()) - {"quantization_config"}):
+            if s.config.raw.get(key) != theirs.get(key):
+                yield f"config.json: {key} is {s.config.raw.get(key)!r}, the source has {theirs.get(key)!r}"
+
+
+def tokenizer(s: Subject) -> Failures:
+    """The tokenizer's files are the source's, and its tokens fit the vocabulary."""
+    try:
+        size = load_tokenizer(s.folder).get_vocab_size()
+        check_vocabulary(size - 1, s.config.vocab_size, s.folder)
+    except UserError as error:
+        yield error.fact
+    for name in TOKENIZER_FILES if s.source else ():
+        ours, theirs = (_content(folder / name) for folder in (s.folder, s.source.directory))  # type: ignore[union-attr]
+        if ours != theirs:
+            yield f"{name} is not the source's" if ours is not None else f"{name} is missing, the source has it"
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def quality(s: Subject) -> Failures:
+    """On held-out tokens the artifact predicts as its source does, and its MTP block drafts as well."""
+    source, artifact = s.qualities
+    change, same, kl = perplexity_change(artifact, source), agreement(artifact), mean(artifact.kl).interval()
+    theirs, ours = (share(q.accepted[0], q.judged[0]) for q in (source, artifact))
+    for fine, fact in (
+        (
+            change.least <= PERPLEXITY_PERCENT,
+            f"perplexity changes by {change.value:+.2f}%, at most {PERPLEXITY_PERCENT}%",
+        ),
+        (same.most >= AGREEMENT, f"{same.value:.1%} of tokens have the same most likely one, at least {AGREEMENT:.0%}"),
+        (kl.least <= KL_NATS, f"KL divergence is {kl.value:.4f} nats a token, at most {KL_NATS}"),
+        (
+            ours.most >= theirs.least - ACCEPTANCE_LOST,
+            f"{ours.value:.1%} of the MTP block's first drafts are accepted, the source's {theirs.value:.1%}:"
+            " another MTP block, or hidden states that it does not know",
+        ),
+    ):
+        if not fine:
+            yield f"{fact} expected"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A check, what it needs (keys of verification.LACKING), and how many failures are spelled out."""
+
+    name: str
+    check: Callable[[Subject], Failures]
+    needs: tuple[str, ...] = ()
+    shown: int = SHOWN
+
+
+# the docstring of a check says what passing means
+CHECKS = (
+    Row("layout", own_layout, shown=100),
+    Row("opens", opens),
+    Row("tensors", tensors, ("tensors",)),
+    Row("finite", finite, ("tensors",)),
+    Row("aliases", aliases, ("tensors",)),
+    Row("mtp untouched", mtp_untouched, ("tensors",)),
+    Row("expert codes", expert_codes, ("tensors",)),
+    Row("config resolves", config_resolves, ("tensors",)),
+    Row("config kept", config_kept, ("tensors",)),
+    Row("tokenizer", tokenizer, ("tensors",)),
+    Row("passed through", passed_through, ("tensors", "source")),
+    Row("expert errors", expert_errors, ("tensors", "source")),
+    Row("expert slopes", expert_slopes, ("tensors", "source")),
+    Row("rounding", rounding, ("tensors", "source")),
+    Row("recorded", recorded, ("tensors", "hashes")),
+    Row("provenance", provenance, ("tensors",)),
+    Row("checksums", checksums, ("hashes",)),
+    Row("quality", quality, ("tensors", "source", "deep")),
+)

@@ -1,0 +1,208 @@
+"""What the artifact must hold, worked out a second time for verify, and how far a quantized matrix is from its source.
+
+Nothing here is shared with conversion.py, codec.py and gptq.py, which wrote the artifact: a fault there must not hide
+itself. Everything is a function of stored bytes, and runs at about 1 GB/s of them a core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from v4forge.checkpoint.layout import Shape, stored_name
+from v4forge.checkpoint.recipe import rule_for
+
+Parts = Mapping[str, Tensor]
+FP4_GROUP, FP8_BLOCK, INT4_GROUP = 32, 128, 128
+SAMPLED_ROWS = 8  # of so many rows one is looked at for statistics of codes
+
+
+@cache
+def _powers() -> Tensor:
+    return torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), math.nan], dtype=torch.float64)
+
+
+def powers_of_two(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """E8M0 bytes b -> 2^(b - 127), byte 255 -> NaN (OCP MX 1.0)."""
+    byte = scale.view(torch.uint8)
+    return _powers().to(dtype).index_select(0, byte.flatten().int()).view(byte.shape)
+
+
+def e2m1(code: Tensor) -> Tensor:
+    """Codes 0..15 -> f32: a sign, two bits of exponent with bias 1, one bit of mantissa, subnormals (OCP MX 1.0)."""
+    sign, exponent, mantissa = code >> 3, code >> 1 & 3, (code & 1).float()
+    magnitude = torch.where(exponent > 0, torch.ldexp(1 + mantissa / 2, exponent.int() - 1), mantissa / 2)
+    return torch.where(sign > 0, -magnitude, magnitude)
+
+
+@cache
+def _fp4_pairs() -> Tensor:
+    """The two values of every byte, the low nibble's first, as a pair of bf16: [256] i32."""
+    byte = torch.arange(256)
+    return torch.stack((e2m1(byte & 15), e2m1(byte >> 4)), -1).bfloat16().view(torch.int32).flatten()
+
+
+def _fp4(parts: Parts) -> Tensor:
+    """weight: [out, in/2] i8, scale: [out, in/32] e8m0 -> [out, in] bf16."""
+    byte = parts["weight"].view(torch.uint8)
+    pairs = _fp4_pairs().index_select(0, byte.flatten().int()).view(torch.bfloat16)
+    scale = powers_of_two(parts["scale"], torch.bfloat16)
+    return pairs.view(*scale.shape, FP4_GROUP).mul_(scale.unsqueeze(-1)).flatten(1)
+
+
+def _fp8(parts: Parts) -> Tensor:
+    """weight: [out, in] e4m3, scale: one e8m0 per 128x128 block -> [out, in] bf16."""
+    weight = parts["weight"]
+    row, column = (torch.arange(n) // FP8_BLOCK for n in weight.shape)
+    return weight.bfloat16().mul_(powers_of_two(parts["scale"], torch.bfloat16)[row][:, column])
+
+
+# (format upstream, format in the artifact) -> the artifact's parts
+EXPECTED: dict[tuple[str, str], Callable[[Parts], Parts]] = {
+    ("fp8", "fp8-ct"): lambda p: {"weight": p["weight"], "weight_scale": powers_of_two(p["scale"])},
+    ("fp8", "bf16"): lambda p: {"": _fp8(p)},
+    ("fp4", "bf16"): lambda p: {"": _fp4(p)},
+    ("bf16", "f32"): lambda p: {"": p[""].float()},
+    ("bf16", "bf16"): lambda p: p,
+    ("f32", "f32"): lambda p: p,
+    ("int", "int"): lambda p: p,
+}
+ALIKE = {("bf16", "f32"), ("bf16", "bf16"), ("f32", "f32"), ("int", "int")}  # element by element
+
+
+def expected(name: str, parts: Parts) -> dict[str, Tensor]:
+    """The artifact's stored tensors of an upstream logical tensor that is not a routed expert."""
+    rule = rule_for(name)
+    return {stored_name(name, part): t for part, t in EXPECTED[rule.source, rule.artifact](parts).items()}
+
+
+def fault(fmt: str, parts: Parts, experts: int) -> str:
+    """What makes a stored tensor unusable whatever the source says, "" for none. experts: how many there are."""
+    if fmt == "int4":
+        return ""
+    if fmt == "int":
+        table = parts[""]
+        low, high = int(table.min()), int(table.max())
+        bad = low if low < 0 else high
+        return f"routes to expert {bad}, there are 0 to {experts - 1}" if low < 0 or high >= experts else ""
+    if fmt == "fp8-ct":
+        scale = parts["weight_scale"]
+        mantissa, exponent = torch.frexp(scale)
+        # the range in which every E4M3 value times the scale is exact in BF16
+        if not bool(((mantissa == 0.5) & (exponent >= -123) & (exponent <= 120)).all()):
+            return "has a weight_scale that is not a power of two from 2^-124 to 2^119"
+        # 0x7F and 0xFF are the two NaN; as signed bytes without the sign bit they are the greatest
+        return "holds NaN" if bool((parts["weight"].view(torch.uint8) & 0x7F).max() == 0x7F) else ""
+    return "" if bool(parts[""].isfinite().all()) else "holds NaN or Inf"
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes: -0 is not 0, and NaN is NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = _bits(a), _bits(b)
+    words = len(a) - len(a) % 8
+    return torch.equal(a[:words].view(torch.int64), b[:words].view(torch.int64)) and torch.equal(a[words:], b[words:])
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def difference(found: Tensor, wanted: Tensor, offset: int = 0) -> str:
+    """How many values differ and the first of them; `offset`: where in its tensor the compared piece starts."""
+    if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        return f"{found.dtype} {list(found.shape)} instead of {wanted.dtype} {list(wanted.shape)}"
+    unequal = (_bits(found).view(-1, found.element_size()) != _bits(wanted).view(-1, found.element_size())).any(1)
+    where = int(unequal.nonzero()[0])
+    values = found.reshape(-1)[where].item(), wanted.reshape(-1)[where].item()
+    of = f"{int(unequal.sum())} of {found.numel()} values"
+    return f"{of}, first at {offset + where}: {values[0]} instead of {values[1]}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An INT4 matrix Q and, where there is one, its source W."""
+
+    stated: tuple[int, ...]  # its weight_shape
+    scales_ok: bool  # finite and positive
+    distinct: int  # codes in use, counted no further than over some rows if these use all that can be asked for
+    error: float = 0.0  # ||W - Q|| / ||W||
+    slopes: tuple[float, float] = (1.0, 1.0)  # least and greatest <q, w> / <w, w> of a group of 128
+    moved: int = 0  # of `codes` sampled ones, those that are not the nearest at their scale
+    codes: int = 0
+
+
+def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
+    """An INT4 g128 matrix [out, in] beside its FP4 source, both as stored; `source` may be empty.
+
+    Q is code times scale, before the rounding to BF16 of a server, which is 30 times finer than the bounds it is held
+    to.
+    """
+    codes, scale = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
+    base = Matrix(
+        stated=tuple(parts["weight_shape"].tolist()),
+        scales_ok=bool(scale.isfinite().all() and (scale > 0).all()),
+        distinct=_distinct(codes),
+    )
+    if not source:
+        return base
+    fp4, power = source["weight"].view(torch.uint8), powers_of_two(source["scale"], torch.float64)
+    # bytes of both hold two codes, in the same order: one table over both bytes has their products
+    both = torch.stack((fp4, codes), -1).view(torch.uint16).int().view(-1, FP4_GROUP // 2)
+    sums = F.embedding_bag(both, _products(), mode="sum").double().view(*power.shape, -1)
+    step = scale.double()
+    per_group = (*scale.shape, INT4_GROUP // FP4_GROUP)
+    qw = (sums[..., 0] * power).view(per_group).sum(-1) * step
+    ww = (sums[..., 1] * power.square()).view(per_group).sum(-1)
+    qq = sums[..., 2].view(per_group).sum(-1) * step.square()
+    slopes = torch.where(ww > 0, qw / ww, 1.0)
+    energy = float(ww.sum())
+    squared = float((qq - 2 * qw + ww).sum())
+    moved, count = _moved(codes[::SAMPLED_ROWS], step[::SAMPLED_ROWS], source, shape)
+    return Matrix(
+        base.stated,
+        base.scales_ok,
+        base.distinct,
+        error=math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0,
+        slopes=(float(slopes.min()), float(slopes.max())),
+        moved=moved,
+        codes=count,
+    )
+
+
+@cache
+def _products() -> Tensor:
+    """[FP4 byte + 256 * INT4 byte, :] -> sums over the two pairs of codes of (w c, w^2, c^2), and 0; f32, exact."""
+    pair = torch.arange(1 << 16)
+    sums = torch.zeros(1 << 16, 4)
+    for shift in (0, 4):
+        w, c = e2m1(pair >> shift & 15), (pair >> (8 + shift) & 15).float() - 8
+        sums += torch.stack((w * c, w * w, c * c, torch.zeros_like(w)), -1)
+    return sums
+
+
+def _distinct(codes: Tensor) -> int:
+    """How many of the 16 codes are used. codes: [out, in/2] u8, two a byte."""
+    found = 0
+    for some in (codes[::SAMPLED_ROWS], codes):
+        byte = torch.bincount(some.flatten(), minlength=256).view(16, 16)
+        found = int(((byte.sum(0) + byte.sum(1)) > 0).sum())
+        if found == 16:
+            break
+    return found
+
+
+def _moved(codes: Tensor, step: Tensor, source: Parts, shape: Shape) -> tuple[int, int]:
+    """How many codes of some rows are not the nearest ones at their scales, and of how many."""
+    rows = {part: tensor[::SAMPLED_ROWS] for part, tensor in source.items()}
+    grouped = _fp4(rows).float().unflatten(-1, (-1, INT4_GROUP))
+    nearest = (grouped / step.float().unsqueeze(-1)).round_().clamp_(-8, 7).flatten(1)
+    found = torch.stack((codes & 15, codes >> 4), -1).flatten(1).float() - 8
+    return int((nearest != found).sum()), found.numel()

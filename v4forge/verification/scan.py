@@ -1,0 +1,231 @@
+"""One pass over an artifact and its source for verify: each byte read once, by all cores, a bounded piece at a time.
+
+It measures and judges nothing: `scan` returns what every tensor is like, and the checks of certificate.py decide.
+Nothing here is shared with what wrote the artifact; see independent.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from v4forge.checkpoint import layout
+from v4forge.checkpoint.layout import Shape, TensorSpec
+from v4forge.checkpoint.prefetch import open_file, read_into
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.digests import Digests
+from v4forge.errors import UserError
+from v4forge.quantization.layer_files import matrix_digest
+from v4forge.verification import reference
+
+THREADS = min(16, os.cpu_count() or 1)
+PIECE_BYTES = 64 << 20  # of a tensor that is only compared; with it a thread holds at most about 300 MB
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one tensor, or a piece of one, is like. `fault` says why there is nothing to compare."""
+
+    name: str  # logical
+    fault: str = ""  # in the artifact: NaN, a scale of no power of two, a missing part
+    source_fault: str = ""
+    differences: tuple[str, ...] = ()  # stored tensors that are not what the source says, and how
+    stale: tuple[str, ...] = ()  # aliases that are not it
+    expert: reference.Matrix | None = None  # of a routed expert's matrix
+    digest: str = ""  # of its codes and scales, as in the layer report
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one thread works on at a time: a logical tensor, or elements `start` to `stop` of one stored as it is."""
+
+    name: str
+    shape: Shape
+    start: int = 0
+    stop: int = -1  # -1: the whole tensor
+
+    @property
+    def is_whole(self) -> bool:
+        return self.stop < 0
+
+
+def pieces(config: layout.Config) -> Iterator[Piece]:
+    """All logical tensors, those that are only compared cut into pieces."""
+    for name, shape in layout.parameters(config):
+        rule, count = rule_for(name), math.prod(shape)
+        step = PIECE_BYTES // 8
+        if (rule.source, rule.artifact) not in reference.ALIKE or count <= step:
+            yield Piece(name, shape)
+        else:
+            yield from (Piece(name, shape, at, min(at + step, count)) for at in range(0, count, step))
+
+
+class _Bytes:
+    """Stored tensors by positioned reads; safe for any number of threads."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._lock = threading.Lock()
+        self._files: dict[str, int] = {}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+    def parts(self, piece: Piece, names: dict[str, TensorSpec]) -> dict[str, Tensor]:
+        """part or name -> stored tensor, or the piece of it; without those that the checkpoint does not have."""
+        return {name: self._read(name, piece) for name in names if name in self.checkpoint.weight_map}
+
+    def _read(self, name: str, piece: Piece) -> Tensor:
+        spec = self.checkpoint.spec(name)
+        with self._lock:
+            path, offset = self.checkpoint.place(name)
+            if path not in self._files:
+                self._files[path] = open_file(path)
+        size = spec.dtype.itemsize
+        start, stop = (0, math.prod(spec.shape)) if piece.is_whole else (piece.start, piece.stop)
+        stop = min(stop, math.prod(spec.shape))
+        buffer = torch.empty(max(stop - start, 0) * size, dtype=torch.uint8)
+        read_into(self._files[path], path, buffer.numpy().data, offset + start * size)
+        tensor = buffer.view(spec.dtype)
+        return tensor.view(spec.shape) if piece.is_whole else tensor
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """The pool's threads are the parallelism: torch must not start more in each of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def scan(
+    artifact: Checkpoint,
+    source: Checkpoint | None,
+    digests: Digests | None,
+    progress: Callable[[int, int], None] = lambda _done, _of: None,
+) -> list[Seen]:
+    """Measures every tensor of the artifact, beside its source where there is one, in the layout's order. `progress`
+    gets bytes read, and of how many. With `digests` each shard is hashed right behind its last tensor, while it lies in
+    the page cache: `digests` then knows them all.
+    """
+    todo = list(pieces(artifact.config))
+    sizes = [_size(piece) for piece in todo]
+    done, total = 0, sum(sizes)
+    seen: dict[int, Seen] = {}
+    with (
+        closing(_Bytes(artifact)) as ours,
+        closing(_Bytes(source or artifact)) as theirs,
+        _one_thread_each(),
+        ThreadPoolExecutor(THREADS, "scan") as pool,
+    ):
+        last = _last_use(todo, [c for c in (artifact, source) if c]) if digests else {}
+        jobs, hashes = {}, []
+        try:
+            for number, piece in enumerate(todo):
+                jobs[pool.submit(_seen, piece, ours, theirs if source else None, digests is not None)] = number
+                if digests and number in last:
+                    hashes.append(pool.submit(digests.of, last[number]))
+            for job in as_completed(jobs):
+                number = jobs[job]
+                seen[number] = job.result()
+                done += sizes[number]
+                progress(done, total)
+            for each in hashes:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [seen[number] for number in range(len(todo))]
+
+
+def _size(piece: Piece) -> int:
+    """Bytes of the artifact."""
+    specs = layout.stored(piece.name, piece.shape, rule_for(piece.name).artifact)
+    if not piece.is_whole:
+        return (piece.stop - piece.start) * next(iter(specs.values())).dtype.itemsize
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+
+
+def _stored(piece: Piece, form: str) -> dict[str, TensorSpec]:
+    specs = layout.stored(piece.name, piece.shape, getattr(rule_for(piece.name), form))
+    if form == "artifact":
+        specs |= {alias: specs[original] for alias, original in ALIASES.items() if original == piece.name}
+    return specs
+
+
+def _last_use(todo: list[Piece], checkpoints: list[Checkpoint]) -> dict[int, list[Path]]:
+    """number of a piece -> the shards that nothing reads behind it."""
+    last: dict[Path, int] = {}
+    for checkpoint in checkpoints:
+        last |= dict.fromkeys((checkpoint.directory / shard for shard in checkpoint.shard_names), len(todo) - 1)
+        for number, piece in enumerate(todo):
+            for name in _stored(piece, checkpoint.form):
+                if name in checkpoint.weight_map:
+                    last[checkpoint.directory / checkpoint.weight_map[name]] = number
+    by_number: dict[int, list[Path]] = {}
+    for path, number in last.items():
+        by_number.setdefault(number, []).append(path)
+    return by_number
+
+
+def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> Seen:
+    found: dict[str, Tensor] = {}
+    try:
+        found = ours.parts(piece, _stored(piece, "artifact"))
+        parts = _checked(piece, ours, found, "artifact")
+        wrong = reference.fault(rule_for(piece.name).artifact, parts, ours.checkpoint.config.n_routed_experts)
+    except UserError as error:
+        return Seen(piece.name, fault=error.fact)
+    stale = tuple(
+        alias
+        for alias, original in ALIASES.items()
+        if original == piece.name and alias in found and not reference.same_bits(found[alias], found[original])
+    )
+    fault = f"{piece.name} {wrong}" if wrong else ""
+    digest = ""
+    is_expert = rule_for(piece.name).artifact == "int4"
+    if hashing and is_expert:
+        digest = matrix_digest(parts["weight_packed"], parts["weight_scale"])
+    wanted, source_fault = {}, ""
+    if theirs is not None:
+        try:
+            wanted = _checked(piece, theirs, theirs.parts(piece, _stored(piece, "source")), "source")
+        except UserError as error:
+            source_fault = error.fact
+    if is_expert:
+        matrix = reference.compared(parts, wanted, piece.shape)
+        return Seen(piece.name, fault, source_fault, expert=matrix, digest=digest)
+    differences: tuple[str, ...] = ()
+    if wanted:
+        expected = reference.expected(piece.name, wanted)
+        differences = tuple(
+            f"{stored} differs from the source: {reference.difference(found[stored], tensor, piece.start)}"
+            for stored, tensor in expected.items()
+            if not reference.same_bits(found[stored], tensor)
+        )
+    return Seen(piece.name, fault, source_fault, differences, stale)
+
+
+def _checked(piece: Piece, bytes_: _Bytes, found: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """part -> tensor; UserError for one that is missing or has another dtype or shape."""
+    checkpoint = bytes_.checkpoint
+    if piece.is_whole:
+        return checkpoint.holding(found).parts(piece.name, piece.shape)
+    if piece.name in found:
+        checkpoint.check(piece.name, checkpoint.spec(piece.name), _stored(piece, form)[piece.name])
+    return {"": checkpoint.holding(found).raw(piece.name)}
