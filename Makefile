@@ -275,12 +275,12 @@ env-serve-cpu: env ## The environment of BACKEND=cpu: vLLM for the CPU with our 
 	@$(PYTHON) -m scripts.env --environment serve-cpu --into .venv-serve-cpu
 
 .PHONY: test
-test: env ## Tests that need neither GPU nor docker; TESTS=tests/test_pins.py picks
+test: env ## Tests that need neither GPU nor docker; TESTS=tests/ground/test_pins.py picks
 	@.venv/bin/python -m pytest $(TESTS)
 
 .PHONY: test-images
 test-images: env ## Tests that need docker: builds, registry, stages in containers
-	@.venv/bin/python -m pytest -m images tests/images
+	@.venv/bin/python -m pytest -m images tests/docker
 
 .PHONY: test-serve
 test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus

@@ -27,7 +27,7 @@ ENVIRONMENTS = (".venv", ".venv-serve-cpu")
 # Nobody listens there: no command of a page reaches a hub, and none that has to fails for it.
 ADDED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
 COMMIT = ("-c", "user.name=docs-check", "-c", "user.email=docs-check@localhost", "-c", "commit.gpgsign=false", "commit")
-PROGRAM = re.compile(r"-m ((?:scripts|benchmarks)\.\w+)([^;&|\n]*)")
+PROGRAM = re.compile(r"-m ((?:scripts|dev|benchmarks)\.\w+)([^;&|\n]*)")
 OPTION = re.compile(r"(?<!\S)(--[a-z][\w-]*)")
 
 

@@ -49,6 +49,7 @@ CHECKERS = (
     Checker("ruff check", ("ruff", "check", "--quiet"), named(PYTHON)),
     Checker("ruff format", ("ruff", "format", "--check", "--quiet"), named(PYTHON)),
     Checker("mypy", ("mypy", "--no-error-summary"), named(PYTHON), with_names=False),
+    Checker("import-linter", ("lint-imports", "--no-cache", "--no-logo"), named(PYTHON), with_names=False),
     Checker("hadolint", ("hadolint", "--no-color"), named(r"(.+/)?Dockerfile(\.[^/]+)?")),
     # SC1091: a sourced file of the machine that the script runs on is not there to follow.
     Checker("shellcheck", ("shellcheck", "--exclude=SC1091"), is_shell),

@@ -1,6 +1,6 @@
 """Sharded safetensors checkpoints: a reader over the index that checks before it reads.
 
-Shards that a living fetch has yet to bring are known by their headers; reading one of their tensors waits (`arriving`).
+Shards that a living fetch has yet to bring are known by their headers; reading one of their tensors waits (`incoming`).
 """
 
 from __future__ import annotations

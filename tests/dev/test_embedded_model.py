@@ -1,0 +1,65 @@
+"""What the pipeline does to the embedded model's perplexity and draft acceptance, at the settings of `make demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dev.tiny import text
+from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import corpus
+from v4forge.model.evaluation import Quality, evaluate, unigram_perplexity
+from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization.postprocess import assemble
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
+SEQUENCES, SEQ_LEN = 16, 512
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def heldout() -> torch.Tensor:
+    tokens = torch.from_numpy(text.heldout_tokens(TINY, TINY / "heldout.txt").astype("int64"))
+    return tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
+
+
+@pytest.fixture(scope="module")
+def qualities(tmp_path_factory: pytest.TempPathFactory, heldout: torch.Tensor) -> dict[str, Quality]:
+    work = tmp_path_factory.mktemp("quality")
+    source = Checkpoint(TINY)
+    digests = layer_files.source_digests(TINY, source.shard_names, work / "digests.json")
+    samples = corpus.load(TINY, TINY / "calibration.jsonl", 64, 256, 42, source.config.vocab_size)
+    found = {"source": evaluate(source, heldout, CPU)}
+    for method, given in {"gptq": samples, "rtn": None}.items():
+        settings = layer_files.Settings(method=method)
+        mark = layer_files.fingerprint(digests, given, settings, CPU)
+        layer_files.claim(work / method, mark, "refuse", print)
+        calibrate.calibrate(source, given, work / method, settings, mark, CPU)
+        assemble(source, work / method, work / f"artifact-{method}")
+        found[method] = evaluate(Checkpoint(work / f"artifact-{method}", form="artifact"), heldout, CPU)
+    return found
+
+
+def test_the_embedded_model_beats_a_unigram_model_three_times_over(
+    qualities: dict[str, Quality], heldout: torch.Tensor
+) -> None:
+    assert qualities["source"].perplexity < unigram_perplexity(heldout) / 3
+
+
+def test_half_of_the_embedded_model_s_drafts_are_accepted(qualities: dict[str, Quality]) -> None:
+    assert qualities["source"].mtp_acceptance > 0.5
+
+
+def test_perplexity_rises_by_less_than_five_percent(qualities: dict[str, Quality]) -> None:
+    assert abs(qualities["gptq"].change_from(qualities["source"])[0]) < 5
+
+
+def test_acceptance_falls_by_less_than_two_points(qualities: dict[str, Quality]) -> None:
+    assert qualities["gptq"].mtp_acceptance > qualities["source"].mtp_acceptance - 0.02
+
+
+def test_gptq_is_clearly_better_than_round_to_nearest(qualities: dict[str, Quality]) -> None:
+    lower, error = qualities["gptq"].change_from(qualities["rtn"])
+    assert lower < -2 * error

@@ -1,0 +1,267 @@
+"""docs/serving.md and docs/kubernetes: objects that Kubernetes takes, with the project's settings, image and guard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from v4forge import pins
+from v4forge.images import lock_check
+from v4forge.serving import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs/kubernetes"
+DOC = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+LIST = yaml.safe_load((FOLDER / "replicas.yaml").read_text(encoding="utf-8"))
+OBJECTS: list[dict[str, Any]] = [
+    yaml.safe_load((FOLDER / "artifact.yaml").read_text(encoding="utf-8")),
+    *LIST["items"],
+]
+VALUES = yaml.safe_load((FOLDER / "values.yaml").read_text(encoding="utf-8"))
+ENGINE = VALUES["servingEngineSpec"]
+MODEL = ENGINE["modelSpec"][0]
+PUBLISHED = settings.serving()
+VARIABLES = PUBLISHED.variables("/cache")
+LOAD_S = 45 * 60
+DIGEST = "ab" * 32
+IMAGE = f"registry.example/v4forge/serve@sha256:{DIGEST}"
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    (found,) = [item for item in OBJECTS if item["kind"] == kind]
+    return found
+
+
+STATEFUL_SET = of_kind("StatefulSet")["spec"]
+POD = STATEFUL_SET["template"]["spec"]
+(REPLICA,) = POD["containers"]
+(GUARD,) = POD["initContainers"]
+
+
+def arguments(finish_s: int) -> list[str]:
+    """The published settings, but for how long a stopped replica may take to finish."""
+    return settings.serving(overrides={"shutdown-timeout": str(finish_s)}).arguments("/artifact", 8000)
+
+
+def plain(env: list[dict[str, Any]]) -> dict[str, str]:
+    """The variables that are written out."""
+    return {item["name"]: item["value"] for item in env if "value" in item}
+
+
+def options(words: list[str]) -> set[tuple[str, ...]]:
+    """A command line's options, each with its value."""
+    return {tuple(option.split("\n")) for option in re.split(r"\n(?=--)", "\n".join(words))}
+
+
+@pytest.mark.parametrize("version", ["1.29", kubernetes_validate.latest_version()])
+@pytest.mark.parametrize("item", OBJECTS, ids=lambda item: f"{item['kind']} {item['metadata']['name']}")
+def test_kubernetes_takes_every_object_and_knows_every_field(item: dict[str, Any], version: str) -> None:
+    kubernetes_validate.validate(item, version, strict=True)
+
+
+def test_a_field_that_kubernetes_does_not_know_is_refused() -> None:
+    misspelt = json.loads(json.dumps(of_kind("StatefulSet")))
+    misspelt["spec"]["template"]["spec"]["containers"][0]["startupProbes"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(misspelt, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_a_replica_is_told_what_the_published_profile_says() -> None:
+    assert REPLICA["command"] == ["vllm", "serve"]
+    assert REPLICA["args"] == arguments(finish_s=300)
+    assert plain(REPLICA["env"]) == VARIABLES
+
+
+def test_the_chart_tells_a_replica_the_same() -> None:
+    """The chart writes `serve <modelURL> --host --port`, and the words of two of its own settings."""
+    written = MODEL["vllmConfig"]
+    own = [MODEL["modelURL"], "--host", "0.0.0.0", "--port", "8000"]
+    own += ["--tensor-parallel-size", str(written["tensorParallelSize"])]
+    own += ["--enable-prefix-caching" if written["enablePrefixCaching"] else "--no-enable-prefix-caching"]
+    assert options(own + written["extraArgs"]) == options(arguments(finish_s=25))
+    assert plain(MODEL["env"]) == VARIABLES
+
+
+def test_a_replica_gets_the_gpus_that_it_splits_the_model_over() -> None:
+    gpus = PUBLISHED.tensor_parallel
+    assert REPLICA["resources"]["limits"]["nvidia.com/gpu"] == gpus == MODEL["requestGPU"]
+    assert REPLICA["resources"]["requests"]["nvidia.com/gpu"] == gpus
+
+
+@pytest.mark.parametrize("probe", [REPLICA["startupProbe"], ENGINE["startupProbe"]], ids=["objects", "chart"])
+def test_the_first_answer_may_take_as_long_as_the_image_says(probe: dict[str, Any]) -> None:
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= LOAD_S
+    assert "--start-period=45m" in (ROOT / "Dockerfile.serve").read_text(encoding="utf-8")
+
+
+def test_a_stopped_replica_has_the_time_to_finish_its_requests() -> None:
+    leave = int(REPLICA["lifecycle"]["preStop"]["exec"]["command"][1])
+    finish = int(REPLICA["args"][REPLICA["args"].index("--shutdown-timeout") + 1])
+    assert leave + finish < POD["terminationGracePeriodSeconds"]
+
+
+def test_nothing_runs_as_root_or_may_become_it() -> None:
+    for pod in (POD["securityContext"], ENGINE["securityContext"]):
+        assert pod["runAsNonRoot"] is True
+        assert pod["runAsUser"] == pod["runAsGroup"] == pod["fsGroup"] == 10000
+    containers = [REPLICA["securityContext"], GUARD["securityContext"], ENGINE["containerSecurityContext"]]
+    for container in containers:
+        assert container["allowPrivilegeEscalation"] is False
+        assert container["capabilities"] == {"drop": ["ALL"]}
+    assert "USER 10000:10000" in (ROOT / "Dockerfile.serve").read_text(encoding="utf-8")
+
+
+def test_the_artifact_is_mounted_read_only() -> None:
+    claim = of_kind("PersistentVolumeClaim")["metadata"]["name"]
+    for volumes, mounts in (
+        (POD["volumes"], [*REPLICA["volumeMounts"], *GUARD["volumeMounts"]]),
+        (MODEL["extraVolumes"], [*MODEL["extraVolumeMounts"], *MODEL["initContainer"]["extraVolumeMounts"]]),
+    ):
+        (volume,) = [volume for volume in volumes if volume["name"] == "artifact"]
+        assert volume["persistentVolumeClaim"] == {"claimName": claim, "readOnly": True}
+        assert all(mount["readOnly"] is True for mount in mounts if mount["name"] == "artifact")
+
+
+def test_the_api_key_comes_from_a_secret_that_no_file_holds() -> None:
+    (key,) = [item["valueFrom"]["secretKeyRef"] for item in REPLICA["env"] if item["name"] == "VLLM_API_KEY"]
+    assert ENGINE["vllmApiKey"] == {"secretName": key["name"], "secretKey": key["key"]}
+    assert f"kubectl create secret generic {key['name']} --from-file={key['key']}=" in DOC
+    assert not [item for item in OBJECTS if item["kind"] == "Secret"]
+
+
+def test_every_service_finds_the_replicas() -> None:
+    labels = STATEFUL_SET["template"]["metadata"]["labels"]
+    services = [item for item in OBJECTS if item["kind"] == "Service"]
+    assert all(service["spec"]["selector"].items() <= labels.items() for service in services)
+    assert STATEFUL_SET["serviceName"] in {service["metadata"]["name"] for service in services}
+    ports = {port["name"] for port in REPLICA["ports"]}
+    assert all(port["targetPort"] in ports for service in services for port in service["spec"]["ports"])
+
+
+def test_the_document_says_what_each_profile_is_for() -> None:
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| ([^|]+) \|$", DOC, flags=re.MULTILINE))
+    assert {name: rows.get(name) for name in settings.profiles()} == settings.profiles()
+
+
+# Stand-ins for a cluster: both keep what they are given.
+PROGRAMS = {
+    "kubectl": "cat >applied",
+    "helm": 'echo "$@" >arguments; while [ "$1" != --values ]; do shift; done; cp "$2" applied',
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copytree(FOLDER, tmp_path / "docs/kubernetes")
+    shutil.copy(ROOT / "versions.env", tmp_path)
+    (tmp_path / "scratch").mkdir()
+    for name, program in PROGRAMS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{program}\n", encoding="utf-8")
+        path.chmod(0o755)
+    return tmp_path
+
+
+def run_documented(name: str, checkout: Path) -> subprocess.CompletedProcess[str]:
+    """The command of docs/serving.md that reads the file, in the checkout."""
+    (block,) = [text for text in re.findall(r"(?:^ {4}.*\n)+", DOC, flags=re.MULTILINE) if f"/{name}" in text]
+    path = f"{checkout}/bin:/usr/bin:/bin"
+    environment = {"PATH": path}
+    return subprocess.run(
+        ["sh", "-c", block], cwd=checkout, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def test_the_documents_command_takes_the_key_without_the_end_of_its_line(checkout: Path) -> None:
+    (checkout / "api-key.txt").write_text("sesame\n", encoding="utf-8")
+    done = run_documented("artifact.yaml", checkout)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "applied").read_text(encoding="utf-8") == "sesame"
+
+
+@pytest.mark.parametrize("name", ["replicas.yaml", "values.yaml"])
+def test_the_documents_command_puts_the_locked_image_in(name: str, checkout: Path) -> None:
+    (checkout / "images.lock").write_text(f"SERVE_IMAGE={IMAGE}\n", encoding="utf-8")
+    done = run_documented(name, checkout)
+    assert done.returncode == 0, done.stderr
+    applied = (checkout / "applied").read_text(encoding="utf-8")
+    images = re.findall(r" image: (\S+)", applied)
+    if name == "values.yaml":
+        model = yaml.safe_load(applied)["servingEngineSpec"]["modelSpec"][0]
+        images.append(f"{model['repository']}:{model['tag']}")
+        assert f"--version {pins.read()['VLLM_STACK_VERSION']} " in (checkout / "arguments").read_text(encoding="utf-8")
+    assert images == [IMAGE, IMAGE]
+
+
+@pytest.mark.parametrize("name", ["replicas.yaml", "values.yaml"])
+def test_without_a_pushed_image_the_command_says_so_and_applies_nothing(name: str, checkout: Path) -> None:
+    (checkout / "images.lock").write_text("SERVE_IMAGE=\n", encoding="utf-8")
+    done = run_documented(name, checkout)
+    assert done.returncode != 0
+    assert "SERVE_IMAGE: is empty: make push" in done.stderr
+    assert not (checkout / "applied").exists()
+
+
+def test_no_image_is_written_out() -> None:
+    for file in FOLDER.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert not lock_check.IMAGE_FORMS["IMAGE"].search(text)
+        assert set(re.findall(r"image: (\S+)", text)) <= {"SERVE_IMAGE", "SERVE_IMAGE_NAME:SERVE_IMAGE_DIGEST"}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """What the guard reads of an artifact."""
+    sums = b"00  model.safetensors\n"
+    (tmp_path / "SHA256SUMS").write_bytes(sums)
+    certificate = {"ok": True, "sums_sha256": hashlib.sha256(sums).hexdigest(), "checks": []}
+    (tmp_path / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")
+    return tmp_path
+
+
+def guard(artifact: Path) -> subprocess.CompletedProcess[str]:
+    python, flag, program, _ = GUARD["command"]
+    assert (python, flag) == ("python", "-c")
+    return subprocess.run([sys.executable, flag, program, artifact], capture_output=True, text=True)
+
+
+def test_the_guard_lets_a_certified_artifact_pass(artifact: Path) -> None:
+    done = guard(artifact)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def without_certificate(artifact: Path) -> None:
+    (artifact / "certificate.json").unlink()
+
+
+def failed(artifact: Path) -> None:
+    certificate = json.loads((artifact / "certificate.json").read_text(encoding="utf-8")) | {"ok": False}
+    (artifact / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")
+
+
+def other_files(artifact: Path) -> None:
+    (artifact / "SHA256SUMS").write_text("11  model.safetensors\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("spoil", [without_certificate, failed, other_files])
+def test_the_guard_refuses_another_artifact(spoil: Any, artifact: Path) -> None:
+    spoil(artifact)
+    done = guard(artifact)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "\nhint: make verify" in done.stderr
+
+
+def test_the_chart_has_the_same_guard() -> None:
+    assert MODEL["initContainer"]["command"] == GUARD["command"]

@@ -1,0 +1,73 @@
+"""The Makefile as a user meets it: help, the commands behind targets, errors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from v4forge.pipeline import stages
+
+ROOT = Path(__file__).resolve().parents[2]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, flags=re.MULTILINE)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    done = make()
+    assert done.returncode == 0
+    assert re.findall(r"^  ([a-z-]+) +\S", done.stdout, flags=re.MULTILINE) == TARGETS
+
+
+def test_the_recipes_of_every_target_expand() -> None:
+    for target in TARGETS:
+        done = make("-n", target)
+        assert done.returncode == 0, f"{target}: {done.stderr}"
+
+
+def test_every_stage_target_has_a_program_row() -> None:
+    assert set(stages.TARGETS) <= stages.STAGES.keys() & set(TARGETS)
+
+
+def test_variables_reach_the_stage_runner() -> None:
+    done = make("-n", "calibrate", "PROFILE=flash", "SAMPLES=3", "SEQ_LEN=5", "SEED=7", "CORPUS=a b.txt", "SCRATCH=/x")
+    options = ("--profile 'flash'", "--samples '3'", "--seq-len '5'", "--seed '7'", "--corpus 'a b.txt'")
+    assert [option for option in options if option not in done.stdout] == []
+    assert "--scratch '/x'" in done.stdout
+
+
+def test_the_demo_is_tiny_whatever_the_profile() -> None:
+    assert "--profile tiny" in make("-n", "demo", "PROFILE=flash").stdout
+
+
+@pytest.mark.parametrize("target", ["env", "lock"])
+def test_a_machine_without_a_usable_python_gets_a_hint(target: str) -> None:
+    done = make(target, "PYTHON=")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith("error: no Python 3.11 or 3.12")
+    assert done.stderr.splitlines()[1].startswith("hint: apt-get install")
+
+
+def test_clean_refuses_an_empty_folder_and_keeps_the_download_and_what_was_measured(tmp_path: Path) -> None:
+    assert "SCRATCH is empty" in make("clean", "SCRATCH=").stderr
+    for name in ("upstream", "layers", "layers.old-1", "artifact", "reports", ".stamps"):
+        (tmp_path / "tiny" / name).mkdir(parents=True)
+    for name in (
+        ".stamps/fetch.json",
+        ".stamps/disk.json",
+        ".stamps/calibrate.json",
+        "reports/run.json",
+        "reports/draft-1.json",
+    ):
+        (tmp_path / "tiny" / name).write_text("{}")
+    assert make("clean", f"SCRATCH={tmp_path}").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "tiny").iterdir()) == [".stamps", "reports", "upstream"]
+    assert [path.name for path in (tmp_path / "tiny/reports").iterdir()] == ["draft-1.json"]  # hours of measuring
+    kept = sorted(path.name for path in (tmp_path / "tiny/.stamps").iterdir())
+    assert kept == ["disk.json", "fetch.json"]

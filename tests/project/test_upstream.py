@@ -1,0 +1,96 @@
+"""The programs of docs/upstream/: each still finds its fault, and prints what docs/upstream.md says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "upstream.md"
+FOLDER = ROOT / "docs" / "upstream"
+SERVE_CPU = ROOT / ".venv-serve-cpu" / "bin" / "python"
+
+# program -> the heading of its section, by the environment that has what it needs.
+CALIBRATION = {
+    "c2_transformers_mtp": "C2",
+    "c13_transformers_fp32": "C13",
+    "transformers_names": "Names",
+    "llmcompressor_unreached_experts": "Unreached experts",
+    "llmcompressor_torchvision": "Torchvision",
+}
+SERVING = {
+    "c14_vllm_mtp_head": "C14",
+    "n4_vllm_mtp_targets": "N4",
+    "vllm_unfilled_weights": "Unfilled weights",
+    "vllm_static_input_scheme": "Static input scheme",
+    "vllm_stop_strings": "Stop strings",
+    "vllm_cpu_expand": "Temperature",
+}
+
+
+def stated(heading: str) -> list[str]:
+    """The lines of the first indented block below a heading of the page."""
+    section = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = next(part for part in section if part.startswith(f"{heading}\n"))
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("    "))
+    block = []
+    for line in lines[first:]:
+        if not line.startswith("    "):
+            break
+        block.append(line[4:])
+    return block
+
+
+def run(python: Path | str, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [str(python), str(FOLDER / f"{program}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+
+
+def check(python: Path | str, program: str, heading: str) -> None:
+    done = run(python, program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    block = stated(heading)
+    # What loguru and Triton print before it is theirs; the last lines are the program's.
+    assert said[-len(block) :] == block
+    assert re.match(r"(transformers|llmcompressor|vllm) \d", said[-len(block) - 1])
+
+
+@pytest.mark.parametrize("program", CALIBRATION)
+def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(program: str) -> None:
+    check(sys.executable, program, CALIBRATION[program])
+
+
+@pytest.mark.serve
+@pytest.mark.parametrize("program", SERVING)
+def test_a_fault_of_vllm_is_as_the_page_says(program: str) -> None:
+    check(SERVE_CPU, program, SERVING[program])
+
+
+@pytest.mark.parametrize(("asserted", "code"), [("next_n == 1 or next_n == 2", 0), ("next_n == 1 or next_n == 3", 1)])
+def test_what_an_extension_asserts_is_read_from_it(asserted: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "_C.so").write_bytes(b"\0ELF\0" + asserted.encode() + b"\0next_n == 1\0")
+    done = run(sys.executable, "c15_deepgemm_next_n", str(tmp_path))
+    assert done.stdout == f"asserted: {asserted}\n"
+    assert done.returncode == code
+
+
+def test_without_deepgemm_that_is_said(tmp_path: Path) -> None:
+    done = run(sys.executable, "c15_deepgemm_next_n", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "no DeepGEMM here that states which next_n it takes\n")
+
+
+def test_every_program_is_on_the_page_and_stands_alone() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    programs = {path.stem for path in FOLDER.glob("*.py")}
+    assert programs == {*CALIBRATION, *SERVING, "c15_deepgemm_next_n"}
+    for program in programs:
+        assert f"`{program}.py`" in page
+        assert "v4forge" not in (FOLDER / f"{program}.py").read_text(encoding="utf-8")

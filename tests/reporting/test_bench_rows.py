@@ -1,0 +1,360 @@
+"""Tables and figures of the benches: v4forge.bench.bench_rows and what is made of its rows, on made-up result files."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import bench_results as made
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import CHECKS, EVALUATION, MANIFEST, RUN, layer
+
+from scripts import report as program
+from v4forge import artifact_folder
+from v4forge.bench import bench_rows, published_figures, results
+from v4forge.bench.bench_rows import standing
+from v4forge.errors import UserError
+from v4forge.quantization.layer_reports import layer_rows
+from v4forge.reporting import bench_tables, figures, overview, page, published_comparison, run_sections
+from v4forge.reporting import tables as report_tables
+from v4forge.reporting.overview import Inputs
+from v4forge.reporting.published_comparison import Pipeline
+from v4forge.reporting.tables import Cell, Column, Table
+
+FLASH = {each["bench"]: each for each in made.full()}
+TINY = {each["bench"]: each for each in made.full(tiny=True, trial=4)}
+
+
+def headline_of(found: dict[str, Any], made_by: Pipeline | None = None) -> dict[str, list[Cell]]:
+    rows = published_comparison.table(found, made_by or Pipeline()).rows
+    return {row[0].text: list(row) for row in rows if len(row) > 1}
+
+
+def test_published_figures_have_conditions_sources_and_one_of_the_benches() -> None:
+    assert len(published_figures.figures()) == len(published_figures.by_key()) == 33
+    for figure in published_figures.figures():
+        assert figure.conditions and figure.bench in (*results.BENCHES, "pipeline")
+        assert figure.original or figure.siblings
+        for value in (figure.original, *figure.siblings):
+            assert value is None or value.source
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("speed/k1/256x256/c1/tpot_ms", 6.02, "6.02 ms"),
+        ("speed/k1/256x256/c1/output_tok_s", 88.35, "88.35 tok/s"),
+        ("draft/random", 69.94, "69.94%"),
+        ("tools/total", 24, "24 of 30"),
+        ("pipeline/calibrate", 15.09, "15.09 h"),
+    ],
+)
+def test_a_published_figure_is_shown_as_it_was_published(key: str, value: float, shown: str) -> None:
+    figure = published_figures.by_key()[key]
+    assert figure.original and figure.original.value == value
+    assert figure.shown(figure.original.value) == shown
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend", "size", "trial", "marks"),
+    [
+        (["NVIDIA H200"] * 8, "cuda", made.FLASH_SIZE, None, []),
+        (["NVIDIA H200"], None, made.FLASH_SIZE, 8, ["a trial of 8: not a result"]),
+        (["NVIDIA GH200 480GB"], "cuda", made.FLASH_SIZE, None, ["on 1 x NVIDIA GH200 480GB, where nothing was"]),
+        ([], "cpu", made.TINY_SIZE, None, ["tiny model on a CPU: a test of the bench, not a result"]),
+        (["NVIDIA H200"], "cpu", made.TINY_SIZE, 4, ["tiny model on a CPU: a test of the bench", "a trial of 4"]),
+        (["NVIDIA H200"], "cuda", made.TINY_SIZE, None, ["tiny model: a test of the bench, not a result"]),
+        (["NVIDIA H200"], "cuda", {}, None, ["a model of unknown size: a test of the bench, not a result"]),
+    ],
+)
+def test_what_is_not_flash_on_h200_or_a_trial_is_marked(
+    gpus: list[str], backend: str | None, size: dict[str, int], trial: int | None, marks: list[str]
+) -> None:
+    result = made.tools(trial=trial)
+    result["machine"]["gpus"], result["target"]["backend"], result["target"]["artifact"] = gpus, backend, size
+    worth = standing(result)
+    assert len(worth.marks) == len(marks)
+    assert all(said.startswith(mark) for said, mark in zip(worth.marks, marks, strict=True))
+    assert worth.comparable == (not marks)
+
+
+def test_the_headline_sets_ours_beside_the_original_and_its_siblings() -> None:
+    rows = headline_of(FLASH)
+    _, ours, original, difference, siblings = rows["GSM8K 8-shot, strict"]
+    assert (ours.text, original.text) == ("93.10% ±0.70", "93.71% ±0.67")
+    assert difference == Cell("-0.61 ±0.97", "p = 0.53")
+    assert siblings.text == "94.99%, without MTP; 91.00%, NVFP4 by RedHat"
+    assert rows["tool calls, points"][1].text == "26 of 30"
+    assert rows["chat smoke, coding"][1].text == "1 of 2"
+    assert rows["speed-up, k=1, batch 1"][1].note.startswith("1.")
+
+
+def glance_of(**found: Any) -> dict[str, tuple[Cell, Cell]]:
+    return {row[0].text: (row[0], row[1]) for row in overview.table(Inputs(**found)).rows}
+
+
+def test_one_look_says_what_there_is_to_know() -> None:
+    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": ""}]}
+    said = glance_of(
+        evaluation=EVALUATION,
+        certificate=certificate,
+        layers=[layer(0), layer(1, True)],
+        manifest=MANIFEST,
+        results=FLASH,
+    )
+    texts = {name: answer.text for name, (_, answer) in said.items()}
+    assert texts == {
+        "Artifact": "4.0 MB in 1 shard",
+        "Certificate": "ok, 1 check",
+        "Perplexity of held-out text": "+2.50 ±0.10% against the source",
+        "Losses by layer": "GPTQ lost less than round-to-nearest on 12 of 12 matrices",
+        "Speed by concurrency": "1.88x as fast a token with k=3, 1 request at once",
+        "Drafts accepted by workload": "first draft 70.3% (random tokens) to 93.1% (code)",
+        "Quality": "no difference from the published beyond noise, of 6 tested",
+        "Tool calls and conversations": "26 of 30 points for tool calls, 9 of 10 conversations as they should be",
+    }
+    speed = said["Speed by concurrency"][1]
+    assert speed.note == "tokens a second against no drafts, with the best k: 1.77x (k=3) at 1, 0.87x (k=1) at 16"
+
+
+def test_one_look_says_what_is_bad() -> None:
+    checks = [{"name": name, "ok": name != "tensors", "detail": ""} for name in ("tensors", "INT4 error")]
+    said = glance_of(certificate={"ok": False, "checks": checks}, results={"quality": made.quality(better=-0.02)})
+    assert said["Certificate"][1] == Cell("FAILED, 1 of 2 checks", "tensors", "bad")
+    assert said["Quality"][1].text.startswith("beyond noise: ") and said["Quality"][1].mark == "bad"
+    assert "MMLU 5-shot -2.76 points" in said["Quality"][1].text
+
+
+def test_one_look_at_the_tiny_model_says_that_it_is_a_test() -> None:
+    said = glance_of(results=TINY)
+    for bench in results.BENCHES.values():
+        assert said[bench.title][0].note == "tiny model on a CPU; a trial of 4"
+    assert said["Quality"][1].text == "6 figures, none tested against the published"
+
+
+@pytest.mark.parametrize("bench", made.BENCHES)
+def test_one_look_at_a_bench_that_measured_nothing_says_so(bench: str) -> None:
+    result = made.BENCHES[bench]() | {"parts": {}, "complete": False}
+    title, said = glance_of(results={bench: result})[results.BENCHES[bench].title]
+    assert title.note == "unfinished" and said.text
+
+
+def test_what_was_published_without_its_noise_is_subtracted_and_called_untested() -> None:
+    rows = headline_of(FLASH)
+    assert rows["time a token, k=1, batch 1"][3] == Cell("+5.4%", mark="dim")
+    assert rows["code, first draft"][3] == Cell("+0.14", mark="dim")
+    assert rows["tool calls, points"][3] == Cell("+2", mark="dim")
+    assert rows["speed-up, k=2, batch 1"][3].text == "", "there is no original"
+
+
+def test_the_page_says_where_each_published_figure_is_from() -> None:
+    text = page.page(Inputs(results=FLASH))
+    for figure in published_figures.figures():
+        for value in (figure.original, *figure.siblings):
+            assert value is None or html.escape(value.source) in text
+    assert all(html.escape(page) in text for page in published_figures.pages())
+
+
+def test_the_headline_of_nothing_says_what_measures_each() -> None:
+    for row in headline_of({}).values():
+        assert row[1].text == "not measured" and row[1].note.startswith("make ")
+
+
+def test_no_figure_of_the_tiny_model_stands_beside_a_published_one() -> None:
+    for row in headline_of(TINY).values():
+        assert row[1].text in ("not comparable", "not measured") and row[3].text == ""
+    for row in bench_rows.quality_rows(TINY["quality"]):
+        assert row.delta is None and row.p is None
+    text = page.page(Inputs(results=TINY))
+    assert "p = " not in text and "p &lt;" not in text and "<title>published" not in text
+    assert text.count("Tiny model on a CPU: a test of the bench, not a result. A trial of 4: not a result.") == 4
+
+
+def test_a_trial_of_flash_is_beside_the_published_but_marked_and_not_tested() -> None:
+    trial = {each["bench"]: each for each in made.full(trial=8)}
+    row = headline_of(trial)["GSM8K 8-shot, strict"]
+    assert row[1] == Cell("93.10% ±0.70", "a trial of 8") and row[3].text == ""
+
+
+def test_several_replicas_are_other_conditions_than_the_published_one() -> None:
+    result = made.speed()
+    result["target"]["replicas"] = 4
+    row = headline_of({"speed": result})["throughput, k=1, batch 1"]
+    assert row[1].note == "other conditions: 4 replicas of TP=2" and row[3].text == ""
+
+
+def test_making_flash_is_beside_the_published_and_making_another_model_is_not() -> None:
+    ours = Pipeline(
+        flash=True, calibrate_s=1800.0, calibrated="768 x 512 tokens", postprocess_s=90, bytes=170_400_000_000
+    )
+    rows = headline_of({}, ours)
+    assert rows["calibration"][1] == Cell("0.50 h", "768 x 512 tokens")
+    assert rows["intermediate checkpoint on disk"][1] == Cell("0 GB", "none is written")
+    assert rows["artifact"][1].text == "170.4 GB"
+    tiny = published_comparison.pipeline(RUN, MANIFEST)
+    assert not tiny.flash and tiny.calibrate_s == 40.5 and tiny.calibrated == "64 x 256 tokens"
+    assert headline_of({}, tiny)["calibration"][1] == Cell("not comparable", "another model", "dim")
+
+
+def test_points_are_ordered_and_measured_again_ones_left_out() -> None:
+    rows = bench_rows.speed_rows(FLASH["speed"])
+    assert len(rows) == 2 * 3 * 4
+    order = [(row.shape, row.concurrency, row.drafts) for row in rows]
+    assert order[0] == ("256x256", 1, 0) and order[-1] == ("1024x1024", 16, 3)
+    assert all((row.gain is None) == (row.drafts == 0) for row in rows)
+
+
+def test_each_k_and_shape_has_a_sentence_on_where_it_stops_paying() -> None:
+    said = bench_rows.stops_paying(FLASH["speed"])
+    assert len(said) == 6
+    assert all("stops paying" in sentence for sentence in said)
+
+
+def test_without_k0_gains_are_not_known() -> None:
+    result = made.speed()
+    result["parts"] = {key: part for key, part in result["parts"].items() if not key.startswith("k0/")}
+    assert all(row.gain is None for row in bench_rows.speed_rows(result))
+    said = bench_rows.stops_paying(result)
+    assert len(said) == 6 and all(sentence.endswith("k=0 was not measured") for sentence in said)
+
+
+def test_drafts_are_shown_by_position_beside_the_offline_figure() -> None:
+    tables = {table.name: table for table in bench_tables.section("draft", FLASH["draft"]).tables}
+    assert [column.title for column in tables["draft"].columns][-3:] == ["draft 1", "draft 2", "draft 3"]
+    assert tables["draft-given"].rows[-1][0].text == "offline"
+    assert tables["draft-given"].rows[-1][1] == Cell("80.0%", "78.0 to 82.0")
+
+
+def test_without_an_offline_figure_the_command_that_makes_it_is_said() -> None:
+    result = made.draft()
+    for part in result["parts"].values():
+        part["offline"] = None
+    assert "verify --deep" in bench_tables.section("draft", result).said[0]
+
+
+def test_a_difference_beyond_noise_is_named_among_those_tested() -> None:
+    said = bench_tables.section("quality", made.quality(better=-0.02)).said[0]
+    assert said.startswith("Beyond noise at 5%: ")
+    assert "MMLU 5-shot (-2.76)" in said and "of 6 tested; chance alone makes 0.3 of them so" in said
+
+
+def test_lost_points_are_said_with_their_reason() -> None:
+    section = bench_tables.section("tools", FLASH["tools"])
+    assert "selection 0: the second call has another city" in section.said
+    assert "coding/1: has a button: no <button> in the page" in section.said
+    assert [row[-1].text for row in section.tables[0].rows][-1] == "26/30"
+
+
+def test_checks_that_hold_are_no_reason_for_lost_points() -> None:
+    result = made.tools(lost=1)
+    why = ["pass: holds: at most 4 calls: 1 call", "pass: fails: order a(), then b(): no call of b", "x" * 500]
+    result["parts"]["selection/s0"]["why"] = why
+    (said,) = bench_tables.section("tools", result).said[:1]
+    assert said.startswith("selection 0: order a(), then b(): no call of b; xxx") and said.endswith("x…")
+    assert len(said) < 200
+
+
+def test_in_what_a_task_was_run_otherwise_is_said_beside_its_figure() -> None:
+    assert headline_of(FLASH)["MMLU-Pro 5-shot"][1].note == "other prompts than published"
+
+
+def test_how_far_servers_drifted_is_said() -> None:
+    (table,) = bench_tables.section("speed", FLASH["speed"]).tables
+    assert re.search(r"differed by at most [\d.]+% in time a token, [\d.]+% in tokens a second", table.note)
+
+
+def test_how_a_bench_was_measured_is_all_there() -> None:
+    told = dict(bench_tables.section("speed", FLASH["speed"]).provenance)
+    assert {"model", "artifact", "SHA256SUMS", "image", "machine", "versions", "settings", "seed", "command"} <= set(
+        told
+    )
+    assert told["machine"].startswith("8 x NVIDIA H200, driver 580")
+    assert told["sha256 of prompts"] == "8" * 64
+    assert told["from, to"] == "2026-11-26T01:02:03+00:00, 2026-11-26T03:04:05+00:00"
+
+
+def test_figures_of_the_same_rows_have_the_same_bytes() -> None:
+    for bench, result in FLASH.items():
+        assert figures.of(bench, result) == figures.of(bench, result)
+
+
+def test_figures_take_all_their_colours_from_the_page() -> None:
+    style = (page.TEMPLATES / "style.html.j2").read_text()
+    for bench, result in FLASH.items():
+        for drawing in figures.of(bench, result):
+            assert not re.search(r"#[0-9a-fA-F]{6}\b", drawing.svg), drawing.name
+            for variable in set(re.findall(r"var\((--[\w-]+)\)", drawing.svg)):
+                assert style.count(f"{variable}:") == 2, f"{variable} in light and in dark"
+
+
+def test_ids_of_a_page_are_its_own() -> None:
+    ids = re.findall(r'\bid="([^"]+)"', page.page(Inputs(results=FLASH)))
+    assert len(ids) == len(set(ids))
+
+
+def test_markdown_has_every_table_of_the_page() -> None:
+    certificate = {"ok": True, "checks": CHECKS}
+    inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, FLASH)
+    text = page.markdown(inputs)
+    tables = [table for section in page.sections(FLASH) for table in section.tables]
+    tables += [overview.table(inputs), published_comparison.table(FLASH, published_comparison.pipeline(RUN, MANIFEST))]
+    tables += [run_sections.models_table(EVALUATION), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
+    tables += [run_sections.certificate_table(artifact_folder.verdict(certificate))]
+    for table in tables:
+        assert report_tables.markdown_table(table) in text, table.name
+    assert "| 0 | CSA | 3.000 | 1.500 |" in text
+    assert "Not measured: `make bench-speed`" in page.markdown(Inputs())
+
+
+@given(st.text(), st.text())
+def test_a_cell_of_markdown_is_one_line_with_as_many_bars_whatever_it_says(text: str, note: str) -> None:
+    columns = [Column("a"), Column("b", False)]
+    lines = report_tables.markdown_table(Table("t", "t", columns, [[Cell(text, note), Cell("x")]])).splitlines()
+    assert len(lines) == 3
+    assert len(re.findall(r"(?<!\\)\|", lines[2].replace("\\\\", ""))) == 3
+
+
+@given(st.floats(0, 1))
+def test_a_p_value_is_never_shown_as_zero(p: float) -> None:
+    assert not re.search(r"= 0\.0+$", report_tables.p_value(p))
+
+
+def test_a_share_without_a_value_is_a_dash() -> None:
+    assert report_tables.percent(bench_rows.UNKNOWN).text == report_tables.number(math.nan).text == "–"
+
+
+def test_the_result_that_counts_is_the_newest_whole_one(tmp_path: Path) -> None:
+    made.write(tmp_path, made.tools(trial=2), stamp="20261127T000000Z")
+    made.write(tmp_path, made.tools(), stamp="20261126T000000Z")
+    assert results.newest(tmp_path)["tools"].path.name == "tools-20261126T000000Z.json"
+
+
+BAD: dict[str, Any] = {
+    "torn": lambda text: text[: len(text) // 2],
+    "not an object": lambda text: "[]",
+    "another bench": lambda text: json.dumps({**json.loads(text), "bench": "other"}),
+    "another form": lambda text: json.dumps({**json.loads(text), "form": 2}),
+    "no parts": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "parts"}),
+    "parts that are none": lambda text: json.dumps({**json.loads(text), "parts": {"k0": 1}}),
+    "parts without keys": lambda text: json.dumps({**json.loads(text), "parts": {"k0/256x256/c1": {}}}),
+    "parts of other types": lambda text: re.sub(r'"(tpot_ms|acceptance|metrics|score)": ', r'"\1": "x", "_": ', text),
+    "no artifact's object": lambda text: text.replace('"artifact": {', '"artifact": "a", "_": {', 1),
+    "bytes": lambda text: "\udcff",
+}
+
+
+@pytest.mark.parametrize("bench", made.BENCHES)
+@pytest.mark.parametrize("damage", BAD)
+def test_a_bad_result_file_is_named_with_a_hint(tmp_path: Path, bench: str, damage: str) -> None:
+    (path,) = made.write(tmp_path / "reports", made.BENCHES[bench]())
+    path.write_bytes(BAD[damage](path.read_text()).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=re.escape(path.name)) as raised:
+        program.main(["--work", str(tmp_path)])
+    assert raised.value.hint
+    assert not (tmp_path / "reports/index.html").exists()

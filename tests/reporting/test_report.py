@@ -1,0 +1,343 @@
+"""v4forge.reporting.page, scripts.report and scripts.evaluate, on hand-written inputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import bench_results as made
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_files import CHECKS, EVALUATION, MANIFEST, RUN, SOURCE_FILES, layer
+
+from scripts import evaluate
+from scripts import report as program
+from v4forge import artifact_folder
+from v4forge.errors import UserError
+from v4forge.quantization.layer_reports import layer_rows
+from v4forge.reporting import layer_charts, run_sections
+from v4forge.reporting import page as report_page
+from v4forge.reporting.overview import Inputs
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """What a finished run leaves: reports/, layers/ and artifact/."""
+    layers = {f"layers/layer-{i:03}.json": layer(i, blended=i == 1) for i in range(3)}
+    sums = hashlib.sha256(b"sums").hexdigest()
+    files: dict[str, Any] = {
+        "reports/evaluation.json": EVALUATION,
+        "reports/run.json": RUN,
+        "artifact/certificate.json": {"ok": True, "sums_sha256": sums, "checks": CHECKS},
+        "artifact/manifest.json": MANIFEST,
+        **layers,
+    }
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "artifact/SHA256SUMS").write_bytes(b"sums")
+    return tmp_path
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def call(folder: Path) -> int:
+    return program.main(["--work", str(folder)])
+
+
+def test_a_good_run_ends_with_certificate_ok(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(run_folder) == 0
+    assert capsys.readouterr().out.endswith("\ncertificate: ok\n")
+
+
+def test_a_failed_check_is_exit_code_1_and_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = copy.deepcopy(CHECKS)
+    checks[1] |= {"ok": False, "detail": "layers.0.attn.wq_a.weight differs"}
+    change(run_folder / "artifact/certificate.json", ok=False, checks=checks)
+    assert call(run_folder) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("\ncertificate: FAILED (1 of 3 checks)\n")
+    assert "failed: pass-through: layers.0.attn.wq_a.weight differs" in out
+    assert "certificate: FAILED (1 of 3 checks)" in (run_folder / "reports/index.html").read_text()
+
+
+@given(st.lists(st.booleans(), max_size=6), st.booleans())
+def test_a_certificate_is_ok_only_if_it_and_every_check_say_so(oks: list[bool], ok: bool) -> None:
+    checks = [{"name": str(i), "ok": value, "detail": ""} for i, value in enumerate(oks)]
+    verdict = artifact_folder.verdict({"ok": ok, "checks": checks})
+    assert verdict.ok == (ok and oks != [] and all(oks))
+    assert (verdict.line == "certificate: ok") == verdict.ok
+    assert [check.ok for check in verdict.checks] == sorted(oks), "failed checks come first"
+
+
+def test_a_certificate_of_other_files_is_refused(run_folder: Path) -> None:
+    (run_folder / "artifact/SHA256SUMS").write_bytes(b"other sums")
+    with pytest.raises(UserError, match="is about other files") as raised:
+        call(run_folder)
+    assert raised.value.hint == "make verify"
+
+
+def test_the_table_has_each_model_with_its_changes(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(run_folder)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["source", "18.4", "10.000", "60.0%"] in rows
+    assert ["round-to-nearest", "21.9", "10.800", "+8.00±0.20%", "57.0%", "-3.00"] in rows
+    assert ["GPTQ", "21.9", "10.250", "+2.50±0.10%", "59.0%", "-1.00"] in rows
+
+
+def test_a_table_of_a_large_model_fits_80_columns(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = copy.deepcopy(EVALUATION["models"])
+    for figures in models.values():  # type: ignore[attr-defined]
+        figures["bytes"] = 167_000_000_000
+    change(run_folder / "reports/evaluation.json", models=models)
+    call(run_folder)
+    out = capsys.readouterr().out
+    assert "167,000.0" in out and "MTP acc." in out and "…" not in out
+
+
+def test_seconds_are_listed_in_the_order_in_which_stages_began(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(run_folder)
+    assert "seconds: calibrate 40.5, verify 6.0, together 46.5\n" in capsys.readouterr().out
+
+
+def test_the_page_shows_the_layers_of_the_images_that_stages_ran_in() -> None:
+    image = {"id": "sha256:abc", "lane": "cpu", "layers": [{"bytes": 3 << 20, "step": "imported"}]}
+    image["layers"].append({"bytes": 1 << 19, "step": "RUN <it>"})
+    run = {name: {**entry, "image": image} for name, entry in RUN.items()}
+    text = report_page.page(Inputs(run=run))
+    assert "sha256:abc</code>, lane cpu, ran calibrate, verify." in text
+    assert re.findall(r'<t[dh] class="n">(\d+\.\d)</t[dh]><t[dh]>(.+)</t[dh]>', text) == [
+        *(("3.0", "imported"), ("0.5", "RUN &lt;it&gt;"), ("3.5", "together")),
+    ]
+    assert "lane" not in report_page.page(Inputs(run=RUN))
+
+
+def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_folder / "reports/run.json").unlink()
+    assert call(run_folder) == 0
+    assert "seconds" not in capsys.readouterr().out
+    assert "Seconds" not in (run_folder / "reports/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("missing", "what", "command"),
+    [
+        ("reports/evaluation.json", "Perplexity of held-out text", "make demo"),
+        ("artifact/certificate.json", "Certificate", "make verify"),
+        ("artifact/manifest.json", "Artifact", "make postprocess"),
+        ("layers", "Losses by layer", "make calibrate"),
+        ("reports/speed.json", "Speed by concurrency", "make bench-speed"),
+        ("reports/draft.json", "Drafts accepted by workload", "make bench-draft"),
+        ("reports/quality.json", "Quality", "make bench-quality"),
+        ("reports/tools.json", "Tool calls and conversations", "make bench-tools"),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_command_that_makes_it(
+    run_folder: Path, missing: str, what: str, command: str
+) -> None:
+    path = run_folder / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    assert call(run_folder) == 0
+    text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
+    assert f"{what} not measured {command}" in text
+
+
+def test_a_run_without_a_certificate_says_so_in_its_last_line(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "artifact/certificate.json").unlink()
+    assert call(run_folder) == 0
+    assert capsys.readouterr().out.endswith("\ncertificate: not there (make verify)\n")
+    assert "certificate: ok" not in (run_folder / "reports/index.html").read_text()
+
+
+@pytest.mark.parametrize("folders", [(), ("reports", "layers", "artifact")])
+def test_a_folder_in_which_there_is_nothing_is_an_error(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="holds nothing to report on"):
+        call(tmp_path)
+    assert not (tmp_path / "reports/index.html").exists()
+
+
+def test_a_certificate_without_the_sums_it_is_about_is_refused(run_folder: Path) -> None:
+    (run_folder / "artifact/SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="SHA256SUMS does not exist") as raised:
+        call(run_folder)
+    assert raised.value.hint == "make postprocess"
+
+
+@pytest.mark.parametrize("name", ["reports/evaluation.json", "layers/layer-001.json", "artifact/certificate.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 1, "checks": 1, "layer": 1, "tokens": 1}'])
+def test_a_file_of_another_form_is_named(run_folder: Path, name: str, content: str) -> None:
+    (run_folder / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        call(run_folder)
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the text, and tags that are not closed."""
+
+    VOID = ("meta", "link", "line", "circle", "polyline", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.note(attrs)
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.note(attrs)
+        self.tags.append(tag)
+
+    def note(self, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
+    made.write(run_folder / "reports", *made.full())
+    call(run_folder)
+    for text in (
+        (run_folder / "reports/index.html").read_text(),
+        report_page.calibration_page([layer(0), layer(1, True)]),
+    ):
+        page = Page(text)
+        assert [load for load in page.loads if not load.startswith("#")] == ["data:,"]
+        assert not {"script", "iframe", "img", "object"} & set(page.tags)
+        assert "url(" not in text and "@import" not in text
+        assert page.open == []
+
+
+def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> None:
+    page = Page(report_page.calibration_page([layer(1, blended=True), layer(0)]))
+    text = " ".join(page.text.split())
+    assert "2 layers of 2 experts" in text
+    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "1 17 458 900 1 of 2 0 (17)" in text
+    assert "0 2 2.50 0.75 0.50 3.00 5.00 1 2 2.50" in text, "each of the rank with the most"
+    assert page.tags.count("svg") == 5
+
+
+def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Path) -> None:
+    change(run_folder / "layers/layer-002.json", fallback=["w2 of expert 1"])
+    call(run_folder)
+    text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
+    assert "GPTQ lost less than round-to-nearest on 18 of 18 matrices" in text
+    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "1 of 6 experts, in 1 of 3 layers" in text
+    assert "1 of 2 0 (17)" in text
+    assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
+    assert "pass-through ok 118 tensors equal" in text
+    assert "settings.dampening 0.01" in text and "versions.torch 2.x+cpu" in text
+    assert "https://example.org/corpus <b>" in text, "a manifest's text is text, not markup"
+    assert "50 values, in manifest.json" in text, "which documents were used is too long to read"
+
+
+def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() -> None:
+    def source_row(files: dict[str, Any]) -> str:
+        return dict(run_sections.provenance({"source": {"files": files}})[0][1])["source.files"]
+
+    row = source_row(SOURCE_FILES)
+    assert row.startswith("2 files, 18.0 MB; sha256 of their list ")
+    assert source_row(dict(reversed(SOURCE_FILES.items()))) == row
+    assert source_row({**SOURCE_FILES, "model-2.safetensors": {"sha256": "9" * 64, "bytes": 9_000_000}}) != row
+
+
+@given(st.floats(0, 1e6))
+def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> None:
+    ticks = layer_charts.axis(highest)
+    assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
+    steps = [b - a for a, b in itertools.pairwise(ticks)]
+    assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6))
+def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: int) -> None:
+    most = layer_charts.LOG_RATIO * fewest + more
+    ticks = layer_charts.log_axis(fewest, most)
+    assert ticks == sorted(set(ticks)) and ticks[0] <= fewest and ticks[-1] >= most
+    assert 2 <= len(ticks) <= 10
+    assert (ticks[0] == 0) == (fewest == 0)
+
+
+@pytest.mark.parametrize("layers", [1, 4, 43])
+@pytest.mark.parametrize("tokens", [[17, 900], [0, 900], [0, 0], [600, 900], [800_000, 1_000_000]])
+def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[int]) -> None:
+    rows = layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
+    losses, counts = layer_charts.loss_charts(rows), layer_charts.token_charts(rows)
+    for chart in (*losses, *counts):
+        assert len(chart.x_ticks) <= layer_charts.X_LABELS
+        for points in chart.lines.values():
+            assert len(points) == layers
+            assert all(layer_charts.LEFT <= p.x <= chart.width - layer_charts.RIGHT for p in points)
+            assert all(layer_charts.TOP <= p.y <= layer_charts.CHART_HEIGHT - layer_charts.BOTTOM for p in points)
+    assert all(g.y > r.y for c in losses for g, r in zip(c.lines["gptq"], c.lines["rtn"], strict=True)), (
+        "less loss is lower"
+    )
+    assert all(few.y >= most.y for few, most in zip(counts[0].lines["fewest"], counts[0].lines["most"], strict=True))
+
+
+@pytest.mark.parametrize(("most", "logarithmic"), [(20_000, False), (20_001, True)])
+def test_tokens_of_very_different_counts_have_a_logarithmic_axis(most: int, logarithmic: bool) -> None:
+    chart = layer_charts.token_charts(layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
+    assert ("logarithmic" in chart.title) == logarithmic
+    assert [label for _, label in chart.y_ticks] == (
+        ["1k", "2k", "5k", "10k", "20k", "50k"] if logarithmic else ["0", "5k", "10k", "15k", "20k"]
+    )
+
+
+def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:
+    few = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 2, 64, 1024)
+    many = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 1, 256, 1024)
+    assert few.shape == (2, 64)
+    assert few.flatten().tolist() == many.flatten().tolist()[:128]
+
+
+@pytest.mark.parametrize(
+    ("heldout", "sequences", "vocab_size", "fact"),
+    [
+        ("missing.txt", 1, 1024, "missing.txt does not exist"),
+        ("heldout.txt", 10**6, 1024, "holds .* tokens, and 1000000 sequences of 64 need 64,000,000"),
+        ("heldout.txt", 1, 4, "the vocabulary ends at 3"),
+    ],
+)
+def test_held_out_text_that_cannot_be_used_is_refused(heldout: str, sequences: int, vocab_size: int, fact: str) -> None:
+    with pytest.raises(UserError, match=fact):
+        evaluate.heldout_tokens(TINY, TINY / heldout, sequences, 64, vocab_size)
+
+
+def test_a_missing_artifact_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the artifact .* does not exist") as raised:
+        evaluate.open_checkpoint(tmp_path / "artifact", "artifact", "artifact", "make artifact")
+    assert raised.value.hint == "make artifact"

@@ -1,0 +1,292 @@
+"""Settings, plans and what is made of them: commands, variables, configurations. Nothing is started."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import serve as program
+from v4forge import gpus, pins
+from v4forge.errors import UserError
+from v4forge.serving import compose, deployment, haproxy, preflight, settings
+from v4forge.serving.client import PIN
+from v4forge.serving.compose import Compose
+from v4forge.serving.deployment import Plan
+from v4forge.serving.settings import DRAFT_METHOD, DRAFTS
+from v4forge.serving.supervisord import Supervised
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+TOPOLOGY = gpus.Topology({(a, b): "NV18" for b in range(8) for a in range(b)}, {n: str(n // 4) for n in range(8)})
+
+
+def plan(folder: Path, **changes: Any) -> Plan:
+    given = {"folder": str(folder), "artifact": "/a/artifact", "runtime": "docker", "image": "v4forge-serve:local"}
+    return Plan(**(given | {"gpus": [["0", "1"], ["2", "3"]]} | changes))
+
+
+# --- settings
+
+
+def test_the_published_profile_is_the_published_command() -> None:
+    words = settings.serving().arguments("/a", 8000)
+    published = "--tensor-parallel-size 2 --kv-cache-dtype fp8 --block-size 256 --max-model-len 4096"
+    published += " --gpu-memory-utilization 0.8 --no-enable-prefix-caching --tokenizer-mode deepseek_v4"
+    published += " --tool-call-parser deepseek_v4 --enable-auto-tool-choice --reasoning-parser deepseek_v4"
+    assert published in " ".join(words)
+    assert not [word for word in words if "trust" in word]
+    assert settings.serving().drafts == 1
+
+
+@pytest.mark.parametrize("profile", settings.profiles())
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
+def test_every_row_says_why_and_from_where(profile: str, backend: str) -> None:
+    chosen = settings.serving(profile, backend)
+    assert all(row.why and row.source for row in (*chosen.settings.values(), *chosen.environment.values()))
+    assert all(settings.WORD.fullmatch(word) for word in chosen.arguments("/a", 8000))
+
+
+def test_an_override_wins_over_the_profile_and_the_backend() -> None:
+    chosen = settings.serving("latency", "cpu", {"max-model-len": "77", "enforce-eager": "", "new-option": "true"})
+    words = " ".join(chosen.arguments("/a", 8000))
+    assert "--max-model-len 77" in words and "--new-option" in words and "--enforce-eager" not in words
+
+
+@pytest.mark.parametrize("off", [{DRAFTS: "0"}, {DRAFT_METHOD: ""}])
+def test_without_drafts_nothing_of_speculation_is_left(off: dict[str, str]) -> None:
+    chosen = settings.serving("throughput", overrides=off)
+    assert chosen.drafts == 0
+    assert "speculative" not in " ".join(chosen.arguments("/a", 8000))
+
+
+def test_a_switch_within_a_json_option_is_a_value() -> None:
+    words = settings.serving(overrides={"kernel-config.enable_jit_warmup": "false"}).arguments("/a", 8000)
+    assert words[-2:] == ["--kernel-config.enable_jit_warmup", "false"]
+
+
+@pytest.mark.parametrize("setting", [("max len", "1"), ("x", "a b"), ("x", "$HOME"), ("--x", "1")])
+def test_what_would_not_stay_one_word_is_refused(setting: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="is not an option of vllm serve and a word"):
+        settings.serving(overrides=dict([setting]))
+
+
+def test_an_unknown_profile_is_told_which_there_are() -> None:
+    with pytest.raises(UserError) as error:
+        settings.serving("fast")
+    assert "latency" in error.value.hint
+
+
+# --- the router
+
+
+@pytest.mark.parametrize("affinity", [False, True])
+@pytest.mark.parametrize("runtime", ["docker", "host"])
+def test_haproxy_accepts_the_configuration(tmp_path: Path, runtime: str, affinity: bool) -> None:
+    text = plan(tmp_path, runtime=runtime, affinity=affinity).router_configuration()
+    assert ("stick on" in text) == affinity
+    assert text.count("use-server") == 2
+    haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if haproxy is None:
+        return  # the tests that serve need it, and say so
+    (tmp_path / "haproxy.cfg").write_text(text)
+    done = subprocess.run([haproxy, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+
+
+def test_clients_cannot_choose_a_replica_on_the_public_address(tmp_path: Path) -> None:
+    public = plan(tmp_path).router_configuration().split("frontend public")[1].split("frontend admin")[0]
+    assert f"http-request del-header {PIN}" in public
+    assert "deny status 404 unless { path_beg /v1/ }" in public
+
+
+# --- plans
+
+
+def test_a_plan_is_kept_as_it_was(tmp_path: Path) -> None:
+    kept = plan(tmp_path, overrides={"b": "1", "a": "2"}, gpus=(("0", "1"),))
+    deployment.save(kept)
+    assert deployment.differing(deployment.load(tmp_path) or plan(tmp_path), kept) == []
+    assert deployment.differing(dataclasses.replace(kept, port=9), kept) == ["port"]
+    deployment.forget(kept)
+    assert deployment.load(tmp_path) is None
+
+
+def test_a_plan_of_another_version_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / deployment.STATE).write_text('{"former": 1}')
+    with pytest.raises(UserError, match="was written by another version"):
+        deployment.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "placed"),
+    [
+        ([], [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]),
+        (["--replicas", "2"], [["0", "1"], ["2", "3"]]),
+        (["--devices", "6,7,4,5"], [["6", "7"], ["4", "5"]]),
+        (["--devices", "3,1,2"], [["3", "1"]]),
+        (["--backend", "cpu", "--replicas", "3"], [[], [], []]),
+    ],
+)
+def test_replicas_get_pairs_of_gpus(
+    arguments: list[str], placed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "topology", lambda: TOPOLOGY)
+    made = program.plan_of(program.parse(["print", *arguments]))
+    assert made.gpus == placed
+    assert made.runtime == ("host" if "cpu" in arguments else "docker")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--devices", "0,0"], "DEVICES=0,0 is not a list of GPUs"),
+        (["--devices", "a"], "DEVICES=a is not a list of GPUs"),
+        (["--devices", "0"], "1 replicas of 2 GPUs need 2, there are 1"),
+        (["--devices", "0,1,2,3", "--replicas", "3"], "3 replicas of 2 GPUs need 6, there are 4"),
+        (["--backend", "cpu", "--metrics"], "Prometheus and Grafana run in containers"),
+    ],
+)
+def test_what_cannot_be_is_told_with_a_hint(arguments: list[str], fact: str) -> None:
+    with pytest.raises(UserError) as error:
+        program.plan_of(program.parse(["print", *arguments]))
+    assert error.value.fact == fact and error.value.hint
+
+
+def test_a_key_is_taken_from_a_file_or_the_environment_and_kept_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", "sesame")
+    assert program.read_key("") == "sesame" and "API_KEY" not in os.environ
+    (tmp_path / "mine").write_text("open\n")
+    assert program.read_key(str(tmp_path / "mine")) == "open"
+    (tmp_path / "empty").write_text("\n")
+    for name in ("empty", "missing"):
+        with pytest.raises(UserError):
+            program.read_key(str(tmp_path / name))
+    kept = plan(tmp_path, key_file=str(tmp_path / "api_key"))
+    program.write_key(kept, "sesame")
+    assert kept.key == "sesame" and Path(kept.key_file).stat().st_mode & 0o777 == 0o600
+    assert "sesame" not in repr(kept.endpoints)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is taken"):
+            preflight.check_ports(plan(tmp_path, port=port))
+    with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1"):
+        preflight.check_ports(plan(tmp_path, port=port, bind="192.0.2.1"))
+
+
+def test_a_guard_may_be_left_out_by_name_and_says_what_it_found(tmp_path: Path) -> None:
+    said: list[str] = []
+    nothing = plan(tmp_path, backend="cpu", gpus=[[]])
+    with pytest.raises(UserError, match="there is no artifact"):
+        preflight.check(nothing, [], said.append)
+    preflight.check(nothing, ["certificate"], said.append)
+    assert said == ["serve: allowed by ALLOW=certificate: there is no artifact in /a/artifact"]
+
+
+# --- compose
+
+
+def test_every_variable_of_compose_yaml_gets_a_value(tmp_path: Path) -> None:
+    text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
+    given = Compose(plan(tmp_path, gpus=[[str(2 * n), str(2 * n + 1)] for n in range(4)])).variables()
+    own = {"PROMETHEUS_PORT", "GRAFANA_PORT"}  # only an operator sets these
+    assert set(re.findall(r"\$\{(\w+)", text)) - own <= given.keys()
+    assert given["PROMETHEUS_IMAGE"] == pins.read()["PROMETHEUS_IMAGE"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_profile_starts_its_replicas_and_the_router(count: int) -> None:
+    started = [name for name, service in SERVICES.items() if f"replicas-{count}" in service["profiles"]]
+    assert started == [*(f"replica{number}" for number in range(count)), "router"]
+
+
+def test_the_pair_of_each_replica_is_its_own_by_default() -> None:
+    devices = [SERVICES[f"replica{number}"]["deploy"]["resources"]["reservations"]["devices"][0] for number in range(4)]
+    pairs = [re.findall(r":-(\d)", " ".join(device["device_ids"])) for device in devices]
+    assert pairs == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+
+
+def test_no_service_has_more_rights_than_it_needs() -> None:
+    for name, service in SERVICES.items():
+        assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"], name
+        assert service["restart"] == "unless-stopped" and service["logging"]["options"]["max-size"], name
+        assert all(re.match(r"\$\{BIND:-127\.0\.0\.1\}|127\.0\.0\.1:", port) for port in service.get("ports", [])), name
+
+
+def test_a_command_of_compose_comes_out_as_the_words_that_went_in(tmp_path: Path) -> None:
+    chosen = plan(tmp_path, profile="throughput")
+    assert shlex.split(Compose(chosen).variables()["REPLICA_ARGUMENTS"]) == chosen.arguments(0)
+
+
+def test_more_replicas_or_gpus_than_compose_yaml_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"compose\.yaml has 4 replicas, not 5"):
+        Compose(plan(tmp_path, gpus=[["0", "1"]] * 5)).variables()
+    with pytest.raises(UserError, match=r"compose\.yaml gives a replica 2 GPUs, not 4"):
+        Compose(plan(tmp_path, gpus=[["0", "1", "2", "3"]])).variables()
+
+
+@pytest.mark.parametrize(("text", "fact", "hint"), compose.REFUSALS)
+def test_what_docker_refuses_is_a_fact_and_a_command(text: str, fact: str, hint: str) -> None:
+    error = compose._explained(f"ERROR: for replica0  Error response from daemon: {text} …")
+    assert (error.fact, error.hint) == (fact, hint)
+
+
+# --- supervisord
+
+
+def test_supervisord_gets_each_process_with_its_gpus_and_drains_the_router(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/sbin/{name}")
+    config = configparser.RawConfigParser()
+    config.read_string(Supervised(plan(tmp_path, runtime="host", program="/p")).configuration())
+    first, second, balancer = (config[f"program:{name}"] for name in ("replica0", "replica1", "router"))
+    assert first["command"].split()[1:] == plan(tmp_path, runtime="host").arguments(0)
+    assert (
+        'CUDA_VISIBLE_DEVICES="0,1"' in first["environment"] and 'CUDA_VISIBLE_DEVICES="2,3"' in second["environment"]
+    )
+    assert 'CUDA_DEVICE_ORDER="PCI_BUS_ID"' in first["environment"]
+    assert (
+        f"{tmp_path}/cache/0/triton" in first["environment"] and f"{tmp_path}/cache/1/triton" in second["environment"]
+    )
+    assert balancer["stopsignal"] == "USR1" and int(balancer["stopwaitsecs"]) > 600
+    assert all(row["autorestart"] == "true" for row in (first, second, balancer))
+
+
+def test_without_haproxy_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(UserError) as error:
+        Supervised(plan(tmp_path, runtime="host")).configuration()
+    assert error.value.hint == "apt-get install haproxy"
+
+
+def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFixture[str]) -> None:
+    program.print_plan(program.parse(["--print", "--devices", "0,1,2,3", "--artifact", "/a"]))
+    shown = capsys.readouterr().out
+    for number, devices in enumerate(("0,1", "2,3")):
+        block = shown.split(f"replica{number}:\n")[1].split("\n\n")[0]
+        assert f"CUDA_VISIBLE_DEVICES={devices}" in block
+        assert shlex.split(block.split("vllm serve ")[1]) == settings.serving().arguments("/a", 8000)
+
+
+def test_the_admin_listener_is_never_public(tmp_path: Path) -> None:
+    text = plan(tmp_path, runtime="host", bind="0.0.0.0").router_configuration()
+    assert "bind 0.0.0.0:8000" in text and "bind 127.0.0.1:8001" in text
+    assert haproxy.Addresses("*:8000", "*:8001", []).resolver == ""

@@ -1,0 +1,92 @@
+"""What the stages of a run leave, made up: evaluation, certificate, manifest, run.json, the report of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SOURCE_FILES = {f"model-{i}.safetensors": {"sha256": f"{i}" * 64, "bytes": 9_000_000} for i in (1, 2)}
+
+EVALUATION = {
+    "heldout": {"file": "heldout.txt", "sha256": "a" * 64, "tokens": 16384},
+    "unigram_perplexity": 306.5,
+    "models": {
+        name: {
+            "perplexity": perplexity,
+            "perplexity_change": {"percent": 100 * (perplexity / 10.0 - 1), "standard_error": error},
+            "mtp_acceptance": acceptance,
+            "tokens": 16352,
+            "bytes": size,
+            "elapsed_s": 13.0,
+        }
+        for name, perplexity, error, acceptance, size in (
+            ("source", 10.0, 0.0, 0.60, 18_400_000),
+            ("rtn", 10.8, 0.2, 0.57, 21_900_000),
+            ("gptq", 10.25, 0.1, 0.59, 21_900_000),
+        )
+    },
+}
+
+
+CHECKS = [
+    {"name": "tensors", "ok": True, "detail": "1,012 tensors"},
+    {"name": "pass-through", "ok": True, "detail": "118 tensors equal"},
+    {"name": "INT4 error", "ok": True, "detail": "96 matrices"},
+]
+
+
+RUN = {
+    "verify": {"elapsed_s": 6.0, "started": "2026-01-01T00:02:00+00:00", "command": "python -m scripts.verify"},
+    "calibrate": {"elapsed_s": 40.5, "started": "2026-01-01T00:00:00+00:00", "command": "python -m scripts.calibrate"},
+}
+
+
+MANIFEST = {
+    "format": 1,
+    "recipe": {
+        "rules": [
+            {"kind": "routed experts", "source": "fp4", "artifact": "int4"},
+            {"kind": "everything else", "source": "bf16", "artifact": "bf16"},
+        ]
+    },
+    "source": {"files": SOURCE_FILES},
+    "calibration": {
+        "settings": {"dampening": 0.01, "method": "gptq"},
+        "code": {"calibration": "c" * 64, "chat": "d" * 64},
+        "versions": {"torch": "2.x+cpu"},
+        "corpus": {
+            "sha256": "e" * 64,
+            "origin": {"repo": "see https://example.org/corpus <b>"},
+            "documents": list(range(50)),
+            "samples": 64,
+            "seq_len": 256,
+        },
+    },
+    "layers": [{"layer": 0}],
+    "files": {"layer-000.safetensors": {"sha256": "f" * 64, "bytes": 4_000_000}},
+}
+
+
+def layer(number: int, blended: bool = False, fallback: tuple[str, ...] = ()) -> dict[str, Any]:
+    error = {"rtn": [0.02, 0.04], "gptq": [0.01, 0.02]}
+    return {
+        "layer": number,
+        "attention": "CSA",
+        "method": "gptq",
+        "fingerprint": "ab",
+        "tokens": [17, 900],
+        "error": {kind: error for kind in ("w1", "w2", "w3")},
+        "blended": [{"expert": 0, "tokens": 17, "inputs": "w1, w3"}] if blended else [],
+        "fallback": list(fallback),
+        "run": [
+            {
+                "seconds": {"sweep": 1.5, "Hessian": 1.0, "read": 0.25, "write": 0.5},
+                "peak_gpu": 3 << 30,
+                "peak_host": 1,
+            },
+            {
+                "seconds": {"sweep": 1.0, "Hessian": 1.0, "read": 0.75, "write": 0.5},
+                "peak_gpu": 1,
+                "peak_host": 5 << 30,
+            },
+        ],
+    }

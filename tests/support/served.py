@@ -1,0 +1,83 @@
+"""Deployments that the tests start with `make serve BACKEND=cpu`, as its program, on the loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import dense
+
+from benchmarks.clients import Outcome, ask_all
+from v4forge.serving import deployment
+from v4forge.serving.deployment import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
+SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A deployment that runs. `said` is what the start printed."""
+
+    folder: Path
+    said: str
+    key: str = ""
+
+    @property
+    def plan(self) -> Plan:
+        plan = deployment.load(self.folder)
+        assert plan is not None
+        return plan
+
+    def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return serve(command, "--folder", str(self.folder), *arguments)
+
+    def ask_all(self, requests: list[dict[str, object]], meanwhile: Callable[[], None] | None = None) -> list[Outcome]:
+        return ask_all(self.plan.url, requests, self.key, meanwhile)
+
+    def ask(self, request: dict[str, object]) -> Outcome:
+        (outcome,) = self.ask_all([request])
+        return outcome
+
+
+def serve(command: str, *arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:
+    """`python -m scripts.serve`, with an API key in its environment."""
+    words = [sys.executable, "-m", "scripts.serve", command, *arguments]
+    environment = os.environ | ({"API_KEY": key} if key else {})
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def dense_settings() -> list[str]:
+    """The options that serve the dense model, and let the probe find what it cannot do."""
+    settings = [f"{name}={value}" for name, value in dense.SETTINGS.items()]
+    return ["--drafts", "0", "--allow", "certificate", *dense.CANNOT, "--set", *settings]
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    for first in range(20000 + os.getpid() % 5000, 60000, count):
+        with_sockets = [socket.socket() for _ in range(count)]
+        try:
+            for place, listener in enumerate(with_sockets):
+                listener.bind(("127.0.0.1", first + place))
+            return first
+        except OSError:
+            continue
+        finally:
+            for listener in with_sockets:
+                listener.close()
+    raise AssertionError("no free ports")
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.5)

@@ -1,0 +1,59 @@
+"""Real servers for the tests: `make serve BACKEND=cpu`, as its program, on the loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dense
+import pytest
+from dense import TINY
+from programs import run_module
+from served import SCHEDULE, Served, dense_settings, free_ports, serve
+
+
+@pytest.fixture(scope="session")
+def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dense.write(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+    """Starts deployments, and stops them in the end."""
+    started: list[Path] = []
+
+    def start(artifact: Path, *arguments: str, key: str = "") -> Served:
+        folder = tmp_path_factory.mktemp("serve")
+        started.append(folder)
+        places = ["--artifact", str(artifact), "--folder", str(folder), "--port", str(free_ports(8))]
+        done = serve("up", *places, "--backend", "cpu", *arguments, key=key)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Served(folder, done.stdout, key)
+
+    yield start
+    for folder in started:
+        serve("stop", "--folder", str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of models/tiny with its certificate, made by the pipeline; rounded, which takes less time."""
+    folder = tmp_path_factory.mktemp("tiny")
+    work, artifact = folder / "layers", folder / "artifact"
+    run_module("calibrate", "--source", TINY, "--work", work, "--method", "rtn")
+    run_module("postprocess", "--source", TINY, "--work", work, "--out", artifact)
+    run_module("verify", "--artifact", artifact, "--source", TINY)
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
+    """Two replicas of that artifact, with two drafts a step, and none while more than eight requests run; nothing of
+    the guards and the probe is left out."""
+    return start(tiny_artifact, "--drafts", "2", "--set", f"{SCHEDULE}=[[1,8,2],[9,256,0]]")
+
+
+@pytest.fixture(scope="session")
+def pair(start: Callable[..., Served], dense_model: Path) -> Served:
+    """Two replicas of the dense model, with an API key."""
+    return start(dense_model, "--drain", "120", *dense_settings(), key="sesame")

@@ -1,0 +1,103 @@
+"""The tool-calling bench against a real vLLM: the small models win nothing, and the run is whole and says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import ROOT, Served, wait_until
+
+from benchmarks.clients import kill, processes
+from v4forge.bench.measurement import newest
+from v4forge.bench.tools.scenarios import CATEGORIES
+
+pytestmark = pytest.mark.serve
+
+# Python is run by tests/docker/test_smoke_program.py.
+SHORT = ("--limit", "1", "--max-tokens", "48", "--leave-out", "smoke/coding/calm-spells")
+# The twelve tools are 2,600 tokens of models/tiny's tokenizer.
+ROOM = "max-model-len=8192"
+
+
+@pytest.fixture(scope="module")
+def roomy(start: Callable[..., Served], tiny_artifact: Path) -> Served:
+    """One replica of the artifact with room for the tools."""
+    return start(tiny_artifact, "--replicas", "1", "--drafts", "2", "--set", ROOM)
+
+
+def words(served: Served, reports: Path, *more: str) -> list[str]:
+    places = ["--url", served.plan.url, "--folder", str(served.folder), "--reports", str(reports)]
+    return [sys.executable, "-m", "scripts.bench", "tools", *places, *SHORT, *more]
+
+
+def bench(served: Served, reports: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words(served, reports, *more), cwd=ROOT, capture_output=True, text=True)
+
+
+def result(reports: Path) -> dict[str, Any]:
+    found = newest(reports, "tools")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def trial(roomy: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of all but one part, with short answers; and what it printed."""
+    reports = tmp_path_factory.mktemp("trial")
+    done = bench(roomy, reports, "--limit", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return result(reports) | {"said": done.stdout}
+
+
+def test_a_trial_is_whole_and_honest(trial: dict[str, Any]) -> None:
+    assert trial["complete"] is True and trial["trial"] == 3 and not trial["failures"]
+    assert trial["target"]["artifact"]["certificate"] == "ok"
+    assert trial["target"]["max_model_len"] == 8192
+    parts = trial["parts"]
+    assert Counter(key.partition("/")[0] for key in parts) == {**dict.fromkeys(CATEGORIES, 3), "smoke": 7}
+    assert sum(part.get("score", 0) for part in parts.values()) <= 6
+    assert not any(part.get("ok") for part in parts.values())
+    assert "a trial of 3: no result" in trial["said"]
+
+
+def test_the_server_takes_every_turn_that_is_sent_back(trial: dict[str, Any]) -> None:
+    """Whatever a random model calls: no turn of it is refused when it comes back as part of the conversation."""
+    assert max(part.get("turns", 0) for part in trial["parts"].values()) > 1
+
+
+def test_another_model_with_a_key_is_measured_as_well(pair: Served, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text(pair.key + "\n")
+    done = bench(pair, tmp_path, "--api-key-file", str(key))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result(tmp_path)["complete"] is True
+    assert pair.key not in json.dumps(result(tmp_path)) + done.stdout + done.stderr
+
+
+def test_a_server_without_room_for_the_tools_is_told_as_that(tiny: Served, tmp_path: Path) -> None:
+    done = bench(tiny, tmp_path, "--leave-out", "smoke")
+    assert result(tmp_path)["target"]["max_model_len"] == 2048
+    assert done.returncode == 1
+    assert "longer than the server takes" in done.stderr and "max-model-len=8192" in done.stderr
+
+
+def test_a_server_that_dies_ends_the_run_with_what_was_measured_the_same_as_before(
+    roomy: Served, trial: dict[str, Any], tmp_path: Path
+) -> None:
+    running = subprocess.Popen(words(roomy, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: bool((found := newest(tmp_path, "tools")) and found["parts"]), 240)
+    kill(processes(roomy.plan.replica_port(0)))
+    _, said = running.communicate(timeout=240)
+    assert running.returncode == 1 and "error: " in said and "hint: " in said
+    assert "Traceback" not in said
+    content = result(tmp_path)
+    assert content["parts"] and not content["complete"]
+    for key, part in content["parts"].items():
+        for name in ("score", "why", "trace", "ok", "checks", "answer"):
+            assert part.get(name) == trial["parts"][key].get(name)
