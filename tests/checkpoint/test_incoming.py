@@ -318,8 +318,8 @@ HEADER_BYTES = 1 << 16
 FETCH = f"""
 from scripts import fetch
 from v4forge import errors
-from v4forge.hub import fetch
-fetch.HEADER_BYTES = {HEADER_BYTES}
+from v4forge.hub import fetch as hub_fetch
+hub_fetch.HEADER_BYTES = {HEADER_BYTES}
 errors.run_main(fetch.main)
 """
 
