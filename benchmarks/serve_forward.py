@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def agreement(ours: Ours, ids: Tensor, logprobs: Tensor) -> dict[str, Any]:
     behind = ours.best - ours.asked[:, :, 0]  # by how much our forward prefers another token
     chosen_off = (ours.asked - logprobs)[:, :, 0].abs()
     off = (ours.asked - logprobs)[:, :, 1:].abs()
-    agreed = share(same.sum(1), torch.full((len(same),), same.shape[1]))
+    agreed = share(same.sum(1).numpy(), np.full(len(same), same.shape[1]))
     found = {
         "tokens": same.numel(),
         "same": agreed.json(),
@@ -120,7 +121,7 @@ def walk(drafted: Tensor, text: Tensor, prompt: int, k: int) -> list[Drafts]:
 
 def acceptance(counts: Sequence[Drafts]) -> list[Estimate]:
     """p_1, p_2, …: the share accepted at each place of those accepted at the place before, with 95% intervals."""
-    places = torch.tensor([[each.steps, *each.accepted] for each in counts])
+    places = np.array([[each.steps, *each.accepted] for each in counts])
     return [share(places[:, i + 1], places[:, i]) for i in range(places.shape[1] - 1)]
 
 
@@ -128,7 +129,8 @@ def drafts_table(served: Sequence[Drafts], ours: Ours, text: Tensor, prompt: int
     """By place: what the server counted, what it should have counted by our forward, and what verify gives."""
     k = len(served[0].accepted)
     expected = acceptance(walk(ours.drafted, text, prompt, k))
-    every = [share(a, j) for a, j in zip(ours.counts.accepted[:k], ours.counts.judged[:k], strict=True)]
+    counts = zip(ours.counts.accepted[:k].numpy(), ours.counts.judged[:k].numpy(), strict=True)
+    every = [share(accepted, judged) for accepted, judged in counts]
     rows = []
     for place, (ask, should, everywhere) in enumerate(zip(acceptance(served), expected, every, strict=True)):
         judged = sum(each.accepted[place - 1] if place else each.steps for each in served)

@@ -20,10 +20,10 @@ from rich.table import Table
 from scripts import benching
 from scripts.cli import steps
 from scripts.serve import say
-from v4forge.bench import acceptance, measurement, published_figures, workloads
+from v4forge.bench import acceptance, published_figures, results, workloads
 from v4forge.bench.acceptance import Kept, Sampling
 from v4forge.bench.bench_rows import Standing, standing
-from v4forge.bench.measurement import Measurement
+from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
 from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, target: Target) -> int:
             part = answered(opened, target, workload, prompts[workload], sampling, args.request_timeout, step)
             return part | {"offline": acceptance.beside(part, given) if given else None}
 
-        measurement.measured(opened, list(prompts), one)
+        results.measured(opened, list(prompts), one)
     show(opened, k)
     return benching.conclude(opened)
 

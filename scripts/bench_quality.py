@@ -26,11 +26,12 @@ from typing import Any
 from scripts import benching, serve
 from scripts.cli import steps
 from v4forge import pins
-from v4forge.bench import lm_eval, lm_eval_tasks, measurement, quality, sandbox
+from v4forge.bench import lm_eval, lm_eval_tasks, quality, results, sandbox
 from v4forge.bench.lm_eval import Asked, Environment, Limits
-from v4forge.bench.measurement import Measurement
 from v4forge.bench.quality import Output, Task
+from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.statistics import proportion
 from v4forge.errors import UserError
 from v4forge.files import make_folder, write_json
 from v4forge.images import containers, definitions
@@ -230,7 +231,7 @@ def measure(
             bench = Bench(args, at, prepared, opened, lambda doing: progress(number, doing))
             return bench.part(by_name[name], data[name])
 
-        measurement.measured(opened, list(by_name), one, progress)
+        results.measured(opened, list(by_name), one, progress)
     code = benching.conclude(opened)
     if code == 0:
         shutil.rmtree(prepared.environment.work / opened.path.stem, ignore_errors=True)
@@ -360,7 +361,7 @@ class Bench:
         quality.keep_samples(judged, self.samples(task))
         outcomes = [verdict.outcome for verdict in verdicts]
         return {
-            "metrics": {"pass@1": quality.share(outcomes.count("passed"), len(outcomes))},
+            "metrics": {"pass@1": proportion(outcomes.count("passed"), len(outcomes))},
             "outcomes": {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))},
             "sandbox": {"image": image, "id": str(engine.client.images.get(image).id), "limit_s": sandbox.LIMIT_S},
         }

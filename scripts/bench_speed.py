@@ -26,8 +26,8 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge.bench import measurement, served_model, speed, vllm_bench, workloads
-from v4forge.bench.measurement import Measurement
+from v4forge.bench import results, served_model, speed, vllm_bench, workloads
+from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target
 from v4forge.bench.speed import Point
 from v4forge.bench.vllm_bench import Client, Load
@@ -123,13 +123,13 @@ class Bench:
     def server(self, opened: Measurement, at: Target, drafts: int) -> None:
         """Measures what is missing of a server's points. Raises UserError when it does not answer any more."""
         points = {point.key: point for point in self.points(drafts)}
-        since = measurement.now()
+        since = results.now()
 
         def one(key: str) -> Mapping[str, Any]:
             return {**self.point(at, points[key]), "server_since": since}
 
         with steps(f"speed, k={drafts}", len(points), "points", resumes=True) as progress:
-            measurement.measured(opened, list(points), one, progress)
+            results.measured(opened, list(points), one, progress)
 
     def point(self, at: Target, point: Point) -> dict[str, Any]:
         """The figures of one point. Raises UserError for anything but whole answers to all requests in time."""

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from scripts import benching, serve
 from scripts.cli import steps
-from v4forge.bench import measurement, sandbox
-from v4forge.bench.measurement import Measurement
+from v4forge.bench import results, sandbox
+from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
 from v4forge.bench.tools import answer_assertions, browser, chat_client, play, scenarios
 from v4forge.bench.tools.answer_assertions import CHROMIUM, DOCKER, Prompt
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         opened = begin(bench, keys)
         try:
             with steps("tools", len(keys), "scenarios", resumes=True) as progress:
-                measurement.measured(opened, keys, bench.part, progress)
+                results.measured(opened, keys, bench.part, progress)
         finally:
             summarize(opened, suite, prompts, keys)
     return benching.conclude(opened)

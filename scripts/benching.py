@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts import serve
-from v4forge.bench import measurement, served_model
-from v4forge.bench.measurement import Measurement
+from v4forge.bench import results, served_model
+from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target
 from v4forge.errors import UserError
 from v4forge.serving import deployment
@@ -123,7 +123,7 @@ def begin(
         "seed": arguments.seed,
         "hashes": dict(hashes),
     }
-    opened = measurement.begin(
+    opened = results.begin(
         arguments.reports, arguments.bench, facts, arguments.limit, arguments.fresh, arguments.command
     )
     if done := len(opened.content["parts"]):

@@ -19,11 +19,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for
-from v4forge import files
 from v4forge.bench import results
 from v4forge.bench.comparison import Comparison, Delta, compare
 from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
+from v4forge.files import understood
 from v4forge.reporting.tables import p_value
 
 SETTING_SHOWN = 60  # characters of it
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for bench in shared:
         for each in (one[bench], other[bench]):
             alone = partial(compare, {bench: each}, {bench: each})
-            files.understood(each.path, results.again(each.path, bench), alone)
+            understood(each.path, results.again(each.path, bench), alone)
     compared = compare(one, other)
     if args.json:
         print(json.dumps([each.json() for each in compared], indent=1))

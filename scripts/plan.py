@@ -25,7 +25,7 @@ from rich.table import Table
 from scripts.cli import parser_for
 from v4forge.errors import UserError, run_main
 from v4forge.pipeline import disk_speed, estimate, events, progress, reference_timings, requirements, run_state
-from v4forge.pipeline.estimate import Estimate, Given, Together
+from v4forge.pipeline.estimate import Given, StageTime, Together
 from v4forge.pipeline.progress import duration
 from v4forge.pipeline.stages import PROFILES
 
@@ -41,7 +41,7 @@ class Row:
     step: requirements.Step
     gpu_bytes: int | None
     host_bytes: int | None
-    estimate: Estimate
+    estimate: StageTime
 
     @property
     def seconds(self) -> float | None:
@@ -221,7 +221,7 @@ def last_run(work: Path) -> list[str]:
     if run is None:
         return []
     took = {each.stage: each.elapsed_s for each in run.stages if each.state == run_state.DONE and each.elapsed_s}
-    lines = estimate.compared([Estimate(each.stage, each.estimate_s, "") for each in run.stages], took)
+    lines = estimate.compared([StageTime(each.stage, each.estimate_s, "") for each in run.stages], took)
     return ["the last run here, " + lines[0], *lines[1:]] if lines else []
 
 

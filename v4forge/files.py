@@ -1,5 +1,5 @@
-"""Files that appear under their name only when they are whole; locks; JSON read and written, and what to do about one
-of another form."""
+"""Files that appear under their name only when they are whole; locks; JSON, and what to do about a file of another
+form."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from v4forge.errors import UserError
 
 # Who asks whether a file is locked holds its lock for a moment.
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.05
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -155,21 +157,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@contextmanager
-def changed_json(path: Path) -> Iterator[dict[str, Any]]:
-    """The object in a JSON file, to be changed in the block and then written. Of processes that change the same file
-    at the same time, each waits for the one before."""
-    make_folder(path.parent)
-    with writing(path), open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        content = read_json(path)
-        yield content
-        write_json(path, content)
-
-
-T = TypeVar("T")
-
-
 def read(path: Path, hint: str) -> dict[str, Any]:
     """The object in a JSON file; raises UserError when it is missing or something else."""
     if not path.is_file():
@@ -193,3 +180,15 @@ def understood(path: Path, hint: str, rows: Callable[[], T]) -> T:
         raise UserError(f"{path} has no {error.args[0]!r}", hint) from None
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"{path} has another form than expected: {error}", hint) from None
+
+
+@contextmanager
+def changed_json(path: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file, to be changed in the block and then written. Of processes that change the same file
+    at the same time, each waits for the one before."""
+    make_folder(path.parent)
+    with writing(path), open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = read_json(path)
+        yield content
+        write_json(path, content)

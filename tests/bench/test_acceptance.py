@@ -16,11 +16,10 @@ from draft_stand_in import Handler, Server
 from rich.console import Console
 
 from scripts import bench, bench_draft
-from v4forge.bench import acceptance, measurement, workloads
+from v4forge.bench import acceptance, results, workloads
 from v4forge.bench.acceptance import Answered, Kept, Sampling
 from v4forge.bench.bench_rows import Standing
 from v4forge.errors import UserError
-from v4forge.intervals import Estimate
 from v4forge.model import heldout
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
@@ -166,18 +165,6 @@ def test_a_workload_without_drafts_is_an_error() -> None:
         acceptance.figures("code", [Answered("a", [1], [2] * 9, 0, 0, [0, 0])])
 
 
-def wilson(hits: int, of: int) -> Estimate:
-    z, p = 1.959964, hits / of
-    middle, margin = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    return Estimate(p, (middle - margin) / (1 + z * z / of), (middle + margin) / (1 + z * z / of))
-
-
-def test_a_difference_has_the_interval_of_newcombes_paper() -> None:
-    """56/70 - 48/80, the first example of its table II."""
-    found = acceptance.difference(wilson(56, 70), wilson(48, 80))
-    assert [found.value, found.low, found.high] == pytest.approx([0.2, 0.0524, 0.3339], abs=5e-5)
-
-
 # Offline figures.
 
 
@@ -261,9 +248,7 @@ def run(server: Server, folder: Path, *more: str) -> int:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    found = measurement.newest(folder / "reports", "draft")
-    assert found
-    return found
+    return results.newest(folder / "reports")["draft"].content
 
 
 def test_every_workload_is_measured_with_its_prompts(server: Server, tmp_path: Path) -> None:
@@ -303,7 +288,7 @@ def test_a_server_that_is_gone_ends_the_bench(server: Server, tmp_path: Path) ->
     server.faults[1] = die
     with pytest.raises(UserError, match="refused or broke off"):
         run(server, tmp_path, "--limit", "3")
-    assert len(result(tmp_path)["failures"]) == measurement.GIVE_UP
+    assert len(result(tmp_path)["failures"]) == results.GIVE_UP
     (kept,) = (tmp_path / "reports").glob("*-random.jsonl")
     assert len(kept.read_text().splitlines()) == 1
 

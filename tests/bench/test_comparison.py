@@ -11,12 +11,10 @@ from typing import Any
 
 import bench_results as made
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scripts import compare as program
 from v4forge.bench import comparison
-from v4forge.bench.comparison import Comparison, compare, holm, two_sided
+from v4forge.bench.comparison import Comparison, compare
 from v4forge.bench.results import Result
 from v4forge.errors import UserError
 
@@ -57,29 +55,6 @@ def test_runs_that_differ_by_chance_are_rarely_called_different() -> None:
         found = compare(result(made.draft(seed=seed)), result(made.draft(seed=100 + seed), "b"))
         named += any(delta.beyond_noise for delta in found[0].deltas)
     assert named <= 4, "at 5% four or fewer of twenty come in 99.7% of cases"
-
-
-@given(st.lists(st.floats(0, 1), max_size=30))
-def test_holm_names_what_the_textbook_does(values: list[float]) -> None:
-    order = sorted(range(len(values)), key=lambda number: values[number])
-    rejected = set()
-    for rank, number in enumerate(order):
-        if values[number] > 0.05 / (len(values) - rank):
-            break
-        rejected.add(number)
-    limit = holm(values)
-    assert {number for number, p in enumerate(values) if p <= limit} >= rejected
-    assert all(values[number] <= limit for number in rejected) and len([p for p in values if p < limit]) <= len(
-        rejected
-    )
-
-
-@pytest.mark.parametrize(
-    ("t", "freedom", "p"),
-    [(2.571, 5, 0.05), (2.262, 9, 0.05), (3.250, 9, 0.01), (2.045, 29, 0.05), (1.984, 100, 0.05), (1.383, 9, 0.2)],
-)
-def test_p_is_that_of_the_tables_of_students_t(t: float, freedom: int, p: float) -> None:
-    assert two_sided(t, 1.0, freedom) == two_sided(-t, 1.0, freedom) == pytest.approx(p, rel=0.02)
 
 
 def test_acceptance_has_the_error_between_prompts_and_not_between_tokens() -> None:

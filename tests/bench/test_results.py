@@ -1,4 +1,4 @@
-"""measurement: result files that are continued by the same measurement, and by no other."""
+"""v4forge.bench.results: files that are continued by the same measurement, and by no other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from v4forge.bench import measurement
-from v4forge.bench.measurement import Measurement
+from v4forge.bench import results
+from v4forge.bench.results import Measurement
 from v4forge.errors import UserError
 
 FACTS: dict[str, Any] = {
@@ -24,14 +24,14 @@ FACTS: dict[str, Any] = {
 
 
 def begun(folder: Path, **more: Any) -> Measurement:
-    return measurement.begin(folder, "draft", {**FACTS, **more}, command="python -m scripts.bench draft")
+    return results.begin(folder, "draft", {**FACTS, **more}, command="python -m scripts.bench draft")
 
 
 @pytest.fixture(autouse=True)
 def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on by a second each time it is read."""
     ticks = iter(range(10_000))
-    monkeypatch.setattr(measurement, "now", lambda: f"2026-01-02T03:{(n := next(ticks)) // 60:02}:{n % 60:02}+00:00")
+    monkeypatch.setattr(results, "now", lambda: f"2026-01-02T03:{(n := next(ticks)) // 60:02}:{n % 60:02}+00:00")
 
 
 def test_a_file_is_named_by_its_bench_and_its_time_and_says_what_it_belongs_to(tmp_path: Path) -> None:
@@ -77,12 +77,12 @@ def test_where_a_server_listens_and_which_commit_measures_make_no_other_measurem
 
 
 def test_a_trial_is_not_continued_as_a_whole_run_nor_a_finished_one_at_all(tmp_path: Path) -> None:
-    trial = measurement.begin(tmp_path, "draft", FACTS, trial=2)
+    trial = results.begin(tmp_path, "draft", FACTS, trial=2)
     whole = begun(tmp_path)
     assert whole.path != trial.path
     assert whole.finish()
     assert begun(tmp_path).path != whole.path
-    fresh = measurement.begin(tmp_path, "draft", FACTS, fresh=True)
+    fresh = results.begin(tmp_path, "draft", FACTS, fresh=True)
     assert fresh.content["parts"] == {}
 
 
@@ -106,7 +106,7 @@ def test_parts_are_measured_once_and_a_failing_one_does_not_stop_the_others(tmp_
             raise UserError("HTTP 500", "make serve-logs")
         return {"n": 2}
 
-    measurement.measured(run, ["a", "b", "c"], one)
+    results.measured(run, ["a", "b", "c"], one)
     assert asked == ["b", "c"] and run.content["failures"].keys() == {"b"}
     part = run.part("c")
     assert part and part["n"] == 2 and part["started"] < part["ended"]
@@ -119,7 +119,7 @@ def test_when_nothing_answers_any_more_the_bench_ends(tmp_path: Path) -> None:
         raise UserError(f"no answer to {key}", "make serve")
 
     with pytest.raises(UserError, match="no answer to c"):
-        measurement.measured(run, list("abcdef"), one)
+        results.measured(run, list("abcdef"), one)
     assert list(run.content["failures"]) == ["a", "b", "c"]
 
 
@@ -128,9 +128,15 @@ def test_the_newest_whole_measurement_goes_before_unfinished_ones_and_trials(tmp
     whole.keep("code", {})
     whole.finish()
     begun(tmp_path).keep("code", {})
-    measurement.begin(tmp_path, "draft", FACTS, trial=1).finish()
-    measurement.begin(tmp_path, "draft", FACTS, fresh=True).finish()
+    results.begin(tmp_path, "draft", FACTS, trial=1).finish()
+    results.begin(tmp_path, "draft", FACTS, fresh=True).finish()
+    assert results.newest(tmp_path)["draft"].content["started"] == whole.content["started"]
+    assert results.newest(tmp_path).keys() == {"draft"} and results.newest(tmp_path / "none") == {}
+
+
+def test_what_was_measured_and_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    begun(tmp_path).finish()
     (tmp_path / "draft-20270101T000000Z.json").write_text("{torn")
-    found = measurement.newest(tmp_path, "draft")
-    assert found and found["started"] == whole.content["started"]
-    assert measurement.newest(tmp_path, "speed") is None and measurement.newest(tmp_path / "none", "draft") is None
+    with pytest.raises(UserError, match=r"draft-20270101T000000Z\.json is not JSON"):
+        results.newest(tmp_path)
+    assert begun(tmp_path).content["parts"] == {}, "it is no measurement to go on with either"

@@ -11,7 +11,7 @@ import pytest
 
 from scripts import bench
 from v4forge.bench import sandbox
-from v4forge.bench.measurement import newest
+from v4forge.bench.results import newest
 from v4forge.bench.tools import answer_assertions, play
 from v4forge.bench.tools.chat_client import Reply
 from v4forge.bench.tools.scenarios import CATEGORIES
@@ -74,8 +74,8 @@ def test_the_perfect_player_wins_all_of_the_bench(image: str, tmp_path: Path) ->
     with stand_in.serving(stand_in.perfect({"calm-spells": GOOD})) as server:
         places = ["--url", server.url, "--reports", str(tmp_path), "--folder", str(tmp_path / "none")]
         assert bench.main(["tools", *places, "--sandbox-image", image]) == 0
-    content = newest(tmp_path, "tools")
-    assert content is not None and content["complete"] is True
+    content = newest(tmp_path)["tools"].content
+    assert content["complete"] is True
     assert play.points(content["parts"]) == dict.fromkeys(CATEGORIES, (6, 6))
     assert answer_assertions.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
     assert content["parts"]["smoke/coding/calm-spells"]["checked_with"]["docker"].startswith(image)
@@ -86,6 +86,6 @@ def test_without_the_image_the_part_is_not_measured_and_the_model_not_asked(tmp_
         places = ["--url", server.url, "--reports", str(tmp_path), "--folder", str(tmp_path / "none")]
         words = ["tools", *places, "--leave-out", *CATEGORIES, "smoke/quality", "smoke/coding/tide-table"]
         assert bench.main([*words, "--sandbox-image", "v4forge-not-there:0"]) == 1
-    content = newest(tmp_path, "tools")
-    assert content is not None and content["complete"] is False and len(content["parts"]) == len(server.asked) == 4
+    content = newest(tmp_path)["tools"].content
+    assert content["complete"] is False and len(content["parts"]) == len(server.asked) == 4
     assert "--leave-out smoke/coding/calm-spells" in content["failures"]["smoke/coding/calm-spells"]["hint"]

@@ -13,7 +13,7 @@ from synthetic import config_dict
 
 from v4forge.pipeline import disk_speed, estimate, events, reference_timings, requirements
 from v4forge.pipeline.disk_speed import Speed
-from v4forge.pipeline.estimate import Estimate, Given
+from v4forge.pipeline.estimate import Given, StageTime
 
 GB = 1e9
 FAST = Given(Speed(5 * GB, 5 * GB))
@@ -27,7 +27,7 @@ def values(work: Path, profile: str = "flash", **changed: Any) -> dict[str, Any]
     return known | {"corpus": "", "heldout": "", "gpus": 1} | changed
 
 
-def of_flash(work: Path, gpus: int = 1, given: Given = FAST, **changed: Any) -> dict[str, Estimate]:
+def of_flash(work: Path, gpus: int = 1, given: Given = FAST, **changed: Any) -> dict[str, StageTime]:
     names = estimate.names_of("flash")
     found = estimate.of_run(names, values(work, gpus=gpus, **changed), work, gpus, given)
     assert [each.stage for each in found] == names
@@ -150,7 +150,7 @@ def test_a_part_that_has_arrived_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_another_source_is_not_fetched_and_its_digests_are_read(tmp_path: Path) -> None:
     found = of_flash(tmp_path, source=str(tmp_path / "elsewhere"))
-    assert found["fetch"] == Estimate("fetch", 0.0, f"not needed: the source is {tmp_path / 'elsewhere'}")
+    assert found["fetch"] == StageTime("fetch", 0.0, f"not needed: the source is {tmp_path / 'elsewhere'}")
     own, other = of_flash(tmp_path)["calibrate"].seconds, found["calibrate"].seconds
     assert own and other
     assert other - own == pytest.approx(159_609_485_896 / (5 * GB))
@@ -227,7 +227,7 @@ def test_a_download_and_the_stage_beside_it_count_once() -> None:
 
 
 def test_estimate_against_actual_has_a_line_for_each_stage_that_ran() -> None:
-    estimates = [Estimate("fetch", 0.0, ""), Estimate("calibrate", 200.0, ""), Estimate("card", None, "")]
+    estimates = [StageTime("fetch", 0.0, ""), StageTime("calibrate", 200.0, ""), StageTime("card", None, "")]
     assert estimate.compared(estimates, {}) == []
     title, *lines = estimate.compared(estimates, {"calibrate": 250.0, "card": 2.0})
     assert title == "estimate against actual:"
@@ -241,4 +241,4 @@ def test_a_stage_that_is_none_of_the_pipelines_is_unknown(tmp_path: Path) -> Non
     (found,) = estimate.of_run(
         ["polish"], {"profile": "tiny", "source": "models/tiny", "work": str(tmp_path)}, tmp_path, 1
     )
-    assert found == Estimate("polish", None, "no stage of the pipeline")
+    assert found == StageTime("polish", None, "no stage of the pipeline")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from v4forge.intervals import share
 
@@ -145,7 +144,7 @@ def draft(tiny: bool = False, trial: int | None = None, seed: int = 0, worse: fl
         accepted = [drafts]
         for k in range(3):
             accepted.append(random.binomial(accepted[-1], min(1.0, (rate - worse) * (1 - 0.05 * k))))
-        at = torch.tensor(np.array(accepted))
+        at = np.array(accepted)
         parts[workload] = {
             "workload": workload,
             "prompts": prompts,

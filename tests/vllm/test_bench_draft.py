@@ -18,9 +18,9 @@ from served import ROOT, Served, wait_until
 
 from benchmarks import serve_forward
 from benchmarks.clients import kill, processes
-from v4forge.bench import measurement
-from v4forge.bench.acceptance import difference
+from v4forge.bench import results
 from v4forge.bench.served_model import look
+from v4forge.bench.statistics import difference
 from v4forge.bench.workloads import PROMPT_TOKENS, WORKLOADS
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.intervals import Estimate
@@ -44,9 +44,7 @@ def bench(served: Served, reports: Path, *more: str) -> str:
 
 
 def result(reports: Path) -> dict[str, Any]:
-    found = measurement.newest(reports, "draft")
-    assert found
-    return found
+    return results.newest(reports)["draft"].content
 
 
 def counted(served: Served) -> Counts:

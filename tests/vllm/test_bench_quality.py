@@ -20,6 +20,7 @@ from served import ROOT, SERVE_ENVIRONMENT, Served, wait_until
 from staged import build
 
 from v4forge.bench import quality
+from v4forge.bench.statistics import proportion
 from v4forge.images import base, containers, definitions
 from v4forge.serving import client
 
@@ -127,7 +128,7 @@ def test_right_answers_and_programs_count_and_the_key_reaches_the_server_alone(
         done = bench(tmp_path, "--url", server.url, "--datasets", data, *options, key="sesame-oil")
     assert done.returncode == 0, done.stdout + done.stderr
     sums, programs = (result(tmp_path)["parts"][name] for name in ("gsm8k", "humaneval_instruct"))
-    assert sums["metrics"]["strict"] == {"value": pytest.approx(1 / 6), "se": pytest.approx(quality.share(1, 6)["se"])}
+    assert sums["metrics"]["strict"] == {"value": pytest.approx(1 / 6), "se": pytest.approx(proportion(1, 6)["se"])}
     assert programs["outcomes"] == {"failed": 3, "passed": 1}
     assert programs["metrics"]["pass@1"] == {"value": 0.25, "se": 0.25}
     assert {body["temperature"] for body in server.asked} == {0}

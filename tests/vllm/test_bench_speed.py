@@ -20,7 +20,7 @@ import pytest
 from served import SERVE_ENVIRONMENT, Served, free_ports, serve, wait_until
 
 from benchmarks.clients import kill, processes
-from v4forge.bench import measurement, speed, vllm_bench
+from v4forge.bench import results, speed, vllm_bench
 from v4forge.bench.speed import Point
 from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
@@ -56,7 +56,7 @@ class Bench:
 
     @property
     def content(self) -> dict[str, Any]:
-        found = measurement.files(self.reports, "speed")
+        found = results.files(self.reports, "speed")
         return read_json(found[-1]) if found else {}
 
     def wait_for(self, key: str, process: subprocess.Popen[str]) -> None:
@@ -102,7 +102,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
     text, content = second.communicate()[0], bench.content
     assert second.returncode == 1, text
     assert text.count("ready:") == 1 and "k=0" not in text, "what needs no server starts none"
-    assert len(measurement.files(bench.reports, "speed")) == 1 and len(content["commands"]) == 2
+    assert len(results.files(bench.reports, "speed")) == 1 and len(content["commands"]) == 2
     parts = content["parts"]
     assert set(parts) == {*kept, "k2/32x16/c2"} and {key: parts[key] for key in kept} == kept
     assert set(content["failures"]) == {"k2/32x16/c2/again"}
@@ -137,8 +137,8 @@ def test_what_is_served_already_is_measured_and_not_compared(tiny: Served, tmp_p
     command = [sys.executable, "-m", "scripts.bench", "speed", *words, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    content = measurement.newest(tmp_path, "speed")
-    assert content and content["complete"] and content["settings"]["drafts"] == [2]
+    content = results.newest(tmp_path)["speed"].content
+    assert content["complete"] and content["settings"]["drafts"] == [2]
     assert set(content["parts"]) == {"k2/32x16/c1", "k2/32x16/c1/again"} and not content["summary"]["comparisons"]
 
 

@@ -14,7 +14,7 @@ import pytest
 from served import ROOT, Served, wait_until
 
 from benchmarks.clients import kill, processes
-from v4forge.bench.measurement import newest
+from v4forge.bench.results import newest
 from v4forge.bench.tools.scenarios import CATEGORIES
 
 pytestmark = pytest.mark.serve
@@ -41,9 +41,7 @@ def bench(served: Served, reports: Path, *more: str) -> subprocess.CompletedProc
 
 
 def result(reports: Path) -> dict[str, Any]:
-    found = newest(reports, "tools")
-    assert found is not None
-    return found
+    return newest(reports)["tools"].content
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured_the_same_as_befo
     roomy: Served, trial: dict[str, Any], tmp_path: Path
 ) -> None:
     running = subprocess.Popen(words(roomy, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: bool((found := newest(tmp_path, "tools")) and found["parts"]), 240)
+    wait_until(lambda: bool((found := newest(tmp_path).get("tools")) and found.content["parts"]), 240)
     kill(processes(roomy.plan.replica_port(0)))
     _, said = running.communicate(timeout=240)
     assert running.returncode == 1 and "error: " in said and "hint: " in said

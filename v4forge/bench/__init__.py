@@ -1,4 +1,1 @@
-"""What a served model does: speed, draft acceptance, quality, tool calls.
-
-Imports serving and images.
-"""
+"""What a served model does: speed, draft acceptance, quality, tool calls. Imports serving and images."""

@@ -10,14 +10,16 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from v4forge.artifact_folder import CERTIFICATE
 from v4forge.bench.served_model import Target
+from v4forge.bench.statistics import difference
 from v4forge.bench.workloads import Prompt
 from v4forge.errors import UserError
 from v4forge.files import read_json, writing
@@ -193,10 +195,10 @@ def figures(workload: str, answers: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def columns(answers: Sequence[Answered]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def columns(answers: Sequence[Answered]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """By prompt: drafts and proposed tokens, [prompts] i64 each, and accepted ones, [k, prompts] i64."""
     rows = [[each.drafts, each.draft_tokens, *each.accepted] for each in answers]
-    table = torch.tensor(rows, dtype=torch.int64).T
+    table = np.array(rows, np.int64).T
     return table[0], table[1], table[2:]
 
 
@@ -259,12 +261,3 @@ def beside(part: Mapping[str, Any], given: Offline) -> dict[str, Any]:
         },
         "why": WHY,
     }
-
-
-def difference(one: Estimate, other: Estimate) -> Estimate:
-    """one - other of independent shares, from their own intervals (Newcombe 1998, Statistics in Medicine 17:873, method
-    10): each end is as far from the difference as the two nearer ends together, squared and added."""
-    value = one.value - other.value
-    low = value - math.hypot(one.value - one.low, other.high - other.value)
-    high = value + math.hypot(one.high - one.value, other.value - other.low)
-    return replace(one, value=value, low=low, high=high)

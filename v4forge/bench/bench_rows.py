@@ -1,6 +1,6 @@
 """Results of the benches as rows: how fast, how many drafts are accepted, how good, which tools were called right.
 
-Pure functions of result files' contents (bench/measurement.py). A key that they lack is a KeyError; the caller knows
+Pure functions of result files' contents (v4forge/bench/results.py). A key that they lack is a KeyError; the caller knows
 the file that it belongs to. Shares stay shares; scores of lm-eval's tasks are percent.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from v4forge.bench import published_figures
-from v4forge.bench.quality import difference
 from v4forge.bench.speed import Comparison, compare, drift_of, stops
+from v4forge.bench.statistics import z_test
 from v4forge.intervals import Estimate
 
 Json = Mapping[str, Any]
@@ -27,7 +27,6 @@ PUBLISHED_REPLICA = {"replicas": 1, "tensor_parallel": 2}
 WORKLOADS = {"random": "random tokens", "code": "code", "chat": "chat", "prose": "raw prose"}
 TOOL_POINTS = 30  # of all scenarios
 SMOKE_SIZES = {"quick": 4, "quality": 4, "coding": 2}
-SURE = 0.05  # a two-sided p below it is called a difference
 REASONS_SHOWN, REASON_SHOWN = 2, 160  # of a scenario that lost points, and characters of them
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
@@ -181,7 +180,7 @@ class AcceptanceRow:
     acceptance: Estimate
     by_position: list[Estimate]
     given_earlier: list[Estimate]
-    published: published_figures.Value | None
+    published: published.Value | None
 
 
 def estimate(value: Json | None) -> Estimate:
@@ -287,7 +286,7 @@ def _tested(row: QualityRow) -> QualityRow:
     """The row with its difference from the published figure and a two-sided test of it."""
     if row.figure is None or row.figure.original is None:
         return row
-    found = difference(vars(row), vars(row.figure.original))
+    found = z_test(vars(row), vars(row.figure.original))
     return replace(row, delta=found["delta"], delta_se=found["se"], p=found["p"])
 
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 
-from v4forge.bench.bench_rows import SURE, WORKLOADS, standing
-from v4forge.bench.quality import difference
+from v4forge.bench.bench_rows import WORKLOADS, standing
 from v4forge.bench.results import Result
 from v4forge.bench.speed import drift_of, excess
+from v4forge.bench.statistics import drawn, holm, resampled, standard_error, two_sided, z_test
 from v4forge.errors import UserError
-from v4forge.intervals import LEVEL, Figure, quantile, ratio
+from v4forge.intervals import NORMAL, Figure, quantile, ratio
 
 DRAWS = 4000
 SEED = 0  # of the bootstrap: the same files give the same figures
@@ -87,16 +85,6 @@ def compare(a: Mapping[str, Result], b: Mapping[str, Result]) -> list[Comparison
 def _judged(delta: Delta, limit: float) -> Delta:
     beyond = delta.p is not None and delta.p <= limit and abs(delta.change or 0.0) > delta.drift
     return replace(delta, beyond_noise=beyond)
-
-
-def holm(values: Sequence[float]) -> float:
-    """The largest of these p that is beyond noise together with the smaller ones; below zero when none is."""
-    limit = -1.0
-    for number, p in enumerate(sorted(values)):
-        if p > SURE / (len(values) - number):
-            break
-        limit = p
-    return limit
 
 
 def _compared(a: Result, b: Result) -> Comparison:
@@ -204,39 +192,23 @@ def _value(part: Json, metric: str) -> float:
 def _log_change(a: Json, b: Json, metric: str, paired: bool) -> tuple[float, float, int]:
     """log(B / A), its standard error by a bootstrap, and the degrees of freedom; NaN where there are too few requests.
 
-    Requests that run together share their steps, so what is drawn is a group of `concurrency` requests that began one
-    after the other; the same groups in both runs where the prompts are the same. Throughput moves with the mean time of
-    a request (Little's law), whose error it has.
+    Where the prompts are the same, so are the groups of requests that are drawn. Throughput moves with the mean time
+    of a request (Little's law), whose error it has.
     """
     name = "e2el_ms" if metric == "output_tok_s" else metric
-    groups = [int(each["requests"]) // int(each["concurrency"]) for each in (a, b)]
+    counts = [int(each["requests"]) // int(each["concurrency"]) for each in (a, b)]
     change = math.log(_value(b, metric) / _value(a, metric))
-    if min(groups) < 2:
+    if min(counts) < 2:
         return change, math.nan, 0
-    random = np.random.default_rng(SEED)
-    drawn = [random.integers(count, size=(DRAWS, count)) for count in groups]
-    if paired and groups[0] == groups[1]:
-        drawn[1] = drawn[0]
+    groups = drawn(counts, DRAWS, SEED)
+    if paired and counts[0] == counts[1]:
+        groups[1] = groups[0]
     logs = []
-    for each, count, chosen in zip((a, b), groups, drawn, strict=True):
-        members = np.array(each["samples"][name])[: count * each["concurrency"]].reshape(count, -1)
-        picked = members[chosen].reshape(DRAWS, -1)
+    for each, numbers in zip((a, b), groups, strict=True):
+        picked = resampled(each["samples"][name], int(each["concurrency"]), numbers)
         logs.append(np.log(picked.mean(axis=1) if name == "e2el_ms" else np.median(picked, axis=1)))
-    few = min(groups)
-    return change, float(np.std(logs[1] - logs[0])) * math.sqrt(few / (few - 1)), few - 1
-
-
-def two_sided(value: float, error: float, freedom: int) -> float | None:
-    """p of a value at least so far from zero, by Student's t; None without an error.
-
-    Within 2% of p from 5 degrees of freedom on (Wallace 1959, Annals of Mathematical Statistics 30:1124).
-    """
-    if math.isnan(error) or freedom < 1:
-        return None
-    if not error:
-        return 1.0 if not value else 0.0
-    z = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p((value / error) ** 2 / freedom))
-    return 2 * NormalDist().cdf(-z)
+    few = min(counts)
+    return change, standard_error(logs[1] - logs[0], few), few - 1
 
 
 def _draft(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
@@ -251,9 +223,9 @@ def _draft(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
 
 def _acceptances(part: Json) -> dict[str, Figure]:
     """Accepted of all proposed, and each draft of those whose earlier ones were, over prompts."""
-    table = torch.tensor(part["counted"], dtype=torch.float64).T
+    table = np.array(part["counted"], np.float64).T
     drafts, accepted = table[0], table[1:]
-    proposed = torch.tensor(part["proposed"], dtype=torch.float64) if "proposed" in part else drafts * len(accepted)
+    proposed = np.array(part["proposed"], np.float64) if "proposed" in part else drafts * len(accepted)
     found = {"accepted": ratio(accepted.sum(0), proposed)}
     for number, at in enumerate(accepted):
         found[f"draft {number + 1}" + (f" after {number}" if number else "")] = ratio(at, table[number])
@@ -284,8 +256,8 @@ def _quality(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
             if one.get("task_hash") != other.get("task_hash"):
                 yield Delta(f"{key}: {name}", old, new, "%", True, None, note="not comparable: other prompts")
                 continue
-            found = difference(values[1], values[0])
-            margin = math.nan if found["se"] is None else NormalDist().inv_cdf((1 + LEVEL) / 2) * found["se"]
+            found = z_test(values[1], values[0])
+            margin = math.nan if found["se"] is None else NORMAL * found["se"]
             low, high = (None if math.isnan(margin) else new - old + side * margin for side in (-1, 1))
             yield Delta(f"{key}: {name}", old, new, "%", True, found["delta"], low, high, found["p"])
 
@@ -302,9 +274,9 @@ def _tools(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
     passed = {key: (int(a["parts"][key]["ok"]), int(b["parts"][key]["ok"])) for key in smoke}
     for title, unit, pairs in (("tool calls", "points", points), ("conversations", "passed", passed)):
         if pairs:
-            apart = torch.tensor([float(other - one) for one, other in pairs.values()], dtype=torch.float64)
+            apart = np.array([other - one for one, other in pairs.values()], np.float64)
             n = len(apart)
-            error = math.sqrt(n) * float(apart.std()) if n > 1 else math.nan
+            error = math.sqrt(n) * float(apart.std(ddof=1)) if n > 1 else math.nan
             old, new = (float(sum(pair[side] for pair in pairs.values())) for side in (0, 1))
             yield replace(
                 _points(f"{title}, {n} of them", old, new, error, n - 1, unit),

@@ -1,17 +1,15 @@
-"""Answers to questions with known solutions: which tasks, what lm-eval says of them, and whether two figures differ."""
+"""Answers to questions with known solutions: which tasks, and what lm-eval says of them."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from v4forge.errors import UserError
@@ -91,26 +89,6 @@ def choose(names: Sequence[str]) -> list[Task]:
     if unknown := [name for name in names if name not in tasks]:
         raise UserError(f"there is no task {unknown[0]!r}", f"--tasks takes some of: {' '.join(tasks)}")
     return [task for task in tasks.values() if (task.name in names if names else not task.extra)]
-
-
-def difference(ours: Json, theirs: Json) -> dict[str, float | None]:
-    """How far two shares are apart, {"value", "se"} each -> {"delta": ours - theirs, "se", "p"}.
-
-    p is that of the two-sided z test of no difference, for two independent samples; figures over the same questions
-    are alike, so it is if anything too large. None where a standard error is unknown, or both are zero.
-    """
-    delta = float(ours["value"]) - float(theirs["value"])
-    errors = [each.get("se") for each in (ours, theirs)]
-    known = [float(error) for error in errors if error is not None and math.isfinite(error)]
-    se = math.hypot(*known) if len(known) == len(errors) else None
-    p = 2 * NormalDist().cdf(-abs(delta) / se) if se else None
-    return {"delta": delta, "se": se, "p": p}
-
-
-def share(right: int, of: int) -> dict[str, float | None]:
-    """A share of right answers, with the standard error of a mean as lm-eval has it, of the sample's variance."""
-    value = right / of
-    return {"value": value, "se": math.sqrt(value * (1 - value) / (of - 1)) if of > 1 else None}
 
 
 def prompts_hash(hashes: Mapping[str, str]) -> str:

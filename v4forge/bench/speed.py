@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from v4forge.bench.statistics import drawn, ends, resampled
 from v4forge.errors import UserError
-from v4forge.intervals import Estimate, quantile
+from v4forge.intervals import Estimate
 
 DRAWS = 10_000
 # Chunks of a stream that come this close together came in one piece: something between holds answers back.
@@ -214,30 +214,24 @@ def drift_of(parts: Mapping[str, Json], drafts: int) -> dict[str, float] | None:
 def _ratios(part: Json, without: Json, seed: int) -> tuple[Estimate, Estimate]:
     """TPOT speed-up and throughput ratio with 95% intervals, by a bootstrap over requests.
 
-    Requests that run together share their steps, so what is drawn is a group of `concurrency` requests that began one
-    after the other, eight groups or more at every concurrency; prompts are the same with drafts and without, and so are
-    the groups drawn. Throughput is (requests in flight) x (output tokens) / (time of a request), Little's law, with the
-    mean number in flight as measured. The ends are those of the expanded percentile interval, which few groups need
-    (Hesterberg 2015, What Teachers Should Know About the Bootstrap). How far one start of a server differs from another
-    is not in it.
+    Prompts are the same with drafts and without, and so are the groups of requests that are drawn, of eight or more at
+    every concurrency. Throughput is (requests in flight) x (output tokens) / (time of a request), Little's law, with
+    the mean number in flight as measured. How far one start of a server differs from another is not in it.
     """
     speedup = without["tpot_ms"]["median"] / part["tpot_ms"]["median"]
     ratio = part["output_tok_s"] / without["output_tok_s"]
-    groups = part["requests"] // part["concurrency"]
-    if groups < 2 or part["requests"] != without["requests"]:
+    count = part["requests"] // part["concurrency"]
+    if count < 2 or part["requests"] != without["requests"]:
         return Estimate(speedup, math.nan, math.nan), Estimate(ratio, math.nan, math.nan)
-    members = np.arange(groups * part["concurrency"]).reshape(groups, -1)
-    drawn = np.random.default_rng(seed).integers(groups, size=(DRAWS, groups))
-    chosen = members[drawn].reshape(DRAWS, -1)
+    (groups,) = drawn([count], DRAWS, seed)
     tpot, whole = (
-        [np.array(each["samples"][name])[chosen] for each in (part, without)] for name in ("tpot_ms", "e2el_ms")
+        [resampled(each["samples"][name], part["concurrency"], groups) for each in (part, without)]
+        for name in ("tpot_ms", "e2el_ms")
     )
     in_flight = [sum(each["samples"]["e2el_ms"]) / each["duration_s"] for each in (part, without)]
     speedups = np.median(tpot[1], axis=1) / np.median(tpot[0], axis=1)
     ratios = in_flight[0] / in_flight[1] * whole[1].mean(axis=1) / whole[0].mean(axis=1)
-    tail = NormalDist().cdf(-math.sqrt(groups / (groups - 1)) * quantile(groups - 1))
-    ends = [np.percentile(values, [100 * tail, 100 * (1 - tail)]) for values in (speedups, ratios)]
-    return Estimate(speedup, *map(float, ends[0])), Estimate(ratio, *map(float, ends[1]))
+    return Estimate(speedup, *ends(speedups, count)), Estimate(ratio, *ends(ratios, count))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,11 @@ class Quality:
 
     def acceptance(self) -> list[Figure]:
         """p_1, p_2, …: the share of drafts accepted at each step, where those before were."""
-        return [ratio(a, j) for a, j in zip(self.accepted, self.judged, strict=True)]
+        return [ratio(a, j) for a, j in zip(self.accepted.numpy(), self.judged.numpy(), strict=True)]
+
+    def accepted_share(self, k: int) -> Estimate:
+        """p_k, with the interval of a share."""
+        return share(self.accepted[k - 1].numpy(), self.judged[k - 1].numpy())
 
     def accepted_per_step(self, count: int) -> Figure:
         """Drafts accepted of `count` a step of the server: p_1 + p_1 p_2 + …; NaN where the text left one unjudged."""
@@ -89,7 +93,7 @@ class Quality:
 
 def mean(values: Tensor) -> Figure:
     """values: [sequences, longest - 1], NaN behind a sequence's end -> their mean over all tokens."""
-    return ratio(values.nansum(1), values.isfinite().sum(1))
+    return ratio(values.nansum(1).numpy(), values.isfinite().sum(1).numpy())
 
 
 def step_count(models: Sequence[Checkpoint]) -> int:
@@ -240,7 +244,7 @@ def _draft_figures(quality: Quality, k: int) -> dict[str, Any]:
         "k": k,
         "judged": int(quality.judged[k - 1].sum()),
         "accepted": int(quality.accepted[k - 1].sum()),
-        "acceptance_after_accepted": share(quality.accepted[k - 1], quality.judged[k - 1]).json(),
+        "acceptance_after_accepted": quality.accepted_share(k).json(),
         "accepted_per_step": step.interval().json(),
         "acceptance_rate": step.over(k).interval().json(),
     }
@@ -253,7 +257,7 @@ def perplexity_change(quality: Quality, first: Quality) -> Estimate:
 
 def agreement(quality: Quality) -> Estimate:
     """Share of tokens for which the most likely one is the first model's."""
-    return share(quality.agrees.nansum(1), quality.agrees.isfinite().sum(1))
+    return share(quality.agrees.nansum(1).numpy(), quality.agrees.isfinite().sum(1).numpy())
 
 
 def percentile(values: Tensor, level: float) -> float:
@@ -297,7 +301,7 @@ def table(qualities: Sequence[Quality], names: Sequence[str] = ("source", "artif
     steps = range(1, len(first.judged) + 1)
     for k in steps:
         heading = f"  then draft {k}" if k > 1 else "draft 1 accepted"
-        drawn.add_row(heading, *(_percent(share(q.accepted[k - 1], q.judged[k - 1])) for q in qualities))
+        drawn.add_row(heading, *(_percent(q.accepted_share(k)) for q in qualities))
     for k in steps:
         drawn.add_row(f"accepted of {k} a step", *(_shown(q.accepted_per_step(k).interval(), ".3f") for q in qualities))
     return drawn

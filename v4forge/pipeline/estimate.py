@@ -28,8 +28,8 @@ ASSUMED_NETWORK_BYTES_S = 100e6  # what unknown networks are shown with
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Of a stage. seconds: None where nobody knows. basis: what the figure rests on, or why there is none."""
+class StageTime:
+    """What a stage takes. seconds: None where nobody knows. basis: what the figure rests on, or why there is none."""
 
     stage: str
     seconds: float | None
@@ -53,7 +53,7 @@ def of_run(
     work: Path,
     gpus: int,
     given: Given = Given(),
-) -> list[Estimate]:
+) -> list[StageTime]:
     """An estimate a stage, for the runner's settings `values`. Only names and sizes of files are looked at; nothing has
     to be there."""
     known = [name for name in names if name in STAGES]
@@ -63,8 +63,8 @@ def of_run(
         found = [_of_tiny(name, values, gpus) for name in ahead]
     else:
         found = _of_layers(ahead, values, work, gpus, given) if ahead else []
-    by_name = {name: Estimate(name, 0.0, why) for name, why in there.items()} | {each.stage: each for each in found}
-    return [by_name.get(name) or Estimate(name, None, "no stage of the pipeline") for name in names]
+    by_name = {name: StageTime(name, 0.0, why) for name, why in there.items()} | {each.stage: each for each in found}
+    return [by_name.get(name) or StageTime(name, None, "no stage of the pipeline") for name in names]
 
 
 def names_of(profile: str) -> list[str]:
@@ -94,23 +94,23 @@ def done(names: Sequence[str], values: Mapping[str, Any], work: Path) -> dict[st
     return there
 
 
-def _of_tiny(name: str, values: Mapping[str, Any], gpus: int) -> Estimate:
+def _of_tiny(name: str, values: Mapping[str, Any], gpus: int) -> StageTime:
     """Measured as a whole; nothing is scaled, since of seconds most are start-up."""
     table = reference_timings.pipeline()
     found = table.get("stages", {}).get(name)
     if not found:
-        return Estimate(name, None, "not measured")
+        return StageTime(name, None, "not measured")
     for key in ("samples", "seq_len"):
         if key in STAGES[name].settings and values[key] != table[key]:
-            return Estimate(name, None, f"measured only with {table['samples']} x {table['seq_len']} tokens")
+            return StageTime(name, None, f"measured only with {table['samples']} x {table['seq_len']} tokens")
     if STAGES[name].parallel and gpus > 1:
-        return Estimate(name, None, "measured only as one process")
+        return StageTime(name, None, "measured only as one process")
     if values["source"] != PROFILES["tiny"].source:
-        return Estimate(name, None, "measured only with models/tiny")
+        return StageTime(name, None, "measured only with models/tiny")
     machine = table["machine"]
     runs = f"median of {table['runs']} runs" if table["runs"] > 1 else "one run"
     beside = ", beside other work" if table.get("load_before", 0) > machine["cores"] / 2 else ""
-    return Estimate(name, found["median_s"], f"{runs} on {machine['cores']} x {machine['cpu']}{beside}")
+    return StageTime(name, found["median_s"], f"{runs} on {machine['cores']} x {machine['cpu']}{beside}")
 
 
 def disk_of(work: Path, given: Given = Given()) -> tuple[Speed | None, str]:
@@ -143,7 +143,7 @@ class Case:
         return Path(self.values["source"])
 
 
-def _of_layers(names: Sequence[str], values: Mapping[str, Any], work: Path, gpus: int, given: Given) -> list[Estimate]:
+def _of_layers(names: Sequence[str], values: Mapping[str, Any], work: Path, gpus: int, given: Given) -> list[StageTime]:
     from v4forge.pipeline import (
         requirements,  # imports torch, which takes seconds that a run of models/tiny need not spend
     )
@@ -151,10 +151,10 @@ def _of_layers(names: Sequence[str], values: Mapping[str, Any], work: Path, gpus
     speed, _ = disk_of(work, given)
     config = requirements.config_of(Path(values["source"]))
     case = Case(values, work, gpus, given, config, requirements.sizes_of(config), speed)
-    return [OF_STAGE[name](case) if name in OF_STAGE else Estimate(name, None, "not measured") for name in names]
+    return [OF_STAGE[name](case) if name in OF_STAGE else StageTime(name, None, "not measured") for name in names]
 
 
-def _fetch(case: Case) -> Estimate:
+def _fetch(case: Case) -> StageTime:
     from v4forge.pipeline import requirements
 
     missing = max(0, case.sizes.upstream.total() - requirements.arrived_bytes(case.source))
@@ -163,11 +163,11 @@ def _fetch(case: Case) -> Estimate:
         speed, basis = network_bytes_s(events.read(events.file_of(case.work))), "as in the last fetch here"
     if speed is None:
         shown = ", ".join(f"{duration(missing / s)} at {s / 1e6:,.0f} MB/s" for s in (ASSUMED_NETWORK_BYTES_S, GB))
-        return Estimate(
+        return StageTime(
             "fetch", None, f"{missing / GB:.1f} GB, network unknown: {shown}", missing / ASSUMED_NETWORK_BYTES_S
         )
     rate = f"{speed / 1e6:,.0f} MB/s ({8 * speed / GB:,.1f} Gbit/s)"  # a network is often called by its bits
-    return Estimate("fetch", missing / speed, f"{missing / GB:.1f} GB at {rate}, {basis}")
+    return StageTime("fetch", missing / speed, f"{missing / GB:.1f} GB at {rate}, {basis}")
 
 
 def network_bytes_s(history: Iterable[Mapping[str, Any]]) -> float | None:
@@ -180,7 +180,7 @@ def network_bytes_s(history: Iterable[Mapping[str, Any]]) -> float | None:
     return float(rates[-1]) if rates else None
 
 
-def _calibrate(case: Case) -> Estimate:
+def _calibrate(case: Case) -> StageTime:
     from v4forge.pipeline import requirements
 
     tables = reference_timings.layers()
@@ -189,7 +189,7 @@ def _calibrate(case: Case) -> Estimate:
     if case.speed is None or (
         case.given.layer_s is None and (tables is None or not requirements.has_flash_layers(case.config))
     ):
-        return Estimate("calibrate", None, "measured only for layers of DeepSeek-V4-Flash")
+        return StageTime("calibrate", None, "measured only for layers of DeepSeek-V4-Flash")
     if case.given.layer_s is not None:
         compute = [case.given.layer_s for _ in missing]
         basis = "compute as given"
@@ -215,7 +215,7 @@ def _calibrate(case: Case) -> Estimate:
         f"{len(missing)} layers x {time.layer_s:.1f} s ({slower}) = {seconds / 60:.1f} min;"
         f" {hashed / GB:.0f} GB read for digests, {duration(hashing_s)}; {basis}"
     )
-    return Estimate("calibrate", seconds + hashing_s, text)
+    return StageTime("calibrate", seconds + hashing_s, text)
 
 
 def _digests_kept(case: Case) -> bool:
@@ -237,39 +237,39 @@ def _gpus_basis(tables: reference_timings.Layers, gpus: int, samples: int, seq_l
     return f"{gpus} x {tables.device}: {on}{tokens}"
 
 
-def _postprocess(case: Case) -> Estimate:
+def _postprocess(case: Case) -> StageTime:
     from v4forge.pipeline import requirements
 
     if case.speed is None:
-        return Estimate("postprocess", None, "the disk's speed is unknown")
+        return StageTime("postprocess", None, "the disk's speed is unknown")
     own = case.sizes.artifact.total() - requirements.layer_bytes(case.sizes.artifact)
     read = case.sizes.upstream.total() - requirements.layer_bytes(case.sizes.upstream) + own  # and once for the digests
     seconds = read / case.speed.read_bytes_s + own / case.speed.write_bytes_s
     text = f"layers are linked; {read / GB:.1f} GB read, {own / GB:.1f} GB written; computing left out"
-    return Estimate("postprocess", seconds, text)
+    return StageTime("postprocess", seconds, text)
 
 
-def _verify(case: Case) -> Estimate:
+def _verify(case: Case) -> StageTime:
     found = reference_timings.verify()
     if case.speed is None or found is None:
-        return Estimate("verify", None, "not measured")
+        return StageTime("verify", None, "not measured")
     size = case.sizes.upstream.total() + case.sizes.artifact.total()
     text = (
         f"{size / GB:.0f} GB at {found.of_disk:.2f} of the disk's speed, as measured with {found.cpus} cores at"
         f" {found.disk_bytes_s / GB:.1f} GB/s"
     )
-    return Estimate("verify", size / case.speed.read_bytes_s / found.of_disk, text)
+    return StageTime("verify", size / case.speed.read_bytes_s / found.of_disk, text)
 
 
-def _card(_case: Case) -> Estimate:
+def _card(_case: Case) -> StageTime:
     """The model card is made from reports, which do not grow with the model."""
     found = reference_timings.pipeline().get("stages", {}).get("card")
     if not found:
-        return Estimate("card", None, "not measured")
-    return Estimate("card", found["median_s"], "measured on models/tiny: it reads reports only")
+        return StageTime("card", None, "not measured")
+    return StageTime("card", found["median_s"], "measured on models/tiny: it reads reports only")
 
 
-OF_STAGE: dict[str, Callable[[Case], Estimate]] = {
+OF_STAGE: dict[str, Callable[[Case], StageTime]] = {
     "fetch": _fetch,
     "calibrate": _calibrate,
     "postprocess": _postprocess,
@@ -307,7 +307,7 @@ def overlapping(names: Iterable[str]) -> tuple[str, str] | None:
     return (beside, streams) if beside and streams else None
 
 
-def compared(estimates: Sequence[Estimate], actual_seconds: Mapping[str, float]) -> list[str]:
+def compared(estimates: Sequence[StageTime], actual_seconds: Mapping[str, float]) -> list[str]:
     """Lines that set the estimates against what the stages took; none when none of them ran. A stage that was done,
     and ran again because something had changed, was estimated at nothing: it says nothing about the estimates."""
     ran = [each for each in estimates if each.stage in actual_seconds and each.seconds != 0]

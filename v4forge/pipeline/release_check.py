@@ -8,13 +8,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from v4forge import artifact_folder, checkout, files
+from v4forge import artifact_folder, checkout
 from v4forge.artifact_folder import CARD, MANIFEST, RUN
 from v4forge.bench import results
 from v4forge.bench.results import BENCHES, Result
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.files import understood
+from v4forge.files import read, understood
 from v4forge.hub import publication
 from v4forge.images import definitions, lock_check, registry
 from v4forge.images.oci import Repository
@@ -133,7 +133,7 @@ def run_record(release: Release) -> str:
 
 
 def _noted(path: Path) -> str:
-    stages = files.read(path, "make card").get("stages")
+    stages = read(path, "make card").get("stages")
     noted = stages if isinstance(stages, Mapping) else {}
     for stage in STAGES:
         for name in NOTED:
@@ -168,7 +168,7 @@ def evaluation(release: Release) -> str:
     path = release.work / "reports" / card.EVALUATION
     if not path.is_file():
         return "not measured"
-    if files.read(path, "make demo").get("sums_sha256") != release.sums:
+    if read(path, "make demo").get("sums_sha256") != release.sums:
         raise UserError(f"{path} is of another artifact", f"rm {path}")
     return path.name
 

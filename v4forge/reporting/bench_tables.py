@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from v4forge.bench import bench_rows
-from v4forge.bench.bench_rows import SURE, UNKNOWN, AcceptanceRow, Offline, QualityRow, standing
+from v4forge.bench.bench_rows import UNKNOWN, AcceptanceRow, Offline, QualityRow, standing
 from v4forge.bench.results import BENCHES
 from v4forge.bench.speed import NO, YES
+from v4forge.bench.statistics import SURE
 from v4forge.intervals import Estimate
 from v4forge.reporting.tables import NONE, Cell, Section, Table, columns, ends, number, p_value, percent, points
 

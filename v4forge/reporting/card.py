@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from v4forge import artifact_folder, files
+from v4forge import artifact_folder
 from v4forge.artifact_folder import CERTIFICATE, FORMAT, MANIFEST, RUN
 from v4forge.bench import published_figures, results
 from v4forge.bench.bench_rows import FLASH, standing
@@ -24,7 +24,7 @@ from v4forge.bench.results import BENCHES
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.layout import Config
 from v4forge.errors import UserError
-from v4forge.files import understood
+from v4forge.files import read, understood
 from v4forge.reporting import bench_tables, card_tables, published_comparison, run_record, run_sections
 from v4forge.reporting import tables as report_tables
 from v4forge.reporting.tables import Table
@@ -87,13 +87,13 @@ def require(artifact: Path) -> None:
 def gathered(work: Path, artifact: Path) -> Subject:
     """Reads everything that there is. Raises UserError where manifest or config.json are missing, or a file is not
     what it must be."""
-    manifest = files.read(artifact / MANIFEST, "make postprocess")
+    manifest = read(artifact / MANIFEST, "make postprocess")
     if manifest.get("format") != FORMAT:
         fact = f"{artifact / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT}"
         raise UserError(fact, "make postprocess")
     certificate = None
     if (artifact / CERTIFICATE).is_file():
-        certificate = files.read(artifact / CERTIFICATE, "make verify")
+        certificate = read(artifact / CERTIFICATE, "make verify")
     sums = artifact_folder.sums_sha256(artifact)
     benches: dict[str, Json] = {}
     others: dict[str, str] = {}
@@ -105,12 +105,12 @@ def gathered(work: Path, artifact: Path) -> Subject:
             others[bench] = f"{result.path.name} is of {'another artifact' if measured else 'an unknown artifact'}"
     evaluation = None
     if (path := work / "reports" / EVALUATION).is_file():
-        found = files.read(path, "make demo")
+        found = read(path, "make demo")
         if found.get("sums_sha256") == sums:
             evaluation = found
         else:
             others["evaluation"] = f"{path.name} is of another artifact"
-    run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
+    run = read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
     stands = artifact_folder.standing(artifact)
     config = layout.load_config(artifact)
     return Subject(manifest, config, run, certificate, stands, evaluation, benches, others, license_of(artifact))

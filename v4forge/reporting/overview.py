@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from v4forge import artifact_folder
 from v4forge.bench import bench_rows
-from v4forge.bench.bench_rows import SURE, SpeedRow, standing
+from v4forge.bench.bench_rows import SpeedRow, standing
 from v4forge.bench.results import BENCHES
+from v4forge.bench.statistics import SURE
 from v4forge.quantization.layer_reports import Json, layer_rows
 from v4forge.reporting import run_sections
 from v4forge.reporting.tables import NOT_MEASURED, Cell, Table, columns

@@ -196,25 +196,20 @@ def acceptance(counts: Counts, floor: float) -> str:
     tokens, accepted = TOKENS * len(PROMPTS), counts.accepted or 0.0
     if not made + accepted >= DRAFTED * tokens:
         raise UserError(f"only {made:.0f} drafts were made for {tokens} tokens, {accepted:.0f} accepted", LOGS)
-    if not 0 <= first <= made < math.inf:
+    if not (0 <= first <= made and 0 < made < math.inf):
         raise UserError(f"/metrics says that {first} of {made} drafts were accepted", LOGS)
-    low, high = wilson(first, made)
-    figures = f"{first:.0f} of {made:.0f} first drafts accepted, {first / made:.1%} ({low:.1%} to {high:.1%})"
-    if high < floor:
+    from v4forge.intervals import wilson  # with numpy, which would double what `serve --help` takes
+
+    found = wilson(first / made, made)
+    ends = f"{found.low:.1%} to {found.high:.1%}"
+    figures = f"{first:.0f} of {made:.0f} first drafts accepted, {found.value:.1%} ({ends})"
+    if found.high < floor:
         raise UserError(
             f"{figures}, at least {floor:.0%} expected: an MTP block with another's weights (C14)?",
             "python -m scripts.verify --artifact DIR; without drafts: make serve DRAFTS=0",
         )
     deeper = ", ".join(f"{share:.1%}" for share in (counts.acceptance_at or ())[1:])
     return figures + (f"; later positions {deeper}" if deeper else "")
-
-
-def wilson(hits: float, of: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a share (Wilson 1927), as if each were independent of the others."""
-    z = 1.96
-    middle = (hits / of + z * z / (2 * of)) / (1 + z * z / of)
-    margin = z / (1 + z * z / of) * math.sqrt(hits / of * (1 - hits / of) / of + z * z / (4 * of * of))
-    return max(0.0, middle - margin), min(1.0, middle + margin)
 
 
 def tool_call(s: State) -> str:

@@ -23,7 +23,6 @@ from v4forge.checkpoint.vllm_schemes import unresolved
 from v4forge.digests import Digests, digest_of
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.intervals import share
 from v4forge.model.corpus import check_vocabulary, load_tokenizer
 from v4forge.model.evaluation import Quality, agreement, mean, perplexity_change
 from v4forge.quantization import hf_folder
@@ -313,7 +312,7 @@ def quality(s: Subject) -> Failures:
     """On held-out tokens the artifact predicts as its source does, and its MTP block drafts as well."""
     source, artifact = s.qualities
     change, same, kl = perplexity_change(artifact, source), agreement(artifact), mean(artifact.kl).interval()
-    theirs, ours = (share(q.accepted[0], q.judged[0]) for q in (source, artifact))
+    theirs, ours = (q.accepted_share(1) for q in (source, artifact))
     for fine, fact in (
         (
             change.least <= PERPLEXITY_PERCENT,
