@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from v4forge import gpus
 from v4forge.errors import UserError
 from v4forge.serving import metrics
 from v4forge.serving.settings import Serving
@@ -217,15 +218,14 @@ def free_port() -> int:
 
 
 def gpu_processes() -> dict[int, float]:
-    """GiB of GPU memory by process; {} where nvidia-smi does not tell."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    """GiB of GPU memory by process; {} where the driver does not tell."""
     try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        programs = gpus.processes()
+    except UserError:
         return {}
     found: dict[int, float] = {}
-    for pid, mib in re.findall(r"(\d+), (\d+)", said):
-        found[int(pid)] = found.get(int(pid), 0.0) + int(mib) / 1024
+    for program in programs:
+        found[program.pid] = found.get(program.pid, 0.0) + (program.used_bytes or 0) / 2**30
     return found
 
 

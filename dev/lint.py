@@ -15,6 +15,7 @@ from pathlib import Path
 from scripts.cli import parser_for
 from v4forge import checkout
 from v4forge.errors import UserError, run_main
+from v4forge.outcomes import Outcome, failed, ok
 
 
 def named(pattern: str) -> Callable[[Path, str], bool]:
@@ -67,10 +68,10 @@ CHECKERS = (
 
 @dataclass(frozen=True)
 class Result:
-    checker: str
+    """What a checker said of its files."""
+
+    outcome: Outcome
     files: int
-    output: str
-    failed: bool
     elapsed_s: float
 
 
@@ -78,7 +79,7 @@ def run(checker: Checker, root: Path, names: list[str]) -> Result:
     """The checker's verdict on its files among `names`; without any, it passes."""
     mine = [name for name in names if checker.takes(root, name)]
     if not mine:
-        return Result(checker.name, 0, "", False, 0.0)
+        return Result(ok("", checker.name), 0, 0.0)
     started = time.monotonic()
     program = Path(sys.executable).with_name(checker.command[0])
     command = [str(program), *checker.command[1:], *(mine if checker.with_names else [])]
@@ -88,7 +89,8 @@ def run(checker: Checker, root: Path, names: list[str]) -> Result:
         )
     except FileNotFoundError:
         raise UserError(f"{program.name} is not installed beside {sys.executable}", "make env") from None
-    return Result(checker.name, len(mine), done.stdout, done.returncode != 0, time.monotonic() - started)
+    judged = failed if done.returncode else ok
+    return Result(judged(done.stdout, name=checker.name), len(mine), time.monotonic() - started)
 
 
 def lint(root: Path) -> Iterator[Result]:
@@ -100,16 +102,16 @@ def lint(root: Path) -> Iterator[Result]:
 
 def main() -> None:
     parser_for("lint", __doc__).parse_args()
-    failed = []
+    faulty = []
     for result in lint(checkout.ROOT):
-        verdict = "failed" if result.failed else "ok"
-        print(f"lint: {result.checker:<16} {result.files:>4} files  {result.elapsed_s:5.1f} s  {verdict}", flush=True)
-        if result.failed:
-            print(result.output.rstrip(), flush=True)
-            failed.append(result.checker)
-    if failed:
+        found = result.outcome
+        print(f"lint: {found.name:<16} {result.files:>4} files  {result.elapsed_s:5.1f} s  {found.status}", flush=True)
+        if not found.ok:
+            print(found.fact.rstrip(), flush=True)
+            faulty.append(found.name)
+    if faulty:
         raise UserError(
-            f"lint found faults: {', '.join(failed)} (above)", "correct them; .venv/bin/ruff format . reformats"
+            f"lint found faults: {', '.join(faulty)} (above)", "correct them; .venv/bin/ruff format . reformats"
         )
 
 

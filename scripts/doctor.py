@@ -23,22 +23,23 @@ from rich.text import Text
 
 from scripts.cli import QUIET_S, parser_for
 from v4forge.errors import run_main
+from v4forge.outcomes import FAILED, OK, WARNING, Outcome
 from v4forge.pipeline.doctor import checks
-from v4forge.pipeline.doctor.checks import Row
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host
+from v4forge.pipeline.doctor.host import Host
 from v4forge.pipeline.stages import PROFILES
 
 FILE_WIDTH = 160  # of the table where there is no terminal
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red"}
+GROUPS = {check.name: check.group for check in checks.CHECKS}
 
 
-def shown(rows: Sequence[Row]) -> Table:
+def shown(rows: Sequence[Outcome]) -> Table:
     """A row a check, under its group; those that say the same are one."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     table.add_column("check", max_width=20)
     table.add_column("found", overflow="fold")
-    for group, members in groupby(rows, key=lambda row: row.group):
+    for group, members in groupby(rows, key=lambda row: GROUPS[row.name]):
         table.add_section()
         table.add_row("", Text(group, style="bold"), "")
         same: dict[tuple[str, str], list[str]] = {}
@@ -49,9 +50,9 @@ def shown(rows: Sequence[Row]) -> Table:
     return table
 
 
-def fixes(rows: Sequence[Row]) -> list[Text]:
+def fixes(rows: Sequence[Outcome]) -> list[Text]:
     """The commands that help, each once and on a line of its own to be copied, below the checks that it is for."""
-    same: dict[str, list[Row]] = {}
+    same: dict[str, list[Outcome]] = {}
     for row in sorted(rows, key=lambda row: row.status != FAILED):
         if row.fix:
             same.setdefault(row.fix, []).append(row)
@@ -110,10 +111,10 @@ def main() -> int:
         seq_len=args.seq_len,
     )
     with waiting(len(checks.CHECKS)) as progress:
-        rows = checks.run(host, progress=progress)
+        outcomes = checks.run(host, progress=progress)
+    rows = [checks.told(outcome) for outcome in outcomes]
     if args.json:
-        fields = ("name", "status", "fact", "fix")
-        print(json.dumps({"checks": [{name: getattr(row, name) for name in fields} for row in rows]}, indent=1))
+        print(json.dumps({"checks": [row.record() for row in rows]}, indent=1))
     else:
         console = Console()
         if not console.is_terminal:
@@ -122,8 +123,8 @@ def main() -> int:
         for line in fixes(rows):
             console.print(line, soft_wrap=True)
         print()
-        print(checks.verdict(host, rows))
-    return int(any(row.status == FAILED for row in rows))
+        print(checks.verdict(host, outcomes))
+    return int(not all(outcome.ok for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -20,8 +19,9 @@ from rich.text import Text
 
 from scripts.cli import parser_for, steps
 from v4forge.errors import run_main
+from v4forge.outcomes import OK, Outcome
 from v4forge.pipeline import release_check
-from v4forge.pipeline.release_check import FAILED, OK, Release, Row
+from v4forge.pipeline.release_check import Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with steps("release-check", len(release_check.CHECKS), "checks") as advance:
         rows = release_check.rows(Release(args.work), advance)
-    failed = [row for row in rows if row.status == FAILED]
+    failed = [row for row in rows if not row.ok]
     if args.json:
-        print(json.dumps({"checks": [asdict(row) for row in rows]}, indent=1))
+        print(json.dumps({"checks": [row.record() for row in rows]}, indent=1))
     else:
         Console().print(shown(rows))
         print(f"release-check: {f'{len(failed)} of {len(rows)} checks FAILED' if failed else 'ok'}")
     return int(bool(failed))
 
 
-def shown(rows: Sequence[Row]) -> Table:
+def shown(rows: Sequence[Outcome]) -> Table:
     """A row a check; what corrects one stands below what is wrong."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)

@@ -26,15 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge import gpus
+from v4forge import gpus, outcomes
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
 from v4forge.images import containers, definitions
-from v4forge.serving import deployment, preflight, probe, settings, status
+from v4forge.outcomes import Outcome
+from v4forge.serving import deployment, preflight, probe, readiness, settings, status
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import Plan, Runtime
-from v4forge.serving.probe import FLOOR, Check, Expected
+from v4forge.serving.probe import FLOOR, Expected
 from v4forge.serving.supervisord import Supervised
 
 ARTIFACT = "scratch/tiny/artifact"
@@ -170,16 +171,16 @@ def up(arguments: argparse.Namespace) -> None:
     try:
         runtime.start()
         with steps("serve", plan.replicas, "replicas") as progress:
-            preflight.wait(runtime, arguments.timeout, progress)
+            readiness.wait(runtime, arguments.timeout, progress)
         expected = Expected(
             plan.serving.model, plan.serving.drafts > 0, plan.serving.tensor_parallel, arguments.min_acceptance
         )
         with steps("probe", plan.replicas, "replicas") as progress:
             checks = probe.probe(plan.endpoints, expected, lambda number: runtime.log(plan.names[number]), progress)
-        say("\n".join(probe.lines(checks)))
+        say("\n".join(outcomes.lines(checks)))
         failed = [check for check in checks if not check.ok and kind(check) not in arguments.allow]
         if failed:
-            preflight.show_errors(runtime)
+            readiness.show_errors(runtime)
             hint = f"make serve-logs says more; serve all the same: make serve ALLOW={kind(failed[0])}"
             raise UserError(f"the probe failed: {failed[0].name}: {failed[0].detail}", hint)
     except (UserError, KeyboardInterrupt):
@@ -190,7 +191,7 @@ def up(arguments: argparse.Namespace) -> None:
     say(f"ready: {plan.url}")
 
 
-def kind(check: Check) -> str:
+def kind(check: Outcome) -> str:
     """What ALLOW calls it, whichever replica it is about."""
     return check.name.rpartition(": ")[2].replace(" ", "-")
 

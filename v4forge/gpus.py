@@ -1,19 +1,25 @@
-"""The GPUs of this machine, as nvidia-smi tells: which of them form pairs, and whether they can serve the artifact."""
+"""The GPUs of this machine, and which of them form pairs.
+
+NVIDIA's management library (NVML) tells of each; how they are joined, `nvidia-smi topo` does, in words that people
+know. Both number GPUs in the order of PCI buses, whatever CUDA_VISIBLE_DEVICES says.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, TypeVar
 
 from v4forge.errors import UserError
 
-GPU_FIELDS = "index,name,uuid,memory.total,memory.used,driver_version,compute_cap"
-PROCESS_FIELDS = "gpu_uuid,pid,process_name,used_memory"
-LIMIT_S = 60.0  # without the persistence daemon, nvidia-smi wakes every GPU first
-MIB, GIB = 2**20, 2**30
+LIMIT_S = 60.0  # without the persistence daemon, who asks first wakes every GPU
+GIB = 2**30
 
 HOPPER = (9, 0)
 BLACKWELL = (10, 0)
@@ -31,14 +37,18 @@ MEANINGS = {
     "SYS": "the interconnect between NUMA nodes",
 }
 SMI_HINT = "install NVIDIA's driver, then: nvidia-smi; without a GPU: make serve PROFILE=tiny RUNTIME=host BACKEND=cpu"
+HANGS_HINT = "a GPU hangs? sudo dmesg | grep -i xid"
 
 Pair = tuple[int, int]
 Smi = Callable[[Sequence[str]], str]
+Nvml = Any  # the module pynvml, which has no types
+Library = Callable[[], Nvml]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    index: int  # nvidia-smi's, in the order of PCI buses
+    index: int
     name: str
     uuid: str
     memory_bytes: int
@@ -57,6 +67,7 @@ class Process:
     uuid: str
     pid: int
     name: str
+    used_bytes: int | None = None  # None where the driver does not tell
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,14 @@ class Topology:
         return bool(one and other) and one != other
 
 
+class NoDriver(UserError):
+    """This machine has no NVIDIA driver, as far as this program can tell; `lacks`: what it has not."""
+
+    def __init__(self, lacks: str) -> None:
+        super().__init__(f"there is no {lacks}: this machine has no NVIDIA driver", SMI_HINT)
+        self.lacks = lacks
+
+
 def nvidia_smi(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """What nvidia-smi prints, in this process's environment or another. Raises UserError where there is none, or it
     fails."""
@@ -87,58 +106,118 @@ def nvidia_smi(arguments: Sequence[str], environment: Mapping[str, str] | None =
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, errors="replace", env=environment)
     except FileNotFoundError:
-        raise UserError("there is no nvidia-smi: this machine has no NVIDIA driver", SMI_HINT) from None
+        raise NoDriver("nvidia-smi") from None
     except PermissionError:
         raise UserError("nvidia-smi may not be run by this user", "ls -l $(which nvidia-smi)") from None
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"nvidia-smi did not answer within {LIMIT_S:.0f} s", "a GPU hangs? sudo dmesg | grep -i xid"
-        ) from None
+        raise UserError(f"nvidia-smi did not answer within {LIMIT_S:.0f} s", HANGS_HINT) from None
     if done.returncode:
         said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[0]
         raise UserError(f"nvidia-smi failed with {done.returncode}: {said}", SMI_HINT)
     return done.stdout
 
 
-def gpus(smi: Smi = nvidia_smi) -> list[Gpu]:
+def library() -> Nvml:
+    """NVML as Python has it. Raises NoDriver where that is not installed."""
+    try:
+        import pynvml
+    except ImportError:
+        raise NoDriver("pynvml") from None
+    return pynvml
+
+
+def asked(question: Callable[[Nvml], T], load: Library = library) -> T:
+    """The answer to a question that is put to NVML. Raises NoDriver where there is none, and UserError where it fails
+    or does not answer in time."""
+    nvml = load()
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            nvml.nvmlInit()
+            try:
+                found = question(nvml)
+            finally:
+                with suppress(nvml.NVMLError):
+                    nvml.nvmlShutdown()
+            answer.set_result(found)
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A thread, and a daemon's: what asks a GPU that hangs may wait in the kernel for ever.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(LIMIT_S)
+    except TimeoutError:
+        raise UserError(f"NVML did not answer within {LIMIT_S:.0f} s", HANGS_HINT) from None
+    except nvml.NVMLError_LibraryNotFound:
+        raise NoDriver("libnvidia-ml.so.1") from None
+    except nvml.NVMLError as error:
+        raise UserError(f"NVML failed: {error}", SMI_HINT) from None
+
+
+def gpus(load: Library = library) -> list[Gpu]:
     """The machine's GPUs. Raises UserError where there are none."""
-    found = parse_gpus(smi([f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits"]))
-    if not found:
-        raise UserError("nvidia-smi lists no GPU", SMI_HINT)
+
+    def every(nvml: Nvml) -> list[Gpu]:
+        driver = nvml.nvmlSystemGetDriverVersion()
+        return [_gpu(nvml, index, driver) for index in range(nvml.nvmlDeviceGetCount())]
+
+    if not (found := asked(every, load)):
+        raise UserError("NVML lists no GPU", SMI_HINT)
     return found
 
 
-def processes(smi: Smi = nvidia_smi) -> list[Process]:
+def _gpu(nvml: Nvml, index: int, driver: str) -> Gpu:
+    """Raises UserError naming a GPU that does not answer."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
+        compute = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except nvml.NVMLError as error:
+        raise UserError(f"NVML says of GPU {index}: {error}", SMI_HINT) from None
+    try:
+        memory = _memory(nvml, handle)
+    except nvml.NVMLError as error:
+        raise UserError(f"GPU {index} ({name}) does not tell its memory: {error}", "nvidia-smi -q -d MEMORY") from None
+    return Gpu(index, name, uuid, memory.total, memory.used, driver, compute)
+
+
+def _memory(nvml: Nvml, handle: Any) -> Any:
+    """Its `total` and `used` bytes, as nvidia-smi shows them."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle, nvml.nvmlMemory_v2)
+    except nvml.NVMLError_FunctionNotFound:  # drivers before 510 count what they keep for themselves as used
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def processes(load: Library = library) -> list[Process]:
     """The programs on the machine's GPUs; none are listed in a container."""
-    return parse_processes(smi([f"--query-compute-apps={PROCESS_FIELDS}", "--format=csv,noheader,nounits"]))
+
+    def every(nvml: Nvml) -> list[Process]:
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+            with suppress(nvml.NVMLError):  # of a sliced GPU only root is told
+                for each in nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle):
+                    found.append(Process(uuid, each.pid, _program(nvml, each.pid), each.usedGpuMemory))
+        return found
+
+    return asked(every, load)
+
+
+def _program(nvml: Nvml, pid: int) -> str:
+    try:
+        return str(nvml.nvmlSystemGetProcessName(pid))
+    except UnicodeDecodeError as error:
+        return str(error.object, errors="replace")
+    except nvml.NVMLError as error:
+        return f"[{error}]"  # [Not Found] is a process of another container
 
 
 def topology(smi: Smi = nvidia_smi) -> Topology:
     return parse_topology(smi(["topo", "-m"]))
-
-
-def parse_gpus(text: str) -> list[Gpu]:
-    """GPU_FIELDS by comma, a GPU a line, memory in MiB. Raises UserError naming a line that says something else."""
-    found = []
-    for line in filter(str.strip, text.splitlines()):
-        try:
-            index, name, uuid, memory, used, driver, compute = (word.strip() for word in line.split(","))
-            major, minor = compute.split(".")
-            found.append(
-                Gpu(int(index), name, uuid, int(memory) * MIB, int(used) * MIB, driver, (int(major), int(minor)))
-            )
-        except ValueError:
-            raise UserError(
-                f"nvidia-smi says of a GPU: {line.strip()!r}, not {GPU_FIELDS}",
-                f"nvidia-smi --query-gpu={GPU_FIELDS} --format=csv has to answer with numbers",
-            ) from None
-    return sorted(found, key=lambda gpu: gpu.index)
-
-
-def parse_processes(text: str) -> list[Process]:
-    """PROCESS_FIELDS by comma, a program a line; a program's name may hold commas."""
-    matches = (re.fullmatch(r"\s*(GPU-[^,\s]+)\s*,\s*(\d+)\s*,\s*(.*?)\s*,[^,]*", line) for line in text.splitlines())
-    return [Process(match[1], int(match[2]), match[3]) for match in matches if match]
 
 
 def parse_topology(text: str) -> Topology:
@@ -208,70 +287,3 @@ def explain(topology: Topology, chosen: Sequence[Pair]) -> list[str]:
         where = f"NUMA node{'s' * (len(nodes) > 1)} {' and '.join(nodes)}"
         lines.append(f"replica {replica}   GPU {pair[0]},{pair[1]:<4}  {link:<5} {meaning:<36} {where}")
     return lines
-
-
-def check_can_serve(
-    gpus: Sequence[Gpu],
-    tensor_parallel: int,
-    artifact_bytes: int,
-    memory_utilization: float,
-    driver_min: str,
-    programs: Sequence[Process] = (),
-    replicas: int = 1,
-) -> list[str]:
-    """What may be wrong with serving on these GPUs, a line each. Raises UserError for what is.
-
-    gpus: the ones to serve on; driver_min: CUDA_DRIVER_MIN of versions.env; programs: what `processes` found.
-    """
-    needed = tensor_parallel * replicas
-    if len(gpus) < needed:
-        fewer = len(gpus) // tensor_parallel
-        raise UserError(
-            f"{replicas} replicas of {tensor_parallel} GPUs need {needed}, there are {len(gpus)}",
-            f"make serve REPLICAS={fewer}" if fewer else "serve on a machine with more GPUs: nvidia-smi -L lists them",
-        )
-    for gpu in gpus:
-        if gpu.compute < HOPPER:
-            raise UserError(
-                f"{gpu} has compute capability {_dotted(gpu.compute)}; DeepGEMM and FP8 by blocks need"
-                f" {_dotted(HOPPER)}, Hopper",
-                "serve on H100, H200 or newer; DEVICES= leaves a GPU out",
-            )
-        if _version(gpu.driver) < _version(driver_min):
-            raise UserError(
-                f"the NVIDIA driver is {gpu.driver}; the image's CUDA needs {driver_min} or newer",
-                f"install driver {driver_min} or newer and restart the machine; nvidia-smi shows it",
-            )
-    room = min(gpu.memory_bytes for gpu in gpus) * memory_utilization
-    if room * tensor_parallel < artifact_bytes:
-        enough = next((n for n in (2, 4, 8) if n > tensor_parallel and room * n >= artifact_bytes), 0)
-        raise UserError(
-            f"the artifact is {_gib(artifact_bytes)}; {tensor_parallel} of these GPUs hold"
-            f" {_gib(room * tensor_parallel)} at a memory utilization of {memory_utilization:.2f}",
-            f'make serve SET="tensor-parallel-size={enough}"' if enough else "serve on GPUs with more memory",
-        )
-    for gpu in gpus:
-        if gpu.used_bytes > IDLE_BYTES:
-            names = [f"{each.name} (process {each.pid})" for each in programs if each.uuid == gpu.uuid]
-            by = ", ".join(names) or "a program that nvidia-smi does not list"
-            raise UserError(
-                f"{gpu} is in use: {_gib(gpu.used_bytes)} by {by}",
-                "end it, or leave the GPU out with DEVICES=; replicas of ours: make serve-stop",
-            )
-    newer = [str(gpu) for gpu in gpus if gpu.compute >= BLACKWELL]
-    return [f"not verified on compute capability {_dotted(BLACKWELL)} and newer: {', '.join(newer)}"] if newer else []
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """Its numbers. Raises UserError for a driver that does not tell its version."""
-    if not re.fullmatch(r"\d+(\.\d+)*", text):
-        raise UserError(f"nvidia-smi says that the driver's version is {text!r}", SMI_HINT)
-    return tuple(map(int, text.split(".")))
-
-
-def _dotted(compute: tuple[int, int]) -> str:
-    return f"{compute[0]}.{compute[1]}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

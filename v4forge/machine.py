@@ -42,7 +42,7 @@ def memory_bytes() -> int:
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores, memory, kernel, GPUs by name and their driver; without nvidia-smi there are no GPUs."""
+    """Processor, cores, memory, kernel, GPUs by name and their driver; without a driver there are none."""
     try:
         found = gpus.gpus()
     except UserError:

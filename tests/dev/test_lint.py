@@ -11,6 +11,7 @@ import pytest
 
 from dev import lint
 from v4forge import checkout
+from v4forge.outcomes import FAILED, OK
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -71,8 +72,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_good_files_pass_every_checker(repository: Path) -> None:
     results = list(lint.lint(repository))
-    assert [(result.checker, result.output) for result in results if result.failed] == []
-    assert [result.checker for result in results if not result.files] == []
+    assert [result.outcome for result in results if not result.outcome.ok] == []
+    assert [result.outcome.name for result in results if not result.files] == []
 
 
 @pytest.mark.parametrize(("checker", "name", "text", "says"), BAD, ids=[f"{row[0]}, {row[1]}" for row in BAD])
@@ -85,10 +86,10 @@ def test_a_bad_file_fails_its_checker(repository: Path, checker: str, name: str,
         result = lint.run(row, repository, checkout.names(repository))
     finally:
         bad.unlink()
-    assert result.failed
-    assert says in result.output
+    assert result.outcome.status == FAILED
+    assert says in result.outcome.fact
     module = ".".join(Path(name).with_suffix("").parts)
-    assert bad.name in result.output or module in result.output
+    assert bad.name in result.outcome.fact or module in result.outcome.fact
 
 
 def test_every_checker_is_shown_to_fail() -> None:
@@ -96,7 +97,7 @@ def test_every_checker_is_shown_to_fail() -> None:
 
 
 def test_a_checker_without_files_passes(tmp_path: Path) -> None:
-    assert [lint.run(checker, tmp_path, []).failed for checker in lint.CHECKERS] == [False] * len(lint.CHECKERS)
+    assert [lint.run(checker, tmp_path, []).outcome.status for checker in lint.CHECKERS] == [OK] * len(lint.CHECKERS)
 
 
 def test_a_dockerfile_stops_at_the_first_command_that_fails() -> None:

@@ -1,4 +1,4 @@
-"""The doctor's checks of GPUs on a real one: what this driver's nvidia-smi and library say is understood."""
+"""The doctor's checks of GPUs on a real one: what this driver's libraries and nvidia-smi say is understood."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from v4forge.outcomes import OK
 from v4forge.pipeline.doctor import checks as doctor_checks
-from v4forge.pipeline.doctor.host import OK, Host
+from v4forge.pipeline.doctor.host import Host
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,5 @@
-"""v4forge.gpus on what nvidia-smi printed on real machines, as their owners published it in bug reports.
+"""v4forge.gpus: what NVIDIA's library tells, by a stand-in, and how GPUs are joined, on what nvidia-smi printed on real
+machines, as their owners published it in bug reports.
 
 topo-8xh100: NVIDIA/nccl#1264; topo-4xh100: NVIDIA/nccl#1617; topo-8xb200-one-unlinked: vllm-project/vllm#16336 without
 its network cards; topo-8x4090: NVIDIA/go-gpuallocator#17; topo-8xpcie-no-numa: lattice/quda#669; topo-2xa800-unknown:
@@ -9,30 +10,29 @@ of a VM that this project was tried on, as on a terminal.
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import nvml_stand_in
+import pynvml
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nvml_stand_in import MIB, Card, NvmlLibrary, Program
 
 from v4forge import gpus
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
-from v4forge.gpus import GIB, Gpu, Process, Topology
+from v4forge.gpus import GIB, Gpu, NoDriver, Process, Topology
 
 DATA = ROOT / "tests/data"
-NEEDED = "580.60.1"  # a driver, for tests
-H200 = Gpu(0, "NVIDIA H200", "GPU-0", 143771 * 2**20, 4 * 2**20, "580.60.2", (9, 0))
-ARTIFACT = int(170.4e9)
 
 
 def topology(name: str) -> Topology:
     return gpus.parse_topology((DATA / f"topo-{name}.txt").read_text())
-
-
-def machine(count: int, **changes: object) -> list[Gpu]:
-    return [replace(H200, index=i, uuid=f"GPU-{i}", **changes) for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -126,77 +126,109 @@ def test_the_table_says_how_a_pair_is_joined_and_where() -> None:
     assert gpus.explain(topology("2xa800-unknown"), [(0, 1)])[0].endswith("NUMA node unknown")
 
 
-def test_gpus_are_read_in_their_order() -> None:
-    text = "1, NVIDIA H200, GPU-b, 143771, 512, 580.60.2, 9.0\n0, NVIDIA B200, GPU-a, 183359, 0, 580.60.2, 10.0\n"
-    first, second = gpus.parse_gpus(text)
-    assert (first.index, first.compute, second.used_bytes) == (0, (10, 0), 512 * 2**20)
-    assert second.memory_bytes == 143771 * 2**20
-
-
-@pytest.mark.parametrize("line", ["0, NVIDIA GB10, GPU-a, [N/A], [N/A], 580.60.2, 12.1", "garbage", "0,1,2,3,4,5,6,7"])
-def test_a_gpu_that_does_not_tell_its_memory_is_named(line: str) -> None:
-    with pytest.raises(UserError) as caught:
-        gpus.parse_gpus(line)
-    assert line in caught.value.fact
-
-
-def test_programs_on_a_gpu_are_read_whatever_they_are_called() -> None:
-    text = "GPU-a, 4242, /opt/my, app/python3, 1024\nGPU-b, 7, [Not Found], [N/A]\n\nNo running processes found\n"
-    assert gpus.parse_processes(text) == [
-        Process("GPU-a", 4242, "/opt/my, app/python3"),
-        Process("GPU-b", 7, "[Not Found]"),
+def test_gpus_are_read_in_their_order_with_what_the_driver_keeps_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [
+        Card("GPU-a", "NVIDIA B200", memory_bytes=183359 * MIB, used_bytes=0, compute=(10, 0)),
+        Card("GPU-b", used_bytes=512 * MIB, reserved_bytes=600 * MIB),
+    ]
+    nvml_stand_in.put(monkeypatch, NvmlLibrary(cards, driver="580.60.2"))
+    assert gpus.gpus() == [
+        Gpu(0, "NVIDIA B200", "GPU-a", 183359 * MIB, 0, "580.60.2", (10, 0)),
+        Gpu(1, "NVIDIA H200", "GPU-b", 143771 * MIB, 512 * MIB, "580.60.2", (9, 0)),
     ]
 
 
-def test_idle_h200s_can_serve_flash() -> None:
-    assert gpus.check_can_serve(machine(8), 2, ARTIFACT, 0.8, NEEDED, replicas=4) == []
+def test_a_driver_that_does_not_tell_what_it_keeps_counts_it_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [Card("GPU-0", used_bytes=4 * MIB, reserved_bytes=600 * MIB)]
+    nvml_stand_in.put(monkeypatch, NvmlLibrary(cards, unknown=["nvmlDeviceGetMemoryInfo_v2"]))
+    assert [(gpu.memory_bytes, gpu.used_bytes) for gpu in gpus.gpus()] == [(143771 * MIB, 604 * MIB)]
 
 
-def test_a_newer_generation_is_told_as_not_verified() -> None:
-    (warning,) = gpus.check_can_serve(machine(2, compute=(10, 0)), 2, ARTIFACT, 0.8, NEEDED)
-    assert "10.0" in warning and "GPU 1" in warning
+def test_a_gpu_that_does_not_tell_its_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-a", "NVIDIA GB10", memory_bytes=None, compute=(12, 1))]))
+    with pytest.raises(UserError, match=r"GPU 0 \(NVIDIA GB10\) does not tell its memory: Not Supported"):
+        gpus.gpus()
 
 
-REFUSED = {
-    "an older generation": (dict(compute=(8, 0), name="NVIDIA A100"), "GPU 0 (NVIDIA A100) has compute capability 8.0"),
-    "an older driver": (dict(driver="580.59.99"), f"the NVIDIA driver is 580.59.99; the image's CUDA needs {NEEDED}"),
-    "a driver without a number": (dict(driver="[N/A]"), "the driver's version is '[N/A]'"),
-    "too little memory": (dict(memory_bytes=80 * GIB), "the artifact is 158.7 GiB; 2 of these GPUs hold 128.0 GiB"),
-    "a GPU in use": (dict(used_bytes=40 * GIB), "GPU 0 (NVIDIA H200) is in use: 40.0 GiB by python3 (process 12)"),
-}
+def test_a_gpu_that_is_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = NvmlLibrary([Card("GPU-0"), Card("GPU-1", error=pynvml.NVML_ERROR_GPU_IS_LOST)])
+    nvml_stand_in.put(monkeypatch, library)
+    with pytest.raises(UserError, match="of GPU 1: GPU is lost"):
+        gpus.gpus()
+    assert library.open == 0
 
 
-@pytest.mark.parametrize("why", REFUSED)
-def test_gpus_that_cannot_serve_are_refused_with_the_fact(why: str) -> None:
-    changes, fact = REFUSED[why]
-    with pytest.raises(UserError) as caught:
-        gpus.check_can_serve(machine(2, **changes), 2, ARTIFACT, 0.8, NEEDED, [Process("GPU-0", 12, "python3")])
-    assert fact in caught.value.fact and caught.value.hint
+def test_programs_on_a_gpu_are_read_whatever_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [
+        Card("GPU-a", programs=[Program(4242, b"/opt/my, app/python3", GIB), Program(43, b"caf\xe9", 1)]),
+        Card("GPU-b", programs=[Program(7, None, None)]),
+        Card("GPU-c"),
+    ]
+    nvml_stand_in.put(monkeypatch, NvmlLibrary(cards))
+    assert gpus.processes() == [
+        Process("GPU-a", 4242, "/opt/my, app/python3", GIB),
+        Process("GPU-a", 43, "caf\ufffd", 1),
+        Process("GPU-b", 7, "[Not Found]", None),
+    ]
 
 
-@pytest.mark.parametrize("driver", ["580.60.1", "580.60.01", "580.100", "581.1.1"])
-def test_drivers_are_compared_by_number(driver: str) -> None:
-    assert gpus.check_can_serve(machine(2, driver=driver), 2, ARTIFACT, 0.8, NEEDED) == []
-
-
-def test_a_smaller_gpu_is_told_how_many_of_it_hold_the_artifact() -> None:
-    with pytest.raises(UserError, match="tensor-parallel-size=4"):
-        gpus.check_can_serve(machine(8, memory_bytes=80 * GIB), 2, ARTIFACT, 0.8, NEEDED)
-    with pytest.raises(UserError, match="more memory"):
-        gpus.check_can_serve(machine(8, memory_bytes=16 * GIB), 2, ARTIFACT, 0.8, NEEDED)
-
-
-def test_too_few_gpus_are_told_for_how_many_replicas_they_are_enough() -> None:
-    with pytest.raises(UserError, match=r"4 replicas of 2 GPUs need 8, there are 5 \(hint: make serve REPLICAS=2\)"):
-        gpus.check_can_serve(machine(5), 2, ARTIFACT, 0.8, NEEDED, replicas=4)
-    with pytest.raises(UserError, match="need 2, there are 1"):
-        gpus.check_can_serve(machine(1), 2, ARTIFACT, 0.8, NEEDED)
+def test_a_gpu_whose_programs_are_not_told_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sliced = Card("GPU-a", programs=[Program(1, b"x", 1)], listing=pynvml.NVML_ERROR_NO_PERMISSION)
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([sliced, Card("GPU-b", programs=[Program(2, b"y", 1)])]))
+    assert gpus.processes() == [Process("GPU-b", 2, "y", 1)]
 
 
 def test_a_machine_without_a_driver_is_told_of_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"no NVIDIA driver.*BACKEND=cpu"):
+    nvml_stand_in.put(monkeypatch, None)
+    for ask, lacks in ((gpus.gpus, "libnvidia-ml"), (gpus.processes, "libnvidia-ml"), (gpus.topology, "nvidia-smi")):
+        with pytest.raises(NoDriver, match=rf"there is no {lacks}.*no NVIDIA driver.*BACKEND=cpu"):
+            ask()
+
+
+def test_a_place_without_pynvml_has_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(NoDriver, match=r"no pynvml: this machine has no NVIDIA driver.*BACKEND=cpu"):
         gpus.gpus()
+
+
+@pytest.mark.parametrize(
+    ("error", "fact"),
+    [
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "NVML failed: RM has detected an NVML/RM version mismatch"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "NVML failed: Driver Not Loaded"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "NVML failed: Insufficient Permissions"),
+    ],
+)
+def test_a_library_that_fails_is_quoted(error: int, fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0")], error=error))
+    with pytest.raises(UserError) as caught:
+        gpus.gpus()
+    assert fact in caught.value.fact and caught.value.hint
+
+
+def test_a_driver_that_lists_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([]))
+    with pytest.raises(UserError, match="lists no GPU"):
+        gpus.gpus()
+
+
+def test_a_library_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = NvmlLibrary([Card("GPU-0")])
+    library.hangs = threading.Event()
+    nvml_stand_in.put(monkeypatch, library)
+    monkeypatch.setattr(gpus, "LIMIT_S", 0.2)
+    with pytest.raises(UserError, match="did not answer within"):
+        gpus.gpus()
+    library.hangs.set()
+
+
+def test_several_may_ask_at_once_and_the_library_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = NvmlLibrary([Card("GPU-0")])
+    nvml_stand_in.put(monkeypatch, library)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({str(found) for found in pool.map(lambda _: gpus.gpus(), range(20))}) == 1
+    assert library.open == 0
 
 
 # Bodies of a program in nvidia-smi's place -> the fact.
@@ -204,7 +236,7 @@ FAILING = {
     "echo 'NVIDIA-SMI has failed because it could not reach the driver.'; exit 9": "failed with 9: NVIDIA-SMI",
     "echo 'Unknown error' >&2; exit 255": "failed with 255: Unknown error",
     "exit 6": "failed with 6: nothing",
-    "true": "lists no GPU",
+    "true": "no matrix of GPUs",
     "exec sleep 30": "did not answer within",
 }
 
@@ -217,7 +249,7 @@ def test_an_nvidia_smi_that_fails_is_quoted(body: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(gpus, "LIMIT_S", 2.0)
     with pytest.raises(UserError) as caught:
-        gpus.gpus()
+        gpus.topology()
     assert FAILING[body] in caught.value.fact
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
+import nvml_stand_in
 import pytest
+from nvml_stand_in import Card, NvmlLibrary
 
-from v4forge import gpus, machine
+from v4forge import machine
 
 CPUINFO = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: {model}\nmodel name\t: A Processor\nstepping\t: 1\n\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 100\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n\n"
@@ -34,13 +37,17 @@ def test_a_processor_without_a_name_is_told_by_its_part(tmp_path: Path) -> None:
 
 
 def test_the_facts_name_gpus_and_driver_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = gpus.Gpu(0, "NVIDIA H200", "GPU-1", 1, 0, "580.1", (9, 0))
-    monkeypatch.setattr(gpus, "gpus", lambda: [card, card])
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1")], driver="580.1"))
     facts = machine.facts()
     assert (facts["gpus"], facts["driver"]) == (["NVIDIA H200"] * 2, "580.1")
     assert facts["cores"] == os.cpu_count() and facts["memory_bytes"] > 2**30 and facts["kernel"]
 
 
-def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml_stand_in.put(monkeypatch, None)
+    assert (machine.facts()["gpus"], machine.facts()["driver"]) == ([], None)
+
+
+def test_a_place_without_pynvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert (machine.facts()["gpus"], machine.facts()["driver"]) == ([], None)

@@ -9,19 +9,22 @@ import threading
 import time
 from pathlib import Path
 
+import nvml_stand_in
 import pytest
 from doctored import Machine
+from nvml_stand_in import Card, NvmlLibrary
 from programs import run_here
 from rich.console import Console
 
 from scripts import doctor as program
 from v4forge.errors import UserError
+from v4forge.outcomes import FAILED, NOT_CHECKED, OK, WARNING, NotChecked, Outcome, ok, warning
 from v4forge.pipeline import disk_speed
 from v4forge.pipeline.disk_speed import Speed
 from v4forge.pipeline.doctor import checks as doctor_checks
 from v4forge.pipeline.doctor import host as doctor_host
-from v4forge.pipeline.doctor.checks import GROUPS, Check, Row
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked, Result, ok, warning
+from v4forge.pipeline.doctor.checks import GROUPS, Check
+from v4forge.pipeline.doctor.host import Host
 
 TOKEN = "hf_abcdefghijklmnop"
 
@@ -32,7 +35,7 @@ def host(tmp_path: Path) -> Host:
 
 
 def raising(error: Exception) -> Check:
-    def check(_host: Host) -> Result:
+    def check(_host: Host) -> Outcome:
         raise error
 
     return Check("it", "system", check)
@@ -55,8 +58,10 @@ def test_a_check_that_breaks_is_a_failed_row_and_no_traceback(host: Host) -> Non
 
 
 def test_what_cannot_be_checked_is_a_warning_that_says_so(host: Host) -> None:
-    (row,) = doctor_checks.run(host, [raising(NotChecked("no docker here", "apt-get install docker.io"))])
-    assert (row.status, row.fact) == (WARNING, "not checked: no docker here")
+    (outcome,) = doctor_checks.run(host, [raising(NotChecked("no docker here", "apt-get install docker.io"))])
+    assert (outcome.status, outcome.fact) == (NOT_CHECKED, "no docker here")
+    row = doctor_checks.told(outcome)
+    assert (row.status, row.fact, row.fix) == (WARNING, "not checked: no docker here", "apt-get install docker.io")
 
 
 def test_a_check_that_hangs_fails_in_its_time_and_the_others_go_on(host: Host) -> None:
@@ -73,7 +78,7 @@ def test_checks_run_side_by_side_and_those_alone_after_them(host: Host) -> None:
     meet = threading.Barrier(2, timeout=10)
     ended: list[str] = []
 
-    def together(_host: Host) -> Result:
+    def together(_host: Host) -> Outcome:
         meet.wait()
         ended.append("together")
         return ok("")
@@ -110,21 +115,21 @@ def test_what_several_checks_ask_is_asked_once(host: Host) -> None:
 
 def test_the_verdict_is_one_line(host: Host) -> None:
     rows = [
-        Row("a", "disk", OK, "", ""),
-        Row("b", "disk", WARNING, "w", ""),
-        Row("c", "disk", WARNING, "not checked: x", ""),
+        Outcome("a", OK, ""),
+        Outcome("b", WARNING, "w"),
+        Outcome("c", NOT_CHECKED, "x"),
     ]
     assert doctor_checks.verdict(host, rows) == "doctor: PROFILE=tiny can run here; 1 warning, 1 not checked"
-    rows.append(Row("d", "disk", FAILED, "", ""))
+    rows.append(Outcome("d", FAILED, "", ""))
     assert "cannot run here yet; 1 check failed: d;" in doctor_checks.verdict(host, rows)
 
 
 def test_the_table_groups_and_merges_and_only_what_is_not_ok_has_a_fix() -> None:
     rows = [
-        Row("driver", "GPU", WARNING, "none", "get one"),
-        Row("CUDA", "GPU", OK, "starts", ""),
-        Row("ECC", "GPU", WARNING, "none", "get one"),
-        Row("scratch", "disk", OK, "is yours", ""),
+        Outcome("driver", WARNING, "none", "get one"),
+        Outcome("CUDA", OK, "starts", ""),
+        Outcome("ECC", WARNING, "none", "get one"),
+        Outcome("scratch", OK, "is yours", ""),
     ]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(program.shown(rows))
@@ -135,11 +140,11 @@ def test_the_table_groups_and_merges_and_only_what_is_not_ok_has_a_fix() -> None
 
 def test_a_fix_of_several_checks_is_said_once_and_failures_come_first() -> None:
     rows = [
-        Row("fetch", "disk", WARNING, "slow", "other disk"),
-        Row("space a", "disk", FAILED, "1 GB missing", "larger disk"),
-        Row("hub", "network", FAILED, "away", "mirror"),
-        Row("space b", "disk", FAILED, "2 GB missing", "larger disk"),
-        Row("token", "network", WARNING, "not checked", "mirror"),
+        Outcome("fetch", WARNING, "slow", "other disk"),
+        Outcome("space a", FAILED, "1 GB missing", "larger disk"),
+        Outcome("hub", FAILED, "away", "mirror"),
+        Outcome("space b", FAILED, "2 GB missing", "larger disk"),
+        Outcome("token", WARNING, "not checked", "mirror"),
     ]
     assert [line.plain.strip() for line in program.fixes(rows)] == [
         *(
@@ -154,11 +159,11 @@ def test_a_fix_of_several_checks_is_said_once_and_failures_come_first() -> None:
 
 
 def test_what_waits_for_another_check_names_it_and_has_its_fix(host: Host) -> None:
-    def waits(_host: Host) -> Result:
+    def waits(_host: Host) -> Outcome:
         raise NotChecked("no docker daemon answers here", "something else", "docker")
 
     checks = [Check("files", "containers", waits), Check("docker", "containers", lambda _: warning("gone", "start it"))]
-    row = doctor_checks.run(host, checks)[0]
+    row = doctor_checks.told(doctor_checks.run(host, checks)[0])
     assert (row.fact, row.fix) == ("not checked: no docker daemon answers here, see docker", "start it")
 
 
@@ -188,6 +193,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    nvml_stand_in.put(monkeypatch, None)
     monkeypatch.setattr(doctor_host.torch.version, "cuda", None)
     return tmp_path / "scratch/tiny"
 
@@ -222,3 +228,13 @@ def test_flash_without_a_gpu_fails_and_says_why(bare: Path, capsys: pytest.Captu
     assert run_here("doctor", "--work", bare, "--profile", "flash") == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("doctor: PROFILE=flash cannot run here yet") and "driver" in last and "docker" in last
+
+
+def test_the_program_asks_the_library_for_gpus(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1", ecc=False)]))
+    run_here("doctor", "--work", bare, "--json")
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert rows["GPUs"]["fact"] == "2 x NVIDIA H200, 140.4 GiB each" and rows["in use"]["fact"] == "2 GPUs idle"
+    assert (rows["ECC"]["status"], rows["ECC"]["fix"]) == (WARNING, "sudo nvidia-smi -i 1 -e 1 && sudo reboot")

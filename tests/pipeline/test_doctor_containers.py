@@ -13,9 +13,10 @@ from doctored import Machine, says, statvfs
 from v4forge import pins
 from v4forge.errors import UserError
 from v4forge.images import containers, definitions
+from v4forge.outcomes import FAILED, OK, WARNING, NotChecked
 from v4forge.pipeline.doctor import containers as doctor_containers
 from v4forge.pipeline.doctor import disk
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked
+from v4forge.pipeline.doctor.host import Host
 
 CODE = "0123"  # the checkout's, whatever it is
 CALIB, SERVE = definitions.tag("calib"), definitions.tag("serve")

@@ -9,10 +9,10 @@ import pytest
 from doctored import Machine, says, statvfs
 
 from v4forge.errors import UserError
+from v4forge.outcomes import FAILED, OK, WARNING
 from v4forge.pipeline import disk_speed, requirements
 from v4forge.pipeline.disk_speed import Speed
 from v4forge.pipeline.doctor import disk
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING
 
 GB = 10**9
 

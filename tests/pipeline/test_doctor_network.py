@@ -17,8 +17,9 @@ import pytest
 from doctored import Machine, says
 
 from v4forge import pins
+from v4forge.outcomes import FAILED, OK, WARNING, NotChecked
 from v4forge.pipeline.doctor import network
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING, Host, NotChecked
+from v4forge.pipeline.doctor.host import Host
 
 TOKEN = "hf_abcdefghijklmnop"
 STRANGER = "hf_of_somebody_else"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from doctored import GIB, LIMITS, Machine, says, statvfs
 
+from v4forge.outcomes import FAILED, OK, WARNING
 from v4forge.pipeline.doctor import system
-from v4forge.pipeline.doctor.host import FAILED, OK, WARNING
 
 
 @pytest.fixture

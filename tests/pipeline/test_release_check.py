@@ -22,8 +22,9 @@ from v4forge import artifact_folder
 from v4forge.images import definitions, lock_check, registry
 from v4forge.images.oci import MANIFESTS, digest_of
 from v4forge.images.registry import Locked
+from v4forge.outcomes import Outcome
 from v4forge.pipeline import release_check as release
-from v4forge.pipeline.release_check import Release, Row
+from v4forge.pipeline.release_check import Release
 from v4forge.reporting import card, gather, page, run_record
 
 
@@ -96,7 +97,7 @@ def push(server: Stored, name: str, lock: Path, **labels: str) -> None:
     registry.write_lock(name, Locked(f"{server.host}/x@{digest_of(manifest)}", digest_of(config)), lock)
 
 
-def row(name: str, subject: Release) -> Row:
+def row(name: str, subject: Release) -> Outcome:
     """One check of the table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(release, "CHECKS", {name: release.CHECKS[name]})
@@ -138,6 +139,7 @@ def test_the_program_shows_a_table_or_json_and_fails_when_a_check_does(
     assert "fix: make artifact" in table and "release-check: 1 of 2 checks FAILED" in table
     assert release_check.main(["--work", str(made / "none"), "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["checks"]
+    assert all(list(row) == ["name", "status", "fact", "fix"] for row in rows)
     assert [(row["name"], row["status"], row["fix"]) for row in rows] == [
         ("certificate", "failed", "make artifact"),
         ("evaluation", "ok", ""),

@@ -1,93 +1,91 @@
-"""The wait for replicas: what it makes of what their keeper says, without any process."""
+"""The guard of the GPUs: which can serve an artifact, and what is wrong with the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import nvml_stand_in
 import pytest
+from nvml_stand_in import Card, NvmlLibrary, Program
 
 from v4forge.errors import UserError
+from v4forge.gpus import GIB, Gpu, Process
 from v4forge.serving import preflight
-from v4forge.serving.deployment import Plan, Process
+from v4forge.serving.deployment import Plan
 
-RUNS, OTHER = Process("running", "1"), Process("running", "2")
-LOG = """x WARNING may give OSError: too many files
-ValueError: no such file
-x INFO no KeyError: ever
-RuntimeError: Engine core initialization failed. See root cause above."""
+NEEDED = "580.60.1"  # a driver, for tests
+H200 = Gpu(0, "NVIDIA H200", "GPU-0", 143771 * 2**20, 4 * 2**20, "580.60.2", (9, 0))
+ARTIFACT = int(170.4e9)
 
 
-class Told:
-    """A keeper that says one thing after the other, and the last for ever."""
-
-    def __init__(self, *told: Mapping[str, Process]) -> None:
-        self.plan = Plan(folder="/f", artifact="/a", runtime="host", backend="cpu", gpus=[[]])
-        self.told = list(told)
-
-    def processes(self) -> Mapping[str, Process]:
-        return self.told.pop(0) if len(self.told) > 1 else self.told[0]
-
-    def log(self, name: str) -> str:
-        return LOG
-
-    def write(self) -> None: ...
-
-    def start(self) -> None: ...
-
-    def follow(self, names: Sequence[str], lines: int) -> None: ...
-
-    def stop(self, say: object) -> None: ...
+def machine(count: int, **changes: object) -> list[Gpu]:
+    return [replace(H200, index=i, uuid=f"GPU-{i}", **changes) for i in range(count)]
 
 
-def both(replica: Process, router: Process = RUNS) -> dict[str, Process]:
-    return {"replica0": replica, "router": router}
+def test_idle_h200s_can_serve_flash() -> None:
+    assert preflight.check_can_serve(machine(8), 2, ARTIFACT, 0.8, NEEDED, replicas=4) == []
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "POLL_S", 0.0)
-    monkeypatch.setattr(preflight, "ready", lambda plan, number: False)
+def test_a_newer_generation_is_told_as_not_verified() -> None:
+    (warning,) = preflight.check_can_serve(machine(2, compute=(10, 0)), 2, ARTIFACT, 0.8, NEEDED)
+    assert "10.0" in warning and "GPU 1" in warning
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        [both(RUNS), both(Process("exited", "1"))],
-        [both(Process("starting", "")), both(RUNS), both(OTHER)],
-        [both(RUNS), both(RUNS), both(Process("starting", "2")), both(OTHER)],
-        [both(Process())],
-    ],
-    ids=["ended", "ended and runs again", "ended and starts again", "is not there"],
-)
-def test_a_replica_that_ends_ends_the_wait_with_its_own_error(
-    told: list[dict[str, Process]], capsys: pytest.CaptureFixture[str]
+REFUSED = {
+    "an older generation": (dict(compute=(8, 0), name="NVIDIA A100"), "GPU 0 (NVIDIA A100) has compute capability 8.0"),
+    "an older driver": (dict(driver="580.59.99"), f"the NVIDIA driver is 580.59.99; the image's CUDA needs {NEEDED}"),
+    "a driver without a number": (dict(driver="[N/A]"), "the driver's version is '[N/A]'"),
+    "too little memory": (dict(memory_bytes=80 * GIB), "the artifact is 158.7 GiB; 2 of these GPUs hold 128.0 GiB"),
+    "a GPU in use": (dict(used_bytes=40 * GIB), "GPU 0 (NVIDIA H200) is in use: 40.0 GiB by python3 (process 12)"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_gpus_that_cannot_serve_are_refused_with_the_fact(why: str) -> None:
+    changes, fact = REFUSED[why]
+    with pytest.raises(UserError) as caught:
+        preflight.check_can_serve(machine(2, **changes), 2, ARTIFACT, 0.8, NEEDED, [Process("GPU-0", 12, "python3")])
+    assert fact in caught.value.fact and caught.value.hint
+
+
+@pytest.mark.parametrize("driver", ["580.60.1", "580.60.01", "580.100", "581.1.1"])
+def test_drivers_are_compared_by_number(driver: str) -> None:
+    assert preflight.check_can_serve(machine(2, driver=driver), 2, ARTIFACT, 0.8, NEEDED) == []
+
+
+def test_a_smaller_gpu_is_told_how_many_of_it_hold_the_artifact() -> None:
+    with pytest.raises(UserError, match="tensor-parallel-size=4"):
+        preflight.check_can_serve(machine(8, memory_bytes=80 * GIB), 2, ARTIFACT, 0.8, NEEDED)
+    with pytest.raises(UserError, match="more memory"):
+        preflight.check_can_serve(machine(8, memory_bytes=16 * GIB), 2, ARTIFACT, 0.8, NEEDED)
+
+
+def test_too_few_gpus_are_told_for_how_many_replicas_they_are_enough() -> None:
+    with pytest.raises(UserError, match=r"4 replicas of 2 GPUs need 8, there are 5 \(hint: make serve REPLICAS=2\)"):
+        preflight.check_can_serve(machine(5), 2, ARTIFACT, 0.8, NEEDED, replicas=4)
+    with pytest.raises(UserError, match="need 2, there are 1"):
+        preflight.check_can_serve(machine(1), 2, ARTIFACT, 0.8, NEEDED)
+
+
+def guarded(folder: Path, devices: list[list[str]]) -> None:
+    """The guard, on an artifact of no bytes."""
+    preflight.check_gpus(Plan(folder=str(folder), artifact=str(folder), runtime="docker", backend="cuda", gpus=devices))
+
+
+def test_the_guard_asks_the_library_for_the_gpus_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = Card("GPU-2", used_bytes=40 * GIB, programs=[Program(12, b"python3", 40 * GIB)])
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1"), used]))
+    guarded(tmp_path, [["0", "1"]])
+    with pytest.raises(UserError, match=r"GPU 2 \(NVIDIA H200\) is in use: 40\.0 GiB by python3 \(process 12\)"):
+        guarded(tmp_path, [["0", "2"]])
+    with pytest.raises(UserError, match="there is no GPU 7"):
+        guarded(tmp_path, [["0", "7"]])
+
+
+def test_the_guard_of_a_machine_without_a_driver_tells_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError) as error:
-        preflight.wait(Told(*told), 60, lambda _done, _doing: None)
-    assert error.value.fact == "replica0 has ended: ValueError: no such file"
-    assert LOG.splitlines()[-1] in capsys.readouterr().out
-
-
-def test_a_router_that_ends_is_named() -> None:
-    with pytest.raises(UserError, match="router has ended"):
-        preflight.wait(Told(both(RUNS, Process("exited", "1"))), 60, lambda _done, _doing: None)
-
-
-def test_a_wait_has_an_end() -> None:
-    with pytest.raises(UserError, match="replica0 is not ready after 0 s"):
-        preflight.wait(Told(both(RUNS)), 0, lambda _done, _doing: None)
-
-
-def test_a_wait_ends_when_all_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([False, False, True])
-    monkeypatch.setattr(preflight, "ready", lambda plan, number: next(answers))
-    shown: list[tuple[int, str]] = []
-    preflight.wait(Told(both(Process("starting")), both(RUNS)), 60, lambda done, doing: shown.append((done, doing)))
-    assert shown[0] == (0, "replica0: starting") and shown[-1] == (1, "ready")
-
-
-def test_a_missing_step_in_a_log_is_no_defect(tmp_path: Path) -> None:
-    told = Told(both(RUNS))
-    told.log = lambda name: "Loading safetensors checkpoint shards:  50% Completed"  # type: ignore[method-assign]
-    assert preflight._step(told, ["replica0"]) == "replica0: Loading safetensors checkpoint shards:  50%"
+    nvml_stand_in.put(monkeypatch, None)
+    with pytest.raises(UserError, match=r"no NVIDIA driver.*BACKEND=cpu"):
+        guarded(tmp_path, [["0", "1"]])

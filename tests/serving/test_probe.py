@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from probe_stand_in import MODEL, Answer, StandIn, completed, fault, metrics, serving, tokens_of
 
+from v4forge import outcomes
 from v4forge.errors import UserError
-from v4forge.serving import client, probe
+from v4forge.outcomes import FAILED, NOT_CHECKED, OK, Outcome
+from v4forge.serving import agreement, client, probe
+from v4forge.serving.agreement import TOKENS, Completion
 from v4forge.serving.client import PIN, Endpoint
 from v4forge.serving.metrics import Counts
-from v4forge.serving.probe import PROMPTS, TOKENS, Check, Completion, Expected
+from v4forge.serving.probe import PROMPTS, Expected
 
 KEY = "a-secret-key"
 LOG = "".join(
@@ -36,18 +39,18 @@ def server() -> Iterator[ThreadingHTTPServer]:
         yield found
 
 
-def probed(server: ThreadingHTTPServer, expected: Expected = EXPECTED, key: str = "", log: str = LOG) -> list[Check]:
+def probed(server: ThreadingHTTPServer, expected: Expected = EXPECTED, key: str = "", log: str = LOG) -> list[Outcome]:
     url = f"http://127.0.0.1:{server.server_port}/"
     return probe.probe(client.endpoints(url, 2, key), expected, lambda replica: log)
 
 
-def failed(checks: list[Check]) -> dict[str, str]:
+def failed(checks: list[Outcome]) -> dict[str, str]:
     return {check.name: check.detail for check in checks if not check.ok}
 
 
 def test_replicas_without_a_fault_pass_every_check(server: ThreadingHTTPServer) -> None:
     checks = probed(server)
-    assert not failed(checks) and all(check.checked for check in checks) and len(checks) == 13
+    assert not failed(checks) and all(check.status == OK for check in checks) and len(checks) == 13
     assert checks[-1].detail.startswith(f"the same {3 * TOKENS} tokens of 2 replicas")
 
 
@@ -68,7 +71,7 @@ def test_a_replica_asked_by_itself_needs_no_header(server: ThreadingHTTPServer) 
     fault(server, 0, "/v1/models", lambda body: lambda handler: handler.reply(None, 200, '{"data": [{"id": "flash"}]}'))
     alone = Endpoint(0, f"http://127.0.0.1:{server.server_port}", pinned=False)
     checks = probe.probe([alone], EXPECTED, lambda replica: LOG)
-    assert not failed(checks) and not checks[-1].checked
+    assert not failed(checks) and checks[-1].status == NOT_CHECKED
 
 
 @pytest.mark.parametrize("key", ["", "wrong", "not\nprintable", "ключ"])
@@ -181,7 +184,8 @@ def test_drafts_that_are_hardly_ever_accepted_fail_the_start(server: ThreadingHT
 
 def test_without_speculation_drafts_are_not_checked_and_that_is_said(server: ThreadingHTTPServer) -> None:
     checks = {check.name: check for check in probed(server, Expected(MODEL, speculation=False, ranks=2))}
-    assert not checks["replica 0: drafts"].checked and "without speculation" in checks["replica 0: drafts"].detail
+    drafts = checks["replica 0: drafts"]
+    assert drafts.status == NOT_CHECKED and "without speculation" in drafts.detail
     assert "MTP" not in checks["replica 0: weights"].detail
 
 
@@ -281,7 +285,7 @@ def test_fewer_tokens_than_asked_for_and_no_numbers_are_told(server: ThreadingHT
 def test_the_distance_of_two_replicas_is_that_of_the_tokens_that_they_share() -> None:
     one = Completion((1, 2, 3), ({1: -0.5}, {2: -0.5}, {3: -0.5}))
     other = Completion((1, 2, 4), ({1: -0.5}, {2: -0.7}, {4: -0.1}))
-    assert probe.parting(one, other) == 2 and probe.drift(one, other, 2) == pytest.approx(0.2)
+    assert agreement.parting(one, other) == 2 and agreement.drift(one, other, 2) == pytest.approx(0.2)
 
 
 def chatting(**message: Any) -> Callable[[dict[str, Any]], Answer]:
@@ -338,10 +342,14 @@ def test_a_log_that_cannot_be_read_is_told(server: ThreadingHTTPServer) -> None:
 
 
 def test_every_check_is_a_line() -> None:
-    checks = [Check("a", True, "fine"), Check("longer", False, "two\nlines"), Check("b", True, "no", checked=False)]
-    assert probe.lines(checks) == [
+    found = [
+        Outcome("a", OK, "fine"),
+        Outcome("longer", FAILED, "two\nlines", "make it"),
+        Outcome("b", NOT_CHECKED, "no"),
+    ]
+    assert outcomes.lines(found) == [
         "a       ok           fine",
-        "longer  failed       two lines",
+        "longer  failed       two lines: make it",
         "b       not checked  no",
     ]
 

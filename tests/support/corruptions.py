@@ -283,7 +283,7 @@ def page() -> str:
     lines = [*INTRODUCTION, "", "| check | passes when | needs |", "|---|---|---|"]
     for row in checks.CHECKS:
         needs = ", ".join(NEEDS[need] for need in row.needs if need in NEEDS)
-        lines.append(f"| {row.name} | {(row.check.__doc__ or '').splitlines()[0]} | {needs} |")
+        lines.append(f"| {row.name} | {(row.function.__doc__ or '').splitlines()[0]} | {needs} |")
     lines += ["", f"{len(CORRUPTIONS)} corruptions:", "", "| corruption | caught by | only with |", "|---|---|---|"]
     for each in CORRUPTIONS:
         lines.append(f"| {each.what} | {each.check} | {', '.join(NEEDS[need] for need in each.needs)} |")

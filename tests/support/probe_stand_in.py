@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from v4forge.serving.agreement import TOKENS
 from v4forge.serving.client import PIN
-from v4forge.serving.probe import TOKENS
 
 MODEL = "flash"
 

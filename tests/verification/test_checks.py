@@ -61,6 +61,7 @@ def test_the_program_says_what_both_models_predict(
     assert run_here("verify", *folders, "--tokens", tmp_path / "served.jsonl") == 0
     written = json.loads((tiny_artifact.folder / "certificate.json").read_text())
     assert written["not_run"] == {}
+    assert all(check.keys() == {"name", "ok", "detail"} for check in written["checks"])
     assert written["deep"]["tokens"] == 19 + 39
     assert [each["k"] for each in written["deep"]["models"]["artifact"]["drafts"]] == [1, 2, 3]
 

@@ -1,4 +1,1 @@
-"""Operating a run: stages, stamps, runner, progress, plan, doctor, release check.
-
-Imports any package.
-"""
+"""Operating a run: stages, stamps, runner, progress, plan, doctor, release check. Imports any package."""

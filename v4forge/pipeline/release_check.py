@@ -18,11 +18,11 @@ from v4forge.files import read, understood
 from v4forge.hub import publication
 from v4forge.images import definitions, lock_check, registry
 from v4forge.images.oci import Repository
+from v4forge.outcomes import Outcome, failed, ok
 from v4forge.pipeline import make_hints
 from v4forge.reporting import card, gather
 from v4forge.verification import reproduce
 
-OK, FAILED = "ok", "failed"
 # What manifest.json says at least, by dotted name, beside what a replay asks for; "layers" stands for each of them.
 STATED = (
     *("recipe.rules", "source.files", "files"),
@@ -208,24 +208,14 @@ CHECKS: Mapping[str, Callable[[Release], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A check and what it found; `fix` is the command that gets past it, "" where it is ok."""
-
-    name: str
-    status: str
-    fact: str
-    fix: str = ""
-
-
-def rows(release: Release, progress: Callable[[int, str], None] = lambda _done, _name: None) -> list[Row]:
-    """All checks, in their order; one that fails keeps none of the others from being made."""
-    found: list[Row] = []
+def rows(release: Release, progress: Callable[[int, str], None] = lambda _done, _name: None) -> list[Outcome]:
+    """What all checks found, in their order; one that fails keeps none of the others from being made."""
+    found: list[Outcome] = []
     for name, check in CHECKS.items():
         progress(len(found), name)
         try:
-            found.append(Row(name, OK, check(release)))
+            found.append(ok(check(release), name))
         except UserError as error:
-            found.append(Row(name, FAILED, error.fact, make_hints.for_work(error.hint, release.work)))
+            found.append(failed(error.fact, make_hints.for_work(error.hint, release.work), name))
     progress(len(found), "done")
     return found

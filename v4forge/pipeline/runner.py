@@ -176,7 +176,7 @@ class Runner:
 
     @cached_property
     def machine(self) -> dict[str, Any]:
-        """The machine for run.json, asked once a run: nvidia-smi may have to wake every GPU first."""
+        """The machine for run.json, asked once a run: NVML may have to wake every GPU first."""
         return machine.facts()
 
     def job(self, name: str) -> Job:

@@ -1,28 +1,18 @@
-"""What has to hold before replicas are started, and the wait until they answer."""
+"""The guards: what has to hold before replicas are started."""
 
 from __future__ import annotations
 
 import errno
 import re
 import socket
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from v4forge import artifact_folder, gpus, pins
 from v4forge.errors import UserError
-from v4forge.serving import client
-from v4forge.serving.deployment import Plan, Process, Runtime
-
-POLL_S = 1.0
-ANSWER_S = 10.0
-SHOWN_LINES = 25
-# Of the lines in a replica's log, those that say how far its start is.
-STEPS = re.compile(
-    r"Loading safetensors[^:]*: +\d+%|Loading weights took|Capturing CUDA graphs?[^:]*: +\d+%|Compiling"
-    r"|Starting to load model|Model loading took|init engine|Application startup complete"
-)
+from v4forge.gpus import BLACKWELL, GIB, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
+from v4forge.serving.deployment import Plan
 
 
 def check_certificate(plan: Plan) -> None:
@@ -46,10 +36,75 @@ def check_gpus(plan: Plan) -> None:
     share = float(plan.serving.value("gpu-memory-utilization") or 0.9)
     minimum = pins.read()["CUDA_DRIVER_MIN"]
     programs = gpus.processes()
-    for line in gpus.check_can_serve(
-        found, plan.serving.tensor_parallel, size, share, minimum, programs, plan.replicas
-    ):
+    for line in check_can_serve(found, plan.serving.tensor_parallel, size, share, minimum, programs, plan.replicas):
         print(f"serve: {line}", flush=True)
+
+
+def check_can_serve(
+    chosen: Sequence[Gpu],
+    tensor_parallel: int,
+    artifact_bytes: int,
+    memory_utilization: float,
+    driver_min: str,
+    programs: Sequence[Process] = (),
+    replicas: int = 1,
+) -> list[str]:
+    """What may be wrong with serving on these GPUs, a line each. Raises UserError for what is.
+
+    chosen: the ones to serve on; driver_min: CUDA_DRIVER_MIN of versions.env; programs: what gpus.processes found.
+    """
+    needed = tensor_parallel * replicas
+    if len(chosen) < needed:
+        fewer = len(chosen) // tensor_parallel
+        raise UserError(
+            f"{replicas} replicas of {tensor_parallel} GPUs need {needed}, there are {len(chosen)}",
+            f"make serve REPLICAS={fewer}" if fewer else "serve on a machine with more GPUs: nvidia-smi -L lists them",
+        )
+    for gpu in chosen:
+        if gpu.compute < HOPPER:
+            raise UserError(
+                f"{gpu} has compute capability {_dotted(gpu.compute)}; DeepGEMM and FP8 by blocks need"
+                f" {_dotted(HOPPER)}, Hopper",
+                "serve on H100, H200 or newer; DEVICES= leaves a GPU out",
+            )
+        if _version(gpu.driver) < _version(driver_min):
+            raise UserError(
+                f"the NVIDIA driver is {gpu.driver}; the image's CUDA needs {driver_min} or newer",
+                f"install driver {driver_min} or newer and restart the machine; nvidia-smi shows it",
+            )
+    room = min(gpu.memory_bytes for gpu in chosen) * memory_utilization
+    if room * tensor_parallel < artifact_bytes:
+        enough = next((n for n in (2, 4, 8) if n > tensor_parallel and room * n >= artifact_bytes), 0)
+        raise UserError(
+            f"the artifact is {_gib(artifact_bytes)}; {tensor_parallel} of these GPUs hold"
+            f" {_gib(room * tensor_parallel)} at a memory utilization of {memory_utilization:.2f}",
+            f'make serve SET="tensor-parallel-size={enough}"' if enough else "serve on GPUs with more memory",
+        )
+    for gpu in chosen:
+        if gpu.used_bytes > IDLE_BYTES:
+            names = [f"{each.name} (process {each.pid})" for each in programs if each.uuid == gpu.uuid]
+            by = ", ".join(names) or "a program that nvidia-smi does not list"
+            raise UserError(
+                f"{gpu} is in use: {_gib(gpu.used_bytes)} by {by}",
+                "end it, or leave the GPU out with DEVICES=; replicas of ours: make serve-stop",
+            )
+    newer = [str(gpu) for gpu in chosen if gpu.compute >= BLACKWELL]
+    return [f"not verified on compute capability {_dotted(BLACKWELL)} and newer: {', '.join(newer)}"] if newer else []
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Its numbers. Raises UserError for a driver that does not tell its version."""
+    if not re.fullmatch(r"\d+(\.\d+)*", text):
+        raise UserError(f"NVML says that the driver's version is {text!r}", SMI_HINT)
+    return tuple(map(int, text.split(".")))
+
+
+def _dotted(compute: tuple[int, int]) -> str:
+    return f"{compute[0]}.{compute[1]}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
 
 
 def check_ports(plan: Plan) -> None:
@@ -69,84 +124,22 @@ def check_ports(plan: Plan) -> None:
 
 
 @dataclass(frozen=True)
-class Guard:
-    """A check before the start; `name` is what ALLOW takes to leave it out."""
+class Check:
+    """`name` is what ALLOW takes to leave it out."""
 
     name: str
-    check: Callable[[Plan], None]
+    function: Callable[[Plan], None]
 
 
-GUARDS = (Guard("certificate", check_certificate), Guard("gpu", check_gpus), Guard("ports", check_ports))
+GUARDS = (Check("certificate", check_certificate), Check("gpu", check_gpus), Check("ports", check_ports))
 
 
 def check(plan: Plan, allowed: Iterable[str], say: Callable[[str], None]) -> None:
     """Runs every guard; one that is allowed to fail says what it found."""
     for guard in GUARDS:
         try:
-            guard.check(plan)
+            guard.function(plan)
         except UserError as error:
             if guard.name not in allowed:
                 raise
             say(f"serve: allowed by ALLOW={guard.name}: {error.fact}")
-
-
-def ready(plan: Plan, number: int) -> bool:
-    """Whether the router gives requests to this replica, and it answers."""
-    try:
-        client.fetch(plan.endpoints[number], "/health", limit_s=ANSWER_S)
-    except UserError:
-        return False
-    return True
-
-
-def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None]) -> None:
-    """Returns when every replica is ready. Raises UserError, with the end of its log on the screen, when a process has
-    ended, even if it was started again, and after `timeout_s`."""
-    plan, started = runtime.plan, time.monotonic()
-    waiting = list(range(plan.replicas))
-    first: dict[str, str] = {}
-    while waiting:
-        for name, process in runtime.processes().items():
-            run = first.setdefault(name, process.run) if process.state == "running" else process.run
-            if process.state in ("exited", "missing") or process.run != run:
-                raise _ended(runtime, name, process)
-        waiting = [number for number in waiting if not ready(plan, number)]
-        if waiting and time.monotonic() - started > timeout_s:
-            name = plan.names[waiting[0]]
-            print(_tail(runtime.log(name)), flush=True)
-            raise UserError(f"{name} is not ready after {timeout_s:.0f} s (its log above)", "make serve TIMEOUT=7200")
-        progress(plan.replicas - len(waiting), _step(runtime, [plan.names[number] for number in waiting]))
-        if waiting:
-            time.sleep(POLL_S)
-
-
-def _step(runtime: Runtime, names: Sequence[str]) -> str:
-    """How far the first of these replicas is, by its log."""
-    if not names:
-        return "ready"
-    found = STEPS.findall(runtime.log(names[0]))
-    return f"{names[0]}: {found[-1].strip() if found else 'starting'}"
-
-
-def _ended(runtime: Runtime, name: str, process: Process) -> UserError:
-    log = runtime.log(name)
-    print(_tail(log), flush=True)
-    # The server's last error may only say that its engine has one, and a warning may speak of an error.
-    unlikely = ("Engine core", " INFO ", " WARNING ")
-    lines = [line for line in log.splitlines() if not any(words in line for words in unlikely)]
-    errors = re.findall(r"\w*Error: .+", "\n".join(lines))
-    return UserError(
-        f"{name} has ended: {(errors or [process.state])[-1][:400]}",
-        "its log is above; make serve-logs shows all of them",
-    )
-
-
-def _tail(log: str) -> str:
-    return "\n".join(log.splitlines()[-SHOWN_LINES:])
-
-
-def show_errors(runtime: Runtime) -> None:
-    """Shows the end of the log of every replica that does not answer."""
-    for number, name in enumerate(runtime.plan.names):
-        if not ready(runtime.plan, number):
-            print(_tail(runtime.log(name)), flush=True)

@@ -9,26 +9,23 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from v4forge.errors import UserError
 from v4forge.model.chat_format import ASSISTANT, END_THINK, USER
+from v4forge.outcomes import NotChecked, Outcome, failed, not_checked, ok
+from v4forge.serving.agreement import TOKENS, Completion, agreement, completion
 from v4forge.serving.client import LOGS, Endpoint, ask, form_of, metrics, short
 from v4forge.serving.metrics import Counts, Reading
 
-# What is completed, greedily, for TOKENS tokens each. Fixed for good: a stored answer stays comparable.
+# What is completed, greedily, for TOKENS tokens each. Fixed for good too.
 PROMPTS = {
     "English": "The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs to",
     "code": "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return",
     "chat": f"{USER}What is the capital of France, and what is it known for?{ASSISTANT}{END_THINK}",
 }
-TOKENS = 64
-# Two tokens whose log-probabilities are this close may change places by rounding alone: each of the two differs by 0.01
-# to 0.05 between ways to compute the same in BF16, as seen with vLLM on an H200.
-NEAR_TIE = 0.1
-BEST = 5  # tokens told at each position
 
 # The share of drafts whose first token must be accepted. On these prompts models/tiny's artifact has 0.65, at k = 1 and
 # at 3, and 0.005 with the rows of its MTP block's matrices in another order; a public figure of Flash is 0.71, at k = 3
@@ -61,17 +58,6 @@ MODEL, MTP = "the model", "the MTP block"
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check's outcome, as in verification.certificate, whose module takes seconds to import. A check that does not
-    apply is not `checked` and ok."""
-
-    name: str
-    ok: bool
-    detail: str
-    checked: bool = True
-
-
-@dataclass(frozen=True)
 class Expected:
     """What was started: the model's name, whether with drafts, how many processes hold its weights."""
 
@@ -81,53 +67,29 @@ class Expected:
     floor: float = FLOOR
 
 
-@dataclass(frozen=True)
-class Completion:
-    """Token ids of an answer, and at each position the best ones' log-probabilities by id."""
-
-    tokens: tuple[int, ...]
-    best: tuple[Mapping[int, float], ...]
-
-    def gap(self, position: int, other: int) -> float:
-        """How much likelier the token at a position is than `other`, by log-probability; inf if that is not among the
-        best, and so no tie."""
-        best = self.best[position]
-        return best[self.tokens[position]] - best.get(other, -math.inf)
-
-
 def probe(
     replicas: Sequence[Endpoint],
     expected: Expected,
     log: Callable[[int], str],
     progress: Callable[[int, str], None] = lambda _done, _doing: None,
-) -> list[Check]:
+) -> list[Outcome]:
     """Every check of every replica, then that they agree.
 
     log: from a replica's number to what it has logged since it started. progress gets replicas done, and what is being
     done: as v4forge's programs show it.
     """
-    checks: list[Check] = []
+    outcomes: list[Outcome] = []
     answers: dict[int, dict[str, Completion]] = {}
     for done, replica in enumerate(replicas):
         state = State(replica, expected, log)
         for name, check in CHECKS.items():
             progress(done, f"{replica}: {name}")
-            checks.append(_outcome(f"{replica}: {name}", check, state))
+            outcomes.append(_outcome(f"{replica}: {name}", check, state))
         if state.answers:
             answers[replica.replica] = state.answers
     progress(len(replicas), "replicas agree")
-    checks.append(agreement(answers, len(replicas)))
-    return checks
-
-
-def lines(checks: Sequence[Check]) -> list[str]:
-    """A line a check."""
-    width = max((len(check.name) for check in checks), default=0)
-    return [f"{check.name:<{width}}  {_verdict(check):<11}  {' '.join(check.detail.split())}" for check in checks]
-
-
-def _verdict(check: Check) -> str:
-    return "failed" if not check.ok else "ok" if check.checked else "not checked"
+    outcomes.append(agreement(answers, len(replicas)))
+    return outcomes
 
 
 @dataclass
@@ -142,17 +104,13 @@ class State:
     after: Reading | None = None
 
 
-class NotChecked(Exception):
-    """A check does not apply; why."""
-
-
-def _outcome(name: str, check: Callable[[State], str], state: State) -> Check:
+def _outcome(name: str, check: Callable[[State], str], state: State) -> Outcome:
     try:
-        return Check(name, True, check(state))
+        return ok(check(state), name)
     except NotChecked as why:
-        return Check(name, True, str(why), checked=False)
+        return not_checked(why, name)
     except UserError as error:
-        return Check(name, False, f"{error.fact}: {error.hint}")
+        return failed(error.fact, error.hint, name)
 
 
 def models(s: State) -> str:
@@ -279,83 +237,6 @@ CHECKS: dict[str, Callable[[State], str]] = {
     "reasoning": reasoning,
     "weights": weights,
 }
-
-
-def agreement(answers: Mapping[int, Mapping[str, Completion]], replicas: int) -> Check:
-    """All replicas gave the first one's tokens.
-
-    Identical tokens are what is asked for. Where two replicas part at a near tie, that is told and passes: vLLM fixes
-    neither the kernels that each process tunes for itself nor the order of their sums, so two healthy replicas may
-    round such a choice differently, and what follows is then of another text. Damage shows far above NEAR_TIE: a wrong
-    scale or expert moves log-probabilities by 0.1 to 6 at every position.
-    """
-    name = "replicas agree"
-    if replicas < 2:
-        return Check(name, True, "there is one replica", checked=False)
-    if len(answers) < replicas:
-        return Check(
-            name, False, f"{replicas - len(answers)} of {replicas} replicas did not complete the prompts: {LOGS}"
-        )
-    (first, reference), *others = answers.items()
-    ties: list[str] = []
-    worst = 0.0
-    for replica, completions in others:
-        for prompt, mine in completions.items():
-            theirs = reference[prompt]
-            at = parting(theirs, mine)
-            worst = max(worst, drift(theirs, mine, len(mine.tokens) if at is None else at))
-            if at is None:
-                continue
-            gap = max(theirs.gap(at, mine.tokens[at]), mine.gap(at, theirs.tokens[at]))
-            where = f"replicas {first} and {replica} part at token {at + 1} of the {prompt} prompt"
-            where += f", log-probabilities {gap:.3f} apart" if gap < math.inf else f", not by one of its {BEST} best"
-            if not gap <= NEAR_TIE:
-                return Check(
-                    name, False, f"{where}, more than {NEAR_TIE} of a near tie: one of them is damaged? {LOGS}"
-                )
-            ties.append(where)
-    same = f"{len(reference) * TOKENS} tokens of {replicas} replicas, log-probabilities at most {worst:.4f} apart"
-    return Check(name, True, "; ".join((f"{'the same' if not ties else 'near ties in'} {same}", *ties)))
-
-
-def parting(one: Completion, other: Completion) -> int | None:
-    """The first position at which two answers differ."""
-    pairs = enumerate(zip(one.tokens, other.tokens, strict=True))
-    return next((at for at, (mine, theirs) in pairs if mine != theirs), None)
-
-
-def drift(one: Completion, other: Completion, until: int) -> float:
-    """The largest difference of the chosen tokens' log-probabilities before a position."""
-    both = zip(one.tokens[:until], one.best, other.best, strict=False)
-    return max((abs(mine[token] - theirs[token]) for token, mine, theirs in both), default=0.0)
-
-
-def completion(at: Endpoint, model: str, prompt: str, tokens: int = TOKENS) -> Completion:
-    """The greedy completion of a prompt by so many tokens, with the BEST tokens at each position."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "logprobs": BEST,
-        # Ids, because several tokens may be written with the same text.
-        "return_tokens_as_token_ids": True,
-    }
-    with form_of("POST /v1/completions"):
-        told = ask(at, "/v1/completions", body)["choices"][0]["logprobs"]
-        ids = tuple(map(_id, told["tokens"]))
-        chosen = zip(ids, told["token_logprobs"], told["top_logprobs"], strict=True)
-        best = tuple({_id(name): float(p) for name, p in top.items()} | {token: float(p)} for token, p, top in chosen)
-    if len(ids) != tokens:
-        raise UserError(f"{len(ids)} tokens were generated, {tokens} asked for", LOGS)
-    if not all(math.isfinite(p) for each in best for p in each.values()):
-        raise UserError("a token's log-probability is not finite: NaN in the model?", LOGS)
-    return Completion(ids, best)
-
-
-def _id(name: str) -> int:
-    return int(name.removeprefix("token_id:"))
 
 
 def chat(s: State, question: str, max_tokens: int, thinking: bool, **more: Any) -> dict[str, Any]:

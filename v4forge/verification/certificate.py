@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.files import remove_leftovers, write_json
 from v4forge.model.evaluation import Quality
-from v4forge.verification.checks import CHECKS, Row, Subject
+from v4forge.outcomes import Outcome, failed, ok
+from v4forge.verification.checks import CHECKS, Check
+from v4forge.verification.subject import Subject
 
 CERTIFICATE = "certificate.json"
 # what a check lacked -> why it was not run
@@ -30,15 +32,6 @@ LOST = {"layout": {"layout"}, "opens": {"tensors"}}  # what a failed check takes
 RUNNABLE = ("tensors", "finite", "expert codes")  # what must hold before the artifact can predict anything
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check's outcome. `detail` says what was compared, or the first failures."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
 @torch.no_grad()
 def verify(
     folder: Path,
@@ -48,7 +41,7 @@ def verify(
     expect: str = "",
     hashing: bool = True,
     compare: Callable[[Checkpoint, Checkpoint], Sequence[Quality]] | None = None,
-) -> tuple[list[Check], dict[str, str], Sequence[Quality]]:
+) -> tuple[list[Outcome], dict[str, str], Sequence[Quality]]:
     """Runs every check that can run -> their outcomes, name -> why for those that were not run, what `compare` found.
 
     expect: a key of METHODS, how the routed experts must have been quantized; without it all layers alike. progress
@@ -60,37 +53,38 @@ def verify(
         source.config  # noqa: B018, reads and checks it
     subject = Subject(folder, source, digests, expect, hashing, progress)
     lacking = {need for need, there in (("source", source), ("hashes", hashing), ("deep", compare)) if not there}
-    results: list[Check] = []
+    outcomes: list[Outcome] = []
     not_run: dict[str, str] = {}
-    for row in CHECKS:
-        missing = [LACKING[need] for need in ("layout", *row.needs) if need in lacking]
-        if "deep" in row.needs and not missing:
-            missing = [f"{each.name} failed" for each in results if each.name in RUNNABLE and not each.ok]
+    for check in CHECKS:
+        missing = [LACKING[need] for need in ("layout", *check.needs) if need in lacking]
+        if "deep" in check.needs and not missing:
+            missing = [f"{each.name} failed" for each in outcomes if each.name in RUNNABLE and not each.ok]
         if missing:
-            not_run[row.name] = missing[0]
+            not_run[check.name] = missing[0]
             continue
-        if "deep" in row.needs and source and compare:
+        if "deep" in check.needs and source and compare:
             subject = replace(subject, qualities=compare(source, subject.artifact))
-        results.append(_outcome(row, subject))
-        if not results[-1].ok:
-            lacking |= LOST.get(row.name, set())
-    return results, not_run, subject.qualities
+        outcomes.append(_outcome(check, subject))
+        if not outcomes[-1].ok:
+            lacking |= LOST.get(check.name, set())
+    return outcomes, not_run, subject.qualities
 
 
-def _outcome(row: Row, subject: Subject) -> Check:
+def _outcome(check: Check, subject: Subject) -> Outcome:
+    """What was compared, or the first failures."""
     try:
-        failures = list(row.check(subject))
+        failures = list(check.function(subject))
     except UserError as error:
         failures = [f"{error.fact}: {error.hint}"]
     if not failures:
-        return Check(row.name, True, (row.check.__doc__ or "").splitlines()[0])
-    more = f" … and {len(failures) - row.shown} more" if len(failures) > row.shown else ""
-    return Check(row.name, False, ";\n".join(failures[: row.shown]) + more)
+        return ok((check.function.__doc__ or "").splitlines()[0], check.name)
+    more = f" … and {len(failures) - check.shown} more" if len(failures) > check.shown else ""
+    return failed(";\n".join(failures[: check.shown]) + more, name=check.name)
 
 
 def write(
     artifact: Path,
-    checks: Sequence[Check],
+    outcomes: Sequence[Outcome],
     not_run: dict[str, str],
     digests: Digests,
     deep: dict[str, Any] | None = None,
@@ -99,9 +93,9 @@ def write(
     remove_leftovers(artifact)
     sums = artifact / SUMS
     certificate = {
-        "ok": all(check.ok for check in checks),
+        "ok": all(outcome.ok for outcome in outcomes),
         "sums_sha256": digests.of([sums])[sums] if sums.is_file() else None,
-        "checks": [asdict(check) for check in checks],
+        "checks": [{"name": each.name, "ok": each.ok, "detail": each.detail} for each in outcomes],
         "not_run": not_run,
     } | ({"deep": deep} if deep else {})
     write_json(artifact / CERTIFICATE, certificate)

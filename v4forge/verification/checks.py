@@ -6,9 +6,8 @@ through is compared bit for bit, and everything quantized within a stated bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,17 @@ import torch
 
 from v4forge.artifact_folder import MANIFEST, SUMS, members
 from v4forge.checkpoint import layout, recipe
-from v4forge.checkpoint.layout import DTYPE_NAMES, Config, TensorSpec
-from v4forge.checkpoint.reader import Checkpoint, matches
+from v4forge.checkpoint.layout import DTYPE_NAMES, TensorSpec
+from v4forge.checkpoint.reader import matches
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.vllm_schemes import unresolved
-from v4forge.digests import Digests, digest_of
+from v4forge.digests import digest_of
 from v4forge.errors import UserError
-from v4forge.files import read_json
 from v4forge.model.corpus import check_vocabulary, load_tokenizer
-from v4forge.model.evaluation import Quality, agreement, mean, perplexity_change
+from v4forge.model.evaluation import agreement, mean, perplexity_change
 from v4forge.quantization import hf_folder
 from v4forge.quantization.postprocess import TOKENIZER_FILES
-from v4forge.verification.reference import Matrix
-from v4forge.verification.scan import Seen, scan
+from v4forge.verification.subject import Subject
 from v4forge.verification.tolerances import (
     ACCEPTANCE_LOST,
     AGREEMENT,
@@ -50,41 +47,6 @@ CAUSES = {
     "MTP experts": "an MTP block of another checkpoint, or left random (N1)?",
     "MTP projections": "an MTP block of another checkpoint, or left random (N1)?",
 }
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is verified, and against what."""
-
-    folder: Path
-    source: Checkpoint | None
-    digests: Digests
-    expect: str = ""  # a key of METHODS, or "" where either will do
-    hashing: bool = True
-    progress: Callable[[int, int], None] = lambda _done, _of: None
-    qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep
-
-    @cached_property
-    def artifact(self) -> Checkpoint:
-        return Checkpoint(self.folder, form="artifact")
-
-    @property
-    def config(self) -> Config:
-        return self.artifact.config
-
-    @cached_property
-    def seen(self) -> list[Seen]:
-        """Every tensor as it is, beside its source; read once, whichever checks ask."""
-        return scan(self.artifact, self.source, self.digests if self.hashing else None, self.progress)
-
-    @property
-    def experts(self) -> list[tuple[Seen, Matrix]]:
-        """The routed experts' matrices that could be read."""
-        return [(each, each.expert) for each in self.seen if each.expert]
-
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        return read_json(self.folder / MANIFEST)
 
 
 Failures = Iterator[str]
@@ -331,33 +293,33 @@ def quality(s: Subject) -> Failures:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A check, what it needs (keys of verification.LACKING), and how many failures are spelled out."""
+class Check:
+    """Its function, what it needs (keys of verification.LACKING), and how many failures are spelled out."""
 
     name: str
-    check: Callable[[Subject], Failures]
+    function: Callable[[Subject], Failures]
     needs: tuple[str, ...] = ()
     shown: int = SHOWN
 
 
 # the docstring of a check says what passing means
 CHECKS = (
-    Row("layout", own_layout, shown=100),
-    Row("opens", opens),
-    Row("tensors", tensors, ("tensors",)),
-    Row("finite", finite, ("tensors",)),
-    Row("aliases", aliases, ("tensors",)),
-    Row("mtp untouched", mtp_untouched, ("tensors",)),
-    Row("expert codes", expert_codes, ("tensors",)),
-    Row("config resolves", config_resolves, ("tensors",)),
-    Row("config kept", config_kept, ("tensors",)),
-    Row("tokenizer", tokenizer, ("tensors",)),
-    Row("passed through", passed_through, ("tensors", "source")),
-    Row("expert errors", expert_errors, ("tensors", "source")),
-    Row("expert slopes", expert_slopes, ("tensors", "source")),
-    Row("rounding", rounding, ("tensors", "source")),
-    Row("recorded", recorded, ("tensors", "hashes")),
-    Row("provenance", provenance, ("tensors",)),
-    Row("checksums", checksums, ("hashes",)),
-    Row("quality", quality, ("tensors", "source", "deep")),
+    Check("layout", own_layout, shown=100),
+    Check("opens", opens),
+    Check("tensors", tensors, ("tensors",)),
+    Check("finite", finite, ("tensors",)),
+    Check("aliases", aliases, ("tensors",)),
+    Check("mtp untouched", mtp_untouched, ("tensors",)),
+    Check("expert codes", expert_codes, ("tensors",)),
+    Check("config resolves", config_resolves, ("tensors",)),
+    Check("config kept", config_kept, ("tensors",)),
+    Check("tokenizer", tokenizer, ("tensors",)),
+    Check("passed through", passed_through, ("tensors", "source")),
+    Check("expert errors", expert_errors, ("tensors", "source")),
+    Check("expert slopes", expert_slopes, ("tensors", "source")),
+    Check("rounding", rounding, ("tensors", "source")),
+    Check("recorded", recorded, ("tensors", "hashes")),
+    Check("provenance", provenance, ("tensors",)),
+    Check("checksums", checksums, ("hashes",)),
+    Check("quality", quality, ("tensors", "source", "deep")),
 )

@@ -1,1 +1,1 @@
-"""What can go wrong on this machine: checks of GPUs, containers, disk, system and network."""
+"""The doctor: what can go wrong on a machine, one module of checks for each of its parts."""

@@ -1,6 +1,6 @@
 """What can go wrong on a machine, checked before anything runs: a table of checks, each with a fact and a fix.
 
-The checks run side by side, each in its time. One that breaks is a failed row: it never takes the others with it.
+The checks run side by side, each in its time. One that breaks has failed: it never takes the others with it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from functools import partial
 
 from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.outcomes import FAILED, NOT_CHECKED, WARNING, NotChecked, Outcome, failed, not_checked
 from v4forge.pipeline.doctor import containers as of_containers
 from v4forge.pipeline.doctor import disk as of_disk
+from v4forge.pipeline.doctor import driver as of_driver
 from v4forge.pipeline.doctor import gpu as of_gpu
 from v4forge.pipeline.doctor import network as of_network
 from v4forge.pipeline.doctor import system as of_system
-from v4forge.pipeline.doctor.host import FAILED, WARNING, Host, NotChecked, Result
+from v4forge.pipeline.doctor.host import Host
 
 GROUPS = ("GPU", "containers", "disk", "system", "network")
 LIMIT_S, LONG_S = 45.0, 120.0
-UNCHECKED = "not checked: "
 SHORTEST_SECRET = 6  # what is shorter stands in other words by chance
 
 # Of a check that could not be made: what the embedded model, or a run without docker, can do without.
-SEVERITY: dict[str, Callable[[Host, str, str], Result]] = {"GPU": Host.needed, "containers": of_containers.missing}
+SEVERITY: dict[str, Callable[[Host, str, str], Outcome]] = {"GPU": Host.needed, "containers": of_containers.missing}
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,17 @@ class Check:
 
     name: str
     group: str
-    function: Callable[[Host], Result]
+    function: Callable[[Host], Outcome]
     limit_s: float = LIMIT_S
     alone: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """A check and what it found; `after`: the check that says why it could not be made."""
-
-    name: str
-    group: str
-    status: str
-    fact: str
-    fix: str
-    after: str = ""
-
-
-# nvidia-smi wakes every GPU first where no daemon keeps them awake: the first that asks waits for a minute.
+# NVML wakes every GPU first where no daemon keeps them awake: the first that asks waits for a minute.
 CHECKS = (
-    Check("driver", "GPU", of_gpu.driver, LONG_S),
-    Check("CUDA", "GPU", of_gpu.cuda, LONG_S),
-    Check("torch", "GPU", of_gpu.torch_build, LONG_S),
-    Check("fabric manager", "GPU", of_gpu.fabric_manager, LONG_S),
+    Check("driver", "GPU", of_driver.driver, LONG_S),
+    Check("CUDA", "GPU", of_driver.cuda, LONG_S),
+    Check("torch", "GPU", of_driver.torch_build, LONG_S),
+    Check("fabric manager", "GPU", of_driver.fabric_manager, LONG_S),
     Check("GPUs", "GPU", of_gpu.models, LONG_S),
     Check("capability", "GPU", of_gpu.capability, LONG_S),
     Check("GPU memory", "GPU", of_gpu.memory, LONG_S),
@@ -93,83 +82,83 @@ CHECKS = (
 
 def run(
     host: Host, checks: Sequence[Check] = CHECKS, progress: Callable[[int, str], None] = lambda _done, _doing: None
-) -> list[Row]:
-    """A row a check, in their order; `progress` is told how many are finished, and which are not."""
-    found: dict[str, Row] = {}
+) -> list[Outcome]:
+    """An outcome a check, in their order; `progress` is told how many are finished, and which are not."""
+    found: dict[str, Outcome] = {}
 
-    def told(running: Sequence[str]) -> None:
+    def tell(running: Sequence[str]) -> None:
         progress(len(found), ", ".join(running))
 
     together = [check for check in checks if not check.alone]
     for group in (together, *([check] for check in checks if check.alone)):
-        _run_together(host, group, found, told)
+        _run_together(host, group, found, tell)
     return [_as_the_first(found[check.name], found) for check in checks]
 
 
-def _as_the_first(row: Row, found: Mapping[str, Row]) -> Row:
-    """A row that waits for another check has its fix."""
-    first = found.get(row.after)
-    return replace(row, fix=first.fix) if first and first.fix else row
+def _as_the_first(outcome: Outcome, found: Mapping[str, Outcome]) -> Outcome:
+    """One that waits for another check has its fix."""
+    first = found.get(outcome.after)
+    return replace(outcome, fix=first.fix) if first and first.fix else outcome
 
 
 def _run_together(
-    host: Host, checks: Sequence[Check], found: dict[str, Row], told: Callable[[Sequence[str]], None]
+    host: Host, checks: Sequence[Check], found: dict[str, Outcome], tell: Callable[[Sequence[str]], None]
 ) -> None:
     """Runs checks in threads, until each has ended or has used up its time."""
-    ended: queue.SimpleQueue[tuple[Check, Result]] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[Check, Outcome]] = queue.SimpleQueue()
     started = time.monotonic()
     for check in checks:
         # A daemon's thread: the program may end while one hangs in the kernel.
         threading.Thread(target=lambda check=check: ended.put((check, judge(host, check))), daemon=True).start()
     waiting = {check.name: check for check in checks}
     while waiting:
-        told(list(waiting))
+        tell(list(waiting))
         left_s = min(check.limit_s for check in waiting.values()) - (time.monotonic() - started)
         try:
-            check, result = ended.get(timeout=min(1.0, max(0.0, left_s)))
+            check, outcome = ended.get(timeout=min(1.0, max(0.0, left_s)))
         except queue.Empty:
             late = [each for each in waiting.values() if time.monotonic() - started >= each.limit_s]
             answers = [(each, _late(each)) for each in late]
         else:
-            answers = [(check, result)] if check.name in waiting else []
-        for check, result in answers:
+            answers = [(check, outcome)] if check.name in waiting else []
+        for check, outcome in answers:
             del waiting[check.name]
-            found[check.name] = Row(check.name, check.group, *_redacted(host, result), result.after)
-    told([])
+            found[check.name] = replace(_redacted(host, outcome), name=check.name)
+    tell([])
 
 
-def _failed(_host: Host, fact: str, fix: str) -> Result:
-    return Result(FAILED, fact, fix)
+def _failed(_host: Host, fact: str, fix: str) -> Outcome:
+    return failed(fact, fix)
 
 
-def _late(check: Check) -> Result:
+def _late(check: Check) -> Outcome:
     fact = f"no answer within {check.limit_s:.0f} s: a disk, a GPU or the network hangs"
-    return Result(FAILED, fact, "sudo dmesg --level err,warn | tail")
+    return failed(fact, "sudo dmesg --level err,warn | tail")
 
 
-def judge(host: Host, check: Check) -> Result:
+def judge(host: Host, check: Check) -> Outcome:
     """What a check found; an error that a user can act on is a failure, one of ours too, and neither is raised."""
     try:
         return check.function(host)
-    except NotChecked as error:
-        return Result(WARNING, UNCHECKED + error.fact, error.fix, error.after)
+    except NotChecked as why:
+        return not_checked(why)
     except UserError as error:
         return SEVERITY.get(check.group, _failed)(host, error.fact, error.hint)
     except Exception as error:  # a check that breaks must not hide the others
         fact = f"the check itself broke: {type(error).__name__}: {error}"
-        return Result(FAILED, fact, f"report it at {pins.read()['PROJECT_URL']}/issues")
+        return failed(fact, f"report it at {pins.read()['PROJECT_URL']}/issues")
 
 
-def _redacted(host: Host, result: Result) -> tuple[str, str, str]:
-    """Status, fact on one line and fix, without a secret that an address or another program's message brought in."""
+def _redacted(host: Host, outcome: Outcome) -> Outcome:
+    """Its fact on one line, and its fix, without a secret that an address or another program's message brought in."""
     secrets = [of_network.held_token(host), *map(_password, host.environment.values())]
     texts = []
-    for text in (" ".join(result.fact.split()), result.fix):
+    for text in (" ".join(outcome.fact.split()), outcome.fix):
         text = re.sub(r"(?<=://)[^/\s@]+(?=@)", "…", text)
         for secret in secrets:
             text = text.replace(secret, "…") if len(secret) >= SHORTEST_SECRET else text
         texts.append(text)
-    return result.status, texts[0], texts[1]
+    return replace(outcome, fact=texts[0], fix=texts[1])
 
 
 def _password(url: str) -> str:
@@ -177,11 +166,17 @@ def _password(url: str) -> str:
     return match[1] if match else ""
 
 
-def verdict(host: Host, rows: Sequence[Row]) -> str:
+def told(outcome: Outcome) -> Outcome:
+    """As the doctor's table and JSON tell it: what could not be checked is a warning that says so."""
+    if outcome.status != NOT_CHECKED:
+        return outcome
+    return replace(outcome, status=WARNING, fact=f"{NOT_CHECKED}: {outcome.fact}")
+
+
+def verdict(host: Host, outcomes: Sequence[Outcome]) -> str:
     """One line: may the run begin?"""
-    failures = [row.name for row in rows if row.status == FAILED]
-    unchecked = sum(row.fact.startswith(UNCHECKED) for row in rows)
-    warnings = sum(row.status == WARNING for row in rows) - unchecked
+    failures = [outcome.name for outcome in outcomes if outcome.status == FAILED]
+    warnings, unchecked = (sum(outcome.status == status for outcome in outcomes) for status in (WARNING, NOT_CHECKED))
     counts = f"{warnings} warning{'s' * (warnings != 1)}, {unchecked} not checked"
     if failures:
         names = f"{len(failures)} check{'s' * (len(failures) != 1)} failed: {', '.join(failures)}"

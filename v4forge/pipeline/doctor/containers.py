@@ -14,7 +14,8 @@ from v4forge.files import make_folder
 from v4forge.gpus import GIB
 from v4forge.images import build, containers, definitions
 from v4forge.images.jobs import Job
-from v4forge.pipeline.doctor.host import INSTALL_DOCKER, Host, NotChecked, Result, failed, numbers, ok, warning
+from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
+from v4forge.pipeline.doctor.host import INSTALL_DOCKER, Host, numbers
 from v4forge.serving import compose
 
 API_MIN = (1, 40)  # the first in which a container asks for GPUs
@@ -37,12 +38,12 @@ INSTALL_BUILDX = "sudo apt-get install docker-buildx || sudo apt-get install doc
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('x')"
 
 
-def missing(host: Host, fact: str, fix: str) -> Result:
+def missing(host: Host, fact: str, fix: str) -> Outcome:
     """What a run in containers cannot do without."""
     return failed(fact, fix) if host.chosen_runtime == "docker" else warning(fact, fix)
 
 
-def daemon(host: Host) -> Result:
+def daemon(host: Host) -> Outcome:
     """A docker daemon answers, and its API can give GPUs to a container."""
     try:
         engine = host.engine()
@@ -58,7 +59,7 @@ def daemon(host: Host) -> Result:
     return ok(shown)
 
 
-def compose_program(host: Host) -> Result:
+def compose_program(host: Host) -> Outcome:
     """docker compose, which serving in containers needs."""
     for words in compose.PROGRAMS:
         ran = host.command([*words, "version"]) if host.which(words[0]) else None
@@ -70,7 +71,7 @@ def compose_program(host: Host) -> Result:
     return warning("docker compose is not installed: make serve RUNTIME=docker needs it", INSTALL_COMPOSE)
 
 
-def builder(host: Host) -> Result:
+def builder(host: Host) -> Outcome:
     """What `make images` builds with; `make pull` needs none."""
     if not host.which("docker"):
         raise NotChecked("no docker here", INSTALL_DOCKER, "docker")
@@ -81,7 +82,7 @@ def builder(host: Host) -> Result:
     return ok(" ".join(["docker", *words[1:3]]) + " builds with BuildKit")
 
 
-def toolkit(host: Host) -> Result:
+def toolkit(host: Host) -> Outcome:
     """NVIDIA's container toolkit, through which a container gets GPUs."""
     host.some_gpus()
     info = host.some_engine().client.info()
@@ -100,7 +101,7 @@ def _give_gpus(host: Host) -> str:
     return SET_UP_TOOLKIT if host.which(TOOLKIT[0]) else INSTALL_TOOLKIT
 
 
-def image(host: Host, name: str) -> Result:
+def image(host: Host, name: str) -> Outcome:
     """An image is here, and holds this checkout's code."""
     engine, reference = host.some_engine(), definitions.resolve(name)
     labels = _labels(host, name)
@@ -144,7 +145,7 @@ def _made(work: Path) -> Path:
     return work
 
 
-def sees_gpus(host: Host) -> Result:
+def sees_gpus(host: Host) -> Outcome:
     """A container of the calibration image sees the GPUs."""
     found = host.some_gpus()
     try:
@@ -158,7 +159,7 @@ def sees_gpus(host: Host) -> Result:
     return ok(f"a container sees {seen} GPU{'s' * (seen != 1)}")
 
 
-def writes(host: Host) -> Result:
+def writes(host: Host) -> Outcome:
     """A container writes to the work folder, and what it writes is ours."""
     work = _made(host.work)
     file = work / f".doctor-{secrets.token_hex(4)}"
@@ -180,7 +181,7 @@ def writes(host: Host) -> Result:
     return ok(f"a container writes to {work} as you, user {host.user}")
 
 
-def compiler(host: Host) -> Result:
+def compiler(host: Host) -> Outcome:
     """The serve image has the compilers of what DeepGEMM and Triton compile at run time."""
     wanted = numbers(pins.read()["CUDA_TOOLKIT_VERSION"])[:2]
     code, said = _output(host, "serve", ["sh", "-c", "nvcc --version && g++ --version"])

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from v4forge.files import check_writable
+from v4forge.outcomes import OK, NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import disk_speed, requirements
 from v4forge.pipeline.doctor import containers
-from v4forge.pipeline.doctor.host import OK, Host, NotChecked, Result, failed, ok, warning
+from v4forge.pipeline.doctor.host import Host
 
 GB = 10**9
 STAGES = ("fetch", "calibrate", "postprocess")
@@ -22,7 +23,7 @@ SLOW_S = 30 * 60
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def writable(host: Host) -> Result:
+def writable(host: Host) -> Outcome:
     """We can write to the work folder, and to all that is in it."""
     check_writable(host.work)
     existing = _existing(host.work)
@@ -67,7 +68,7 @@ def _file_system(host: Host, folder: Path) -> str:
     return kind
 
 
-def space(host: Host, stage: str) -> Result:
+def space(host: Host, stage: str) -> Outcome:
     """The run fits on the disk up to the end of a stage, in bytes and in files."""
     if stage == "fetch" and host.upstream:
         return ok(f"the source is {host.upstream}: nothing to download")
@@ -103,7 +104,7 @@ def _elsewhere(host: Host, needed: int) -> str:
     return give + host.make("doctor", f"SCRATCH={scratch}")
 
 
-def images(host: Host) -> Result:
+def images(host: Host) -> Outcome:
     """The images fit where docker keeps them."""
     folder, needed = containers.data_folder(host)
     if not folder.exists():
@@ -114,7 +115,7 @@ def images(host: Host) -> Result:
     return _fits(host, folder, what, needed, "docker system prune")  # what is in use or has a name stays
 
 
-def _fits(host: Host, folder: Path, what: str, needed: int, fix: str) -> Result:
+def _fits(host: Host, folder: Path, what: str, needed: int, fix: str) -> Outcome:
     found = host.statvfs(_existing(folder))
     free = found.f_bavail * found.f_frsize
     if needed > free:
@@ -122,7 +123,7 @@ def _fits(host: Host, folder: Path, what: str, needed: int, fix: str) -> Result:
     return ok(f"{what}, {_size(free)} are free")
 
 
-def speed(host: Host) -> Result:
+def speed(host: Host) -> Outcome:
     """The disk is not what the GPUs wait for."""
     check_writable(host.work)
     found = disk_speed.measured(host.work)

@@ -1,7 +1,7 @@
-"""The machine as the doctor's checks see it, and what a check says.
+"""The machine as the doctor's checks see it.
 
-Files below a root, commands on a PATH, an environment, a file system's size, a clock: all that a check looks at goes
-through a Host, so that a test can show each check the condition it is for.
+Files below a root, commands on a PATH, an environment, GPUs, a file system's size, a clock: all that a check looks at
+goes through a Host, so that a test can show each check the condition it is for.
 """
 
 from __future__ import annotations
@@ -27,52 +27,20 @@ from v4forge import gpus
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.layout import Config
 from v4forge.errors import UserError
-from v4forge.gpus import Gpu, Topology
+from v4forge.gpus import Gpu, Library, Topology
 from v4forge.images import containers
+from v4forge.outcomes import NotChecked, Outcome, failed, warning
 from v4forge.pipeline import requirements
+from v4forge.pipeline.doctor import gpu_state
+from v4forge.pipeline.doctor.gpu_state import GpuState
 from v4forge.pipeline.stages import PROFILES
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
 COMMAND_LIMIT_S = 20.0
 INSTALL_DOCKER = "sudo apt-get install docker.io"
 JOIN_DOCKER = "sudo usermod -aG docker $USER && newgrp docker"
 GRACE_S = 40.0  # torchrun gives its processes 30 s to end
-# What nvidia-smi says where it has no value: [N/A], [Not Supported], [Insufficient Permissions] …
-NO_VALUE = re.compile(r"\[.*\]|N/A")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a check found: `fact` says it in one line, `fix` is the one command that gets past it."""
-
-    status: str
-    fact: str
-    fix: str = ""
-    after: str = ""  # the check that says more, whose fix helps here too
-
-
-def ok(fact: str) -> Result:
-    return Result(OK, fact)
-
-
-def warning(fact: str, fix: str) -> Result:
-    return Result(WARNING, fact, fix)
-
-
-def failed(fact: str, fix: str) -> Result:
-    return Result(FAILED, fact, fix)
-
-
-class NotChecked(Exception):
-    """A check that this machine has no object for, and what would give it one; `after`: the check that says why."""
-
-    def __init__(self, fact: str, fix: str, after: str = "") -> None:
-        self.fact = f"{fact}, see {after}" if after else fact
-        super().__init__(self.fact, fix)
-        self.fix = fix
-        self.after = after
 
 
 @dataclass(frozen=True)
@@ -110,6 +78,7 @@ class Host:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     statvfs: Callable[[Path], os.statvfs_result] = os.statvfs
     clock: Callable[[], float] = time.time
+    nvml: Library = gpus.library
     user: int = field(default_factory=os.geteuid)
     torch_cuda: str | None = field(default_factory=lambda: torch.version.cuda)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -169,7 +138,7 @@ class Host:
         """Samples of the process that has the most."""
         return math.ceil(self.tokens[0] / processes)
 
-    def needed(self, fact: str, fix: str) -> Result:
+    def needed(self, fact: str, fix: str) -> Outcome:
         """What the full size cannot do without, and the embedded model can."""
         return failed(fact, fix) if self.full_size else warning(fact, fix)
 
@@ -240,16 +209,12 @@ class Host:
             raise UserError(f"{words[0]} did not answer within {limit_s:.0f} s", " ".join(words)) from None
         return Ran(process.returncode, out, err)
 
-    def smi(self, arguments: Sequence[str]) -> str:
-        """What nvidia-smi prints. Raises UserError where it fails."""
-        return gpus.nvidia_smi(arguments, self.environment)
-
     def gpus(self) -> list[Gpu]:
-        """The machine's GPUs. Raises UserError where there are none or nvidia-smi fails."""
-        return self.once("gpus", lambda: gpus.gpus(self.smi))
+        """The machine's GPUs. Raises UserError where there are none or their driver does not answer."""
+        return self.once("gpus", lambda: gpus.gpus(self.nvml))
 
     def devices(self) -> set[int]:
-        """The GPUs that CUDA_VISIBLE_DEVICES names, by nvidia-smi's numbers; none where it does not."""
+        """The GPUs that CUDA_VISIBLE_DEVICES names, by number; none where it does not."""
         named = self.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         return {int(name) for name in named if name.strip().isdigit()}
 
@@ -266,17 +231,18 @@ class Host:
             raise NotChecked(f"{named_gpus(sorted(indexes))} of DEVICES is not here", "nvidia-smi -L")
         return chosen
 
-    def query(self, fields: str) -> list[dict[str, str]]:
-        """nvidia-smi's values by field, a GPU a row, "" for one that it does not tell; [] where the driver does not
-        know the fields."""
+    def states(self) -> dict[int, GpuState]:
+        """What the driver tells of each GPU's state; {} where it tells nothing."""
         try:
-            text = self.smi([f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+            return self.once("states", lambda: gpu_state.states(self.nvml))
         except UserError:
-            return []
-        return table(fields, text)
+            return {}
 
     def topology(self) -> Topology:
-        return self.once("topology", lambda: gpus.topology(self.smi))
+        """How the GPUs are joined. Raises NotChecked without the program that tells; the driver's check says more."""
+        if not self.which("nvidia-smi"):
+            raise NotChecked("there is no nvidia-smi", "nvidia-smi", "driver")
+        return self.once("topology", lambda: gpus.topology(lambda words: gpus.nvidia_smi(words, self.environment)))
 
     def engine(self) -> containers.Engine:
         """The docker daemon. Raises UserError, with one command, when none answers."""
@@ -321,17 +287,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         stream.close()
 
 
-def table(fields: str, text: str) -> list[dict[str, str]]:
-    """Lines of nvidia-smi's CSV by field; "" for a value that is none."""
-    names = fields.split(",")
-    rows = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.strip()]
-    return [
-        {name: "" if NO_VALUE.fullmatch(word) else word for name, word in zip(names, row, strict=True)}
-        for row in rows
-        if len(row) == len(names)
-    ]
-
-
 def numbers(version: str) -> tuple[int, ...]:
     """The numbers in a version, for comparing; () where there are none."""
     return tuple(map(int, re.findall(r"\d+", version)))
@@ -347,3 +302,7 @@ def named_gpus(indexes: Sequence[object]) -> str:
     """GPU 1; GPUs 0, 1 and 2."""
     *first, last = map(str, indexes)
     return f"GPUs {', '.join(first)} and {last}" if first else f"GPU {last}"
+
+
+def counted_gpus(count: int) -> str:
+    return f"{count} GPU{'s' * (count != 1)}"

@@ -16,8 +16,9 @@ import httpx
 
 from v4forge import pins
 from v4forge.errors import UserError
+from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
-from v4forge.pipeline.doctor.host import Host, NotChecked, Result, failed, ok, warning
+from v4forge.pipeline.doctor.host import Host
 
 HUB = "https://huggingface.co"
 LIMIT_S = 5.0
@@ -105,7 +106,7 @@ def _ahead(date: str | None, before: float, host: Host) -> float | None:
     return middle - theirs.timestamp() - 0.5
 
 
-def hub(host: Host) -> Result:
+def hub(host: Host) -> Outcome:
     """The hub answers, and has the repositories."""
     if name := next((name for name in OFFLINE if host.environment.get(name, "").upper() in TRUE), ""):
         return _needed(host, f"{name} is set: nothing may be downloaded", f"unset {name}")
@@ -127,7 +128,7 @@ def hub(host: Host) -> Result:
     return ok(f"{shown(host)} answers in {found.seconds:.2f} s")
 
 
-def _needed(host: Host, fact: str, fix: str) -> Result:
+def _needed(host: Host, fact: str, fix: str) -> Outcome:
     """The full size cannot do without the hub unless all is here already."""
     if not host.full_size:
         return warning(f"{fact}; PROFILE=tiny downloads nothing", fix)
@@ -137,7 +138,7 @@ def _needed(host: Host, fact: str, fix: str) -> Result:
     return failed(fact, fix) if missing else warning(f"{fact}; {here}", fix)
 
 
-def token(host: Host) -> Result:
+def token(host: Host) -> Outcome:
     """A token is there where a repository asks for one, and is taken."""
     held = held_token(host)
     present = "a token is there" if held else "no token"
@@ -181,7 +182,7 @@ def held_token(host: Host) -> str:
         return ""
 
 
-def clock(host: Host) -> Result:
+def clock(host: Host) -> Outcome:
     """Our clock goes with the hub's, or says that it is kept."""
     try:
         ahead = ask(host, repositories(host)[0]).ahead_s
@@ -197,7 +198,7 @@ def clock(host: Host) -> Result:
     return ok(f"within {max(1, round(abs(ahead)))} s of the hub's")
 
 
-def _kept(host: Host) -> Result:
+def _kept(host: Host) -> Outcome:
     """What systemd or chrony say."""
     told = host.command(["timedatectl", "show", "--property=NTPSynchronized", "--value"])
     if told and told.code == 0 and told.said in ("yes", "no"):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v4forge.gpus import GIB
+from v4forge.outcomes import Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
-from v4forge.pipeline.doctor.host import ROOT, Host, Result, failed, ok, warning
+from v4forge.pipeline.doctor.host import ROOT, Host
 
 UNLIMITED = -1
 # NCCL copies through it where no NVLink joins two GPUs; the 64 MiB that docker gives by itself end in a crash.
@@ -42,7 +43,7 @@ LIMITS = {
 }
 
 
-def limit(host: Host, name: str) -> Result:
+def limit(host: Host, name: str) -> Outcome:
     """A limit of this shell's processes, which those that it starts have too."""
     wanted = LIMITS[name]
     found = re.search(rf"^{wanted.row} +(\S+) +(\S+)", host.read("/proc/self/limits"), flags=re.M)
@@ -75,7 +76,7 @@ def _number(word: str) -> int:
     return UNLIMITED if word == "unlimited" else int(word)
 
 
-def shared_memory(host: Host) -> Result:
+def shared_memory(host: Host) -> Outcome:
     """/dev/shm is there and not docker's small default."""
     folder = host.path("/dev/shm")
     if not folder.is_dir():
@@ -91,7 +92,7 @@ def shared_memory(host: Host) -> Result:
     return ok(shown)
 
 
-def host_memory(host: Host) -> Result:
+def host_memory(host: Host) -> Outcome:
     """The host's memory holds what calibration keeps there."""
 
     def need(processes: int) -> int:
@@ -116,7 +117,7 @@ def host_memory(host: Host) -> Result:
     return ok(fact)
 
 
-def python(host: Host) -> Result:
+def python(host: Host) -> Outcome:
     """The environment that `make env` builds, by its interpreter."""
     shown = f"Python {sys.version.split()[0]}, {sys.prefix}"
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
@@ -126,7 +127,7 @@ def python(host: Host) -> Result:
     return ok(shown)
 
 
-def serving(host: Host) -> Result:
+def serving(host: Host) -> Outcome:
     """Serving without docker: the router, and a vLLM in its environment; its compilers where there are GPUs."""
     if host.full_size and host.chosen_runtime == "docker":
         return ok("not needed: RUNTIME=docker serves in containers")

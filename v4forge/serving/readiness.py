@@ -1,0 +1,82 @@
+"""The wait for replicas: until each answers, or one has ended, whose own error is told."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from v4forge.errors import UserError
+from v4forge.serving import client
+from v4forge.serving.deployment import Plan, Process, Runtime
+
+POLL_S = 1.0
+ANSWER_S = 10.0
+SHOWN_LINES = 25
+# Of the lines in a replica's log, those that say how far its start is.
+STEPS = re.compile(
+    r"Loading safetensors[^:]*: +\d+%|Loading weights took|Capturing CUDA graphs?[^:]*: +\d+%|Compiling"
+    r"|Starting to load model|Model loading took|init engine|Application startup complete"
+)
+
+
+def ready(plan: Plan, number: int) -> bool:
+    """Whether the router gives requests to this replica, and it answers."""
+    try:
+        client.fetch(plan.endpoints[number], "/health", limit_s=ANSWER_S)
+    except UserError:
+        return False
+    return True
+
+
+def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None]) -> None:
+    """Returns when every replica is ready. Raises UserError, with the end of its log on the screen, when a process has
+    ended, even if it was started again, and after `timeout_s`."""
+    plan, started = runtime.plan, time.monotonic()
+    waiting = list(range(plan.replicas))
+    first: dict[str, str] = {}
+    while waiting:
+        for name, process in runtime.processes().items():
+            run = first.setdefault(name, process.run) if process.state == "running" else process.run
+            if process.state in ("exited", "missing") or process.run != run:
+                raise _ended(runtime, name, process)
+        waiting = [number for number in waiting if not ready(plan, number)]
+        if waiting and time.monotonic() - started > timeout_s:
+            name = plan.names[waiting[0]]
+            print(_tail(runtime.log(name)), flush=True)
+            raise UserError(f"{name} is not ready after {timeout_s:.0f} s (its log above)", "make serve TIMEOUT=7200")
+        progress(plan.replicas - len(waiting), _step(runtime, [plan.names[number] for number in waiting]))
+        if waiting:
+            time.sleep(POLL_S)
+
+
+def _step(runtime: Runtime, names: Sequence[str]) -> str:
+    """How far the first of these replicas is, by its log."""
+    if not names:
+        return "ready"
+    found = STEPS.findall(runtime.log(names[0]))
+    return f"{names[0]}: {found[-1].strip() if found else 'starting'}"
+
+
+def _ended(runtime: Runtime, name: str, process: Process) -> UserError:
+    log = runtime.log(name)
+    print(_tail(log), flush=True)
+    # The server's last error may only say that its engine has one, and a warning may speak of an error.
+    unlikely = ("Engine core", " INFO ", " WARNING ")
+    lines = [line for line in log.splitlines() if not any(words in line for words in unlikely)]
+    errors = re.findall(r"\w*Error: .+", "\n".join(lines))
+    return UserError(
+        f"{name} has ended: {(errors or [process.state])[-1][:400]}",
+        "its log is above; make serve-logs shows all of them",
+    )
+
+
+def _tail(log: str) -> str:
+    return "\n".join(log.splitlines()[-SHOWN_LINES:])
+
+
+def show_errors(runtime: Runtime) -> None:
+    """Shows the end of the log of every replica that does not answer."""
+    for number, name in enumerate(runtime.plan.names):
+        if not ready(runtime.plan, number):
+            print(_tail(runtime.log(name)), flush=True)
