@@ -22,9 +22,9 @@ from scripts.cli import steps
 from scripts.serve import say
 from v4forge.bench import acceptance, published_figures, results, workloads
 from v4forge.bench.acceptance import Kept, Sampling
-from v4forge.bench.bench_rows import Standing, standing
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.standing import Worth, worth_of
 from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
 
@@ -163,7 +163,7 @@ def show(opened: Measurement, k: int) -> None:
     parts = {name: part for name in WORKLOADS if (part := opened.part(name)) is not None}
     if not parts:
         return
-    Console(highlight=False).print(table(parts, k, standing(opened.content)))
+    Console(highlight=False).print(table(parts, k, worth_of(opened.content)))
     folder = (opened.content["target"]["artifact"] or {}).get("folder") or "DIR"
     verify = f"python -m scripts.verify --artifact {shlex.quote(folder)} --source DIR"
     if offline := offline_of(parts):
@@ -180,7 +180,7 @@ def offline_of(parts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | No
     return next((part["offline"] for part in parts.values() if part["offline"]), None)
 
 
-def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Standing) -> Table:
+def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Worth) -> Table:
     """A column a workload, and one for the offline figures: shares in percent, below each its 95% interval."""
     offline = offline_of(parts)
     caption = "\n".join(("95% intervals over prompts", *worth.marks))

@@ -26,7 +26,7 @@ from v4forge.model import corpus, distributed
 from v4forge.pipeline import requirements
 from v4forge.pipeline.stamps import exclusive
 from v4forge.quantization import calibrate, experts, layer_files
-from v4forge.reporting import page as report_page
+from v4forge.reporting import calibration_page
 from v4forge.verification import reproduce
 
 
@@ -213,9 +213,7 @@ def calibrated(
             finished_layer=finished,
         )
     if place.rank == 0 and settings.method == "gptq" and (lines or not page.exists()):
-        write_text(
-            page, report_page.calibration_page([read_json(layer_files.layer_report(arguments.work, i)) for i in todo])
-        )
+        write_text(page, calibration_page.page([read_json(layer_files.layer_report(arguments.work, i)) for i in todo]))
         print(f"calibration: {page}")
 
 

@@ -12,7 +12,7 @@ from scripts.cli import parser_for
 from v4forge.artifact_folder import CARD
 from v4forge.errors import run_main
 from v4forge.files import remove_leftovers, write_text
-from v4forge.reporting import card, card_html, run_record
+from v4forge.reporting import card, card_html, card_subject, run_record
 
 PAGE = "reports/card.html"
 
@@ -22,11 +22,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>: layers, reports")
     parser.add_argument("--artifact", type=Path, required=True, metavar="DIR", help="gets README.md and run.json")
     arguments = parser.parse_args()
-    card.require(arguments.artifact)
+    card_subject.require(arguments.artifact)
     remove_leftovers(arguments.artifact)
     run_record.write(arguments.work, arguments.artifact)
-    subject = card.gathered(arguments.work, arguments.artifact)
-    text = card.text(arguments.work, arguments.artifact)
+    subject = card_subject.gathered(arguments.work, arguments.artifact)
+    text = card.text(subject)
     write_text(arguments.artifact / CARD, text)
     write_text(arguments.work / PAGE, card_html.page(text))
     warning = card.warning(subject)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from scripts.cli import parser_for
 from v4forge.bench import results
-from v4forge.bench.comparison import Comparison, Delta, compare
+from v4forge.bench.comparison import READERS, Comparison, Delta, compare
 from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
 from v4forge.files import understood
@@ -34,10 +34,10 @@ def found(path: Path) -> dict[str, Result]:
     if not path.exists():
         raise UserError(f"{path} does not exist", "make compare A=<reports folder or result file> B=<the other>")
     if path.is_file():
-        result = results.load(path)
+        result = results.load(path, READERS)
         return {result.bench: result}
-    folder = path if results.newest(path) else path / "reports"
-    measured = results.newest(folder)
+    folder = path if results.newest(path, READERS) else path / "reports"
+    measured = results.newest(folder, READERS)
     if not measured:
         raise UserError(f"{path} holds no result of a bench", "make bench, or pass the folder with <bench>-<time>.json")
     return measured

@@ -19,14 +19,13 @@ from rich.table import Table
 
 from scripts.cli import parser_for
 from v4forge import artifact_folder
-from v4forge.bench.bench_rows import standing
 from v4forge.bench.results import Result
 from v4forge.errors import run_main
 from v4forge.files import write_text
 from v4forge.reporting import page as report_page
 from v4forge.reporting import run_sections
 from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
-from v4forge.reporting.overview import Inputs
+from v4forge.reporting.inputs import Inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     if stages := run_sections.stage_rows(inputs.run):
         console.print(run_sections.stages_line(stages), markup=False)
     for bench, result in measured.items():
-        said = "; ".join([result.path.name, *standing(result.content).marks])
+        said = "; ".join([result.path.name, *inputs.benches[bench].worth.marks])
         console.print(f"{bench}: {said}", markup=False, soft_wrap=True)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
     if verdict:

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.cli import parser_for, steps
-from v4forge.artifact_folder import verdict
+from v4forge import artifact_folder
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
@@ -134,7 +134,7 @@ def main() -> int:
     Console().print(table)
     if qualities:
         Console().print(evaluation.table(qualities))
-    conclusion = verdict(result)
+    conclusion = artifact_folder.verdict(result)
     print(conclusion.line)
     return 0 if conclusion.ok else 1
 

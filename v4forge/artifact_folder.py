@@ -6,8 +6,8 @@ Serving, publishing, releasing and the reports ask it. Standard library only: it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,55 @@ def members(artifact: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What verify said. `verdict`: ok, failed, stale (it is of other files) or missing; `fact` in a sentence.
+class Check:
+    name: str
+    ok: bool
+    detail: str
 
-    `not_run`: the checks that verify left out, each with why. `checks`: how many it made.
+
+@dataclass(frozen=True)
+class Verdict:
+    """A certificate by itself: its checks, failed ones first."""
+
+    ok: bool
+    checks: list[Check]
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the checks that failed."""
+        return [check.name for check in self.checks if not check.ok]
+
+    @property
+    def line(self) -> str:
+        """What a run ends with."""
+        return (
+            "certificate: ok" if self.ok else f"certificate: FAILED ({len(self.failed)} of {len(self.checks)} checks)"
+        )
+
+
+def verdict(certificate: Mapping[str, Any]) -> Verdict:
+    """A certificate is good when it says so and so does each of its checks; one without checks proves nothing.
+
+    Raises KeyError for a key that it lacks, TypeError where it is of another form.
+    """
+    checks = [Check(check["name"], check["ok"] is True, check["detail"]) for check in certificate["checks"]]
+    ok = certificate["ok"] is True and bool(checks) and all(check.ok for check in checks)
+    return Verdict(ok, sorted(checks, key=lambda check: check.ok))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A certificate beside the files that it should be of. `verdict`: ok, failed, stale (it is of other files) or
+    missing; `fact` in a sentence.
+
+    `checks`: how many verify made. `failed`: those that did not pass. `not_run`: those that it left out, each with why.
     """
 
     verdict: str
     fact: str
     checks: int = 0
-    not_run: Mapping[str, str] | None = None
+    failed: Sequence[str] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
 
 def sums_sha256(artifact: Path) -> str | None:
@@ -52,14 +91,25 @@ def standing(artifact: Path) -> Standing:
     certificate = read_json(path)
     listed = certificate.get("checks")
     checks = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    failed = [str(row.get("name")) for row in checks if row.get("ok") is not True]
-    if certificate.get("ok") is not True or failed or not checks:
-        why = ", ".join(failed) or ("ok is not true" if checks else "unreadable")
-        return Standing("failed", f"{path} says that it failed: {why}", len(checks))
-    if sums_sha256(artifact) != certificate.get("sums_sha256"):
+    told = [{"name": str(row.get("name")), "ok": row.get("ok"), "detail": ""} for row in checks]
+    found = verdict({"ok": certificate.get("ok"), "checks": told})
+    if not found.ok:
+        why = ", ".join(found.failed) or ("ok is not true" if checks else "unreadable")
+        return Standing("failed", f"{path} says that it failed: {why}", len(checks), found.failed)
+    if certificate.get("sums_sha256") != sums_sha256(artifact):
         return Standing("stale", f"{path} is of another artifact than the one beside it", len(checks))
     left_out = certificate.get("not_run")
-    return Standing("ok", f"{len(checks)} checks passed", len(checks), left_out if isinstance(left_out, dict) else {})
+    not_run = left_out if isinstance(left_out, dict) else {}
+    return Standing("ok", f"{len(checks)} checks passed", len(checks), not_run=not_run)
+
+
+def check_certificate(artifact: Path, certificate: Mapping[str, Any]) -> None:
+    """Raises UserError when a certificate, whatever it says, is about other files than the artifact's."""
+    sums, digest = artifact / SUMS, sums_sha256(artifact)
+    if digest is None:
+        raise UserError(f"{sums} does not exist", "make postprocess")
+    if certificate["sums_sha256"] != digest:
+        raise UserError(f"{artifact / CERTIFICATE} is about other files than {sums}", "make verify")
 
 
 def check(artifact: Path, again: str) -> Standing:
@@ -84,37 +134,3 @@ def stated_sums(artifact: Path, again: str) -> dict[str, str]:
             raise UserError(f"{path} has a line that is no checksum: {line[:80]!r}", again)
         stated[name] = digest
     return stated
-
-
-def check_certificate(artifact: Path, certificate: dict[str, Any]) -> None:
-    """Raises UserError when the certificate is about other files than the artifact's."""
-    sums, digest = artifact / SUMS, sums_sha256(artifact)
-    if digest is None:
-        raise UserError(f"{sums} does not exist", "make postprocess")
-    if certificate["sums_sha256"] != digest:
-        raise UserError(f"{artifact / CERTIFICATE} is about other files than {sums}", "make verify")
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The certificate's checks, failed ones first; `line` is what a run ends with."""
-
-    ok: bool
-    line: str
-    checks: list[Check]
-
-
-def verdict(certificate: Mapping[str, Any]) -> Verdict:
-    """A certificate is good when it says so and so does each of its checks; one without checks proves nothing."""
-    checks = [Check(check["name"], check["ok"] is True, check["detail"]) for check in certificate["checks"]]
-    failed = sum(not check.ok for check in checks)
-    ok = certificate["ok"] is True and bool(checks) and not failed
-    line = "certificate: ok" if ok else f"certificate: FAILED ({failed} of {len(checks)} checks)"
-    return Verdict(ok, line, sorted(checks, key=lambda check: check.ok))

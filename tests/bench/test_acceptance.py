@@ -18,7 +18,7 @@ from rich.console import Console
 from scripts import bench, bench_draft
 from v4forge.bench import acceptance, results, workloads
 from v4forge.bench.acceptance import Answered, Kept, Sampling
-from v4forge.bench.bench_rows import Standing
+from v4forge.bench.standing import Worth
 from v4forge.errors import UserError
 from v4forge.model import heldout
 
@@ -313,7 +313,7 @@ def test_the_table_has_a_column_a_workload_and_fits_a_terminal(tmp_path: Path, p
     part = acceptance.figures("code", answers())
     parts = {name: part | {"offline": acceptance.beside(part, given)} for name in workloads.WORKLOADS}
     parts["prose"]["offline"] = None  # of a run before verify --deep
-    worth = Standing(None, "" if published else "tiny model", "", True)
+    worth = Worth(None, "" if published else "tiny model", "", True)
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(bench_draft.table(parts, 2, worth))
     shown = console.export_text()

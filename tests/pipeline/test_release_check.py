@@ -25,7 +25,7 @@ from v4forge.images.registry import Locked
 from v4forge.outcomes import Outcome
 from v4forge.pipeline import release_check as release
 from v4forge.pipeline.release_check import Release
-from v4forge.reporting import card, gather, page, run_record
+from v4forge.reporting import card, card_subject, gather, page, run_record
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def change(path: Path, **changes: Any) -> None:
 def write_texts(work: Path) -> None:
     """Card, run.json and report, by what writes them."""
     run_record.write(work, work / "artifact")
-    (work / "artifact/README.md").write_text(card.text(work, work / "artifact"))
+    (work / "artifact/README.md").write_text(card.text(card_subject.gathered(work, work / "artifact")))
     inputs, _ = gather.gathered(work)
     (work / gather.PAGE).write_text(page.page(inputs))
     (work / gather.MARKDOWN).write_text(gather.markdown(inputs))

@@ -23,7 +23,7 @@ from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.files import read_json
 from v4forge.quantization.hf_folder import opened, recognized
 from v4forge.quantization.postprocess import SHARD
-from v4forge.reporting import card
+from v4forge.reporting import card, card_subject
 
 SINGLE = "model.safetensors"
 REPAIRABLE = ("hybrid", "gptq", "hf")
@@ -159,7 +159,7 @@ def test_the_manifest_and_the_card_say_where_the_experts_are_from(saves: Path) -
     assert calibration["from"].startswith("routed experts saved by llm-compressor through transformers")
     shards = {path.name for path in (saves / "hf").glob("*.safetensors")}
     assert len(shards) > 1 and calibration["files"].keys() == shards | {INDEX, "config.json"}
-    assert calibration["from"] in card.text(saves / "none", fixed)
+    assert calibration["from"] in card.text(card_subject.gathered(saves / "none", fixed))
 
 
 def without(part: str) -> Callable[[Tensors], None]:

@@ -1,4 +1,4 @@
-"""Tables and figures of the benches: v4forge.bench.bench_rows and what is made of its rows, on made-up result files."""
+"""Tables and figures of the benches: v4forge.reporting.benches and what is made of it, on made-up result files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import html
 import json
 import math
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,44 @@ from run_files import CHECKS, EVALUATION, MANIFEST, RUN, layer
 
 from scripts import report as program
 from v4forge import artifact_folder
-from v4forge.bench import bench_rows, published_figures, results
-from v4forge.bench.bench_rows import standing
+from v4forge.bench import published_figures, results
+from v4forge.bench.standing import worth_of
 from v4forge.errors import UserError
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import bench_tables, figures, overview, page, published_comparison, run_sections
-from v4forge.reporting import tables as report_tables
-from v4forge.reporting.overview import Inputs
+from v4forge.reporting import (
+    bench_drafts,
+    bench_quality,
+    bench_speed,
+    benches,
+    layer_charts,
+    overview,
+    page,
+    published_comparison,
+    rendering,
+    run_sections,
+    tables,
+)
+from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.published_comparison import Pipeline
-from v4forge.reporting.tables import Cell, Column, Table
+from v4forge.reporting.tables import Cell, Column, Drawing, Section, Table
 
 FLASH = {each["bench"]: each for each in made.full()}
 TINY = {each["bench"]: each for each in made.full(tiny=True, trial=4)}
 
 
+def section_of(bench: str, result: dict[str, Any]) -> Section:
+    return benches.Told(bench, result).section
+
+
 def headline_of(found: dict[str, Any], made_by: Pipeline | None = None) -> dict[str, list[Cell]]:
-    rows = published_comparison.table(found, made_by or Pipeline()).rows
+    rows = published_comparison.table(benches.told(found), made_by or Pipeline()).rows
     return {row[0].text: list(row) for row in rows if len(row) > 1}
 
 
 def test_published_figures_have_conditions_sources_and_one_of_the_benches() -> None:
     assert len(published_figures.figures()) == len(published_figures.by_key()) == 33
     for figure in published_figures.figures():
-        assert figure.conditions and figure.bench in (*results.BENCHES, "pipeline")
+        assert figure.conditions and figure.bench in (*benches.BENCHES, "pipeline")
         assert figure.original or figure.siblings
         for value in (figure.original, *figure.siblings):
             assert value is None or value.source
@@ -78,7 +96,7 @@ def test_what_is_not_flash_on_h200_or_a_trial_is_marked(
 ) -> None:
     result = made.tools(trial=trial)
     result["machine"]["gpus"], result["target"]["backend"], result["target"]["artifact"] = gpus, backend, size
-    worth = standing(result)
+    worth = worth_of(result)
     assert len(worth.marks) == len(marks)
     assert all(said.startswith(mark) for said, mark in zip(worth.marks, marks, strict=True))
     assert worth.comparable == (not marks)
@@ -95,8 +113,9 @@ def test_the_headline_sets_ours_beside_the_original_and_its_siblings() -> None:
     assert rows["speed-up, k=1, batch 1"][1].note.startswith("1.")
 
 
-def glance_of(**found: Any) -> dict[str, tuple[Cell, Cell]]:
-    return {row[0].text: (row[0], row[1]) for row in overview.table(Inputs(**found)).rows}
+def glance_of(results: dict[str, Any], **found: Any) -> dict[str, tuple[Cell, Cell]]:
+    rows = overview.table(Inputs(benches=benches.told(results), **found)).rows
+    return {row[0].text: (row[0], row[1]) for row in rows}
 
 
 def test_one_look_says_what_there_is_to_know() -> None:
@@ -125,7 +144,7 @@ def test_one_look_says_what_there_is_to_know() -> None:
 
 def test_one_look_says_what_is_bad() -> None:
     checks = [{"name": name, "ok": name != "tensors", "detail": ""} for name in ("tensors", "INT4 error")]
-    said = glance_of(certificate={"ok": False, "checks": checks}, results={"quality": made.quality(better=-0.02)})
+    said = glance_of({"quality": made.quality(better=-0.02)}, certificate={"ok": False, "checks": checks})
     assert said["Certificate"][1] == Cell("FAILED, 1 of 2 checks", "tensors", "bad")
     assert said["Quality"][1].text.startswith("beyond noise: ") and said["Quality"][1].mark == "bad"
     assert "MMLU 5-shot -2.76 points" in said["Quality"][1].text
@@ -133,15 +152,15 @@ def test_one_look_says_what_is_bad() -> None:
 
 def test_one_look_at_the_tiny_model_says_that_it_is_a_test() -> None:
     said = glance_of(results=TINY)
-    for bench in results.BENCHES.values():
-        assert said[bench.title][0].note == "tiny model on a CPU; a trial of 4"
+    for bench in benches.BENCHES.values():
+        assert said[bench.TITLE][0].note == "tiny model on a CPU; a trial of 4"
     assert said["Quality"][1].text == "6 figures, none tested against the published"
 
 
 @pytest.mark.parametrize("bench", made.BENCHES)
 def test_one_look_at_a_bench_that_measured_nothing_says_so(bench: str) -> None:
     result = made.BENCHES[bench]() | {"parts": {}, "complete": False}
-    title, said = glance_of(results={bench: result})[results.BENCHES[bench].title]
+    title, said = glance_of(results={bench: result})[benches.BENCHES[bench].TITLE]
     assert title.note == "unfinished" and said.text
 
 
@@ -154,7 +173,7 @@ def test_what_was_published_without_its_noise_is_subtracted_and_called_untested(
 
 
 def test_the_page_says_where_each_published_figure_is_from() -> None:
-    text = page.page(Inputs(results=FLASH))
+    text = page.page(Inputs(benches=benches.told(FLASH)))
     for figure in published_figures.figures():
         for value in (figure.original, *figure.siblings):
             assert value is None or html.escape(value.source) in text
@@ -169,9 +188,9 @@ def test_the_headline_of_nothing_says_what_measures_each() -> None:
 def test_no_figure_of_the_tiny_model_stands_beside_a_published_one() -> None:
     for row in headline_of(TINY).values():
         assert row[1].text in ("not comparable", "not measured") and row[3].text == ""
-    for row in bench_rows.quality_rows(TINY["quality"]):
+    for row in bench_quality.rows(TINY["quality"]):
         assert row.delta is None and row.p is None
-    text = page.page(Inputs(results=TINY))
+    text = page.page(Inputs(benches=benches.told(TINY)))
     assert "p = " not in text and "p &lt;" not in text and "<title>published" not in text
     assert text.count("Tiny model on a CPU: a test of the bench, not a result. A trial of 4: not a result.") == 4
 
@@ -203,7 +222,7 @@ def test_making_flash_is_beside_the_published_and_making_another_model_is_not() 
 
 
 def test_points_are_ordered_and_measured_again_ones_left_out() -> None:
-    rows = bench_rows.speed_rows(FLASH["speed"])
+    rows = bench_speed.rows(FLASH["speed"]).points
     assert len(rows) == 2 * 3 * 4
     order = [(row.shape, row.concurrency, row.drafts) for row in rows]
     assert order[0] == ("256x256", 1, 0) and order[-1] == ("1024x1024", 16, 3)
@@ -211,7 +230,7 @@ def test_points_are_ordered_and_measured_again_ones_left_out() -> None:
 
 
 def test_each_k_and_shape_has_a_sentence_on_where_it_stops_paying() -> None:
-    said = bench_rows.stops_paying(FLASH["speed"])
+    said = bench_speed.rows(FLASH["speed"]).stops
     assert len(said) == 6
     assert all("stops paying" in sentence for sentence in said)
 
@@ -219,33 +238,33 @@ def test_each_k_and_shape_has_a_sentence_on_where_it_stops_paying() -> None:
 def test_without_k0_gains_are_not_known() -> None:
     result = made.speed()
     result["parts"] = {key: part for key, part in result["parts"].items() if not key.startswith("k0/")}
-    assert all(row.gain is None for row in bench_rows.speed_rows(result))
-    said = bench_rows.stops_paying(result)
-    assert len(said) == 6 and all(sentence.endswith("k=0 was not measured") for sentence in said)
+    speed = bench_speed.rows(result)
+    assert all(row.gain is None for row in speed.points)
+    assert len(speed.stops) == 6 and all(said.endswith("k=0 was not measured") for said in speed.stops)
 
 
 def test_drafts_are_shown_by_position_beside_the_offline_figure() -> None:
-    tables = {table.name: table for table in bench_tables.section("draft", FLASH["draft"]).tables}
-    assert [column.title for column in tables["draft"].columns][-3:] == ["draft 1", "draft 2", "draft 3"]
-    assert tables["draft-given"].rows[-1][0].text == "offline"
-    assert tables["draft-given"].rows[-1][1] == Cell("80.0%", "78.0 to 82.0")
+    found = {table.name: table for table in section_of("draft", FLASH["draft"]).tables}
+    assert [column.title for column in found["draft"].columns][-3:] == ["draft 1", "draft 2", "draft 3"]
+    assert found["draft-given"].rows[-1][0].text == "offline"
+    assert found["draft-given"].rows[-1][1] == Cell("80.0%", "78.0 to 82.0")
 
 
 def test_without_an_offline_figure_the_command_that_makes_it_is_said() -> None:
     result = made.draft()
     for part in result["parts"].values():
         part["offline"] = None
-    assert "verify --deep" in bench_tables.section("draft", result).said[0]
+    assert "verify --deep" in section_of("draft", result).said[0]
 
 
 def test_a_difference_beyond_noise_is_named_among_those_tested() -> None:
-    said = bench_tables.section("quality", made.quality(better=-0.02)).said[0]
+    said = section_of("quality", made.quality(better=-0.02)).said[0]
     assert said.startswith("Beyond noise at 5%: ")
     assert "MMLU 5-shot (-2.76)" in said and "of 6 tested; chance alone makes 0.3 of them so" in said
 
 
 def test_lost_points_are_said_with_their_reason() -> None:
-    section = bench_tables.section("tools", FLASH["tools"])
+    section = section_of("tools", FLASH["tools"])
     assert "selection 0: the second call has another city" in section.said
     assert "coding/1: has a button: no <button> in the page" in section.said
     assert [row[-1].text for row in section.tables[0].rows][-1] == "26/30"
@@ -255,7 +274,7 @@ def test_checks_that_hold_are_no_reason_for_lost_points() -> None:
     result = made.tools(lost=1)
     why = ["pass: holds: at most 4 calls: 1 call", "pass: fails: order a(), then b(): no call of b", "x" * 500]
     result["parts"]["selection/s0"]["why"] = why
-    (said,) = bench_tables.section("tools", result).said[:1]
+    (said,) = section_of("tools", result).said[:1]
     assert said.startswith("selection 0: order a(), then b(): no call of b; xxx") and said.endswith("x…")
     assert len(said) < 200
 
@@ -265,12 +284,12 @@ def test_in_what_a_task_was_run_otherwise_is_said_beside_its_figure() -> None:
 
 
 def test_how_far_servers_drifted_is_said() -> None:
-    (table,) = bench_tables.section("speed", FLASH["speed"]).tables
+    (table,) = section_of("speed", FLASH["speed"]).tables
     assert re.search(r"differed by at most [\d.]+% in time a token, [\d.]+% in tokens a second", table.note)
 
 
 def test_how_a_bench_was_measured_is_all_there() -> None:
-    told = dict(bench_tables.section("speed", FLASH["speed"]).provenance)
+    told = dict(section_of("speed", FLASH["speed"]).provenance)
     assert {"model", "artifact", "SHA256SUMS", "image", "machine", "versions", "settings", "seed", "command"} <= set(
         told
     )
@@ -279,35 +298,43 @@ def test_how_a_bench_was_measured_is_all_there() -> None:
     assert told["from, to"] == "2026-11-26T01:02:03+00:00, 2026-11-26T03:04:05+00:00"
 
 
+def drawings_of(bench: str) -> list[Drawing]:
+    return list(benches.Told(bench, FLASH[bench]).drawn.drawings)
+
+
 def test_figures_of_the_same_rows_have_the_same_bytes() -> None:
-    for bench, result in FLASH.items():
-        assert figures.of(bench, result) == figures.of(bench, result)
+    for bench in benches.BENCHES:
+        assert drawings_of(bench) == drawings_of(bench)
 
 
 def test_figures_take_all_their_colours_from_the_page() -> None:
-    style = (page.TEMPLATES / "style.html.j2").read_text()
-    for bench, result in FLASH.items():
-        for drawing in figures.of(bench, result):
+    style = (rendering.TEMPLATES / "style.html.j2").read_text()
+    rows = layer_rows([layer(0), layer(1)])
+    layers = [*layer_charts.loss_charts(rows), *layer_charts.token_charts(rows)]
+    for some in (layers, *map(drawings_of, benches.BENCHES)):
+        for drawing in some:
             assert not re.search(r"#[0-9a-fA-F]{6}\b", drawing.svg), drawing.name
             for variable in set(re.findall(r"var\((--[\w-]+)\)", drawing.svg)):
                 assert style.count(f"{variable}:") == 2, f"{variable} in light and in dark"
 
 
 def test_ids_of_a_page_are_its_own() -> None:
-    ids = re.findall(r'\bid="([^"]+)"', page.page(Inputs(results=FLASH)))
+    ids = re.findall(r'\bid="([^"]+)"', page.page(Inputs(benches=benches.told(FLASH))))
     assert len(ids) == len(set(ids))
 
 
 def test_markdown_has_every_table_of_the_page() -> None:
     certificate = {"ok": True, "checks": CHECKS}
-    inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, FLASH)
+    told = benches.told(FLASH)
+    inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, told)
     text = page.markdown(inputs)
-    tables = [table for section in page.sections(FLASH) for table in section.tables]
-    tables += [overview.table(inputs), published_comparison.table(FLASH, published_comparison.pipeline(RUN, MANIFEST))]
-    tables += [run_sections.models_table(EVALUATION), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
-    tables += [run_sections.certificate_table(artifact_folder.verdict(certificate))]
-    for table in tables:
-        assert report_tables.markdown_table(table) in text, table.name
+    found = [table for each in told.values() for table in each.section.tables]
+    found += [overview.table(inputs)]
+    found += [published_comparison.table(told, published_comparison.pipeline(RUN, MANIFEST))]
+    found += [run_sections.models_table(EVALUATION), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
+    found += [run_sections.certificate_table(artifact_folder.verdict(certificate))]
+    for table in found:
+        assert tables.markdown_table(table) in text, table.name
     assert "| 0 | CSA | 3.000 | 1.500 |" in text
     assert "Not measured: `make bench-speed`" in page.markdown(Inputs())
 
@@ -315,24 +342,24 @@ def test_markdown_has_every_table_of_the_page() -> None:
 @given(st.text(), st.text())
 def test_a_cell_of_markdown_is_one_line_with_as_many_bars_whatever_it_says(text: str, note: str) -> None:
     columns = [Column("a"), Column("b", False)]
-    lines = report_tables.markdown_table(Table("t", "t", columns, [[Cell(text, note), Cell("x")]])).splitlines()
+    lines = tables.markdown_table(Table("t", "t", columns, [[Cell(text, note), Cell("x")]])).splitlines()
     assert len(lines) == 3
     assert len(re.findall(r"(?<!\\)\|", lines[2].replace("\\\\", ""))) == 3
 
 
 @given(st.floats(0, 1))
 def test_a_p_value_is_never_shown_as_zero(p: float) -> None:
-    assert not re.search(r"= 0\.0+$", report_tables.p_value(p))
+    assert not re.search(r"= 0\.0+$", tables.p_value(p))
 
 
 def test_a_share_without_a_value_is_a_dash() -> None:
-    assert report_tables.percent(bench_rows.UNKNOWN).text == report_tables.number(math.nan).text == "–"
+    assert tables.percent(bench_drafts.UNKNOWN).text == tables.number(math.nan).text == "–"
 
 
 def test_the_result_that_counts_is_the_newest_whole_one(tmp_path: Path) -> None:
     made.write(tmp_path, made.tools(trial=2), stamp="20261127T000000Z")
     made.write(tmp_path, made.tools(), stamp="20261126T000000Z")
-    assert results.newest(tmp_path)["tools"].path.name == "tools-20261126T000000Z.json"
+    assert results.newest(tmp_path, benches.BENCHES)["tools"].path.name == "tools-20261126T000000Z.json"
 
 
 BAD: dict[str, Any] = {
@@ -358,3 +385,80 @@ def test_a_bad_result_file_is_named_with_a_hint(tmp_path: Path, bench: str, dama
         program.main(["--work", str(tmp_path)])
     assert raised.value.hint
     assert not (tmp_path / "reports/index.html").exists()
+
+
+def test_rows_are_made_once_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name, bench in benches.BENCHES.items():
+        spy = types.ModuleType(name)
+        vars(spy).update(vars(bench))
+
+        def rows(result: Any, name: str = name, real: Any = bench.rows) -> Any:
+            asked.append(name)
+            return real(result)
+
+        monkeypatch.setattr(spy, "rows", rows)
+        monkeypatch.setitem(benches.BENCHES, name, spy)
+    made.write(tmp_path / "reports", *made.full())
+    program.main(["--work", str(tmp_path)])
+    assert asked == list(benches.BENCHES)
+
+
+FIFTH = '''"""A bench of how long a nap takes."""
+
+from v4forge.reporting import svg
+from v4forge.reporting.tables import Cell, Drawing, Found, Table, columns, number
+
+TITLE, SAID = "Naps by place", "On naps"
+
+
+def rows(result):
+    return {key: part["minutes"] for key, part in result["parts"].items()}
+
+
+def tables(found, worth):
+    lines = [[Cell(place), number(minutes)] for place, minutes in found.items()]
+    return [Table("naps", "Naps", columns("<place", "minutes"), lines)], ["a nap is short"]
+
+
+def overview(found, worth):
+    return Cell(f"{max(found.values())} minutes at most")
+
+
+def published(found):
+    return {f"nap/{place}": Found(minutes) for place, minutes in found.items()}
+
+
+def drawings(found, worth):
+    with svg.drawing() as drawn:
+        drawn.line(range(len(found)), list(found.values()), svg.series(0))
+        return [Drawing("naps-drawn", "Minutes", drawn.svg("naps-drawn", "Minutes", "by place"))]
+'''
+
+
+def test_a_fifth_bench_is_one_module_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("bench_naps")
+    exec(FIFTH, vars(module))
+    monkeypatch.setitem(benches.BENCHES, "nap", module)
+    naps = made.facts("nap", tiny=False, trial=None) | {
+        "parts": {"sofa": {"minutes": 20.5}, "hammock": {"minutes": 30}}
+    }
+    made.write(tmp_path / "reports", naps)
+    program.main(["--work", str(tmp_path)])
+
+    page = (tmp_path / "reports/index.html").read_text()
+    assert re.search(r"Naps by place</th>\s*<td class=\"\">30 minutes at most</td>", page), "the overview's row"
+    assert '<table id="naps"' in page and "20.50" in page and "<li>a nap is short</li>" in page
+    assert re.search(r'<figure id="figure-naps-drawn">.*?<svg class="figure"', page, re.DOTALL)
+    text = (tmp_path / "reports/benchmarks.md").read_text()
+    assert "## Naps by place\n" in text and "| sofa | 20.50 |" in text
+    (tmp_path / "reports" / f"nap-{made.STAMP}.json").unlink()
+    made.write(tmp_path / "reports", made.tools())
+    program.main(["--work", str(tmp_path)])
+    assert "Not measured: `make bench-nap`" in (tmp_path / "reports/benchmarks.md").read_text()
+
+
+def test_tables_of_the_benches_are_made_without_matplotlib() -> None:
+    code = "import sys; from v4forge import card, report; from v4forge.reporting import calibration_page; "
+    code += "sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

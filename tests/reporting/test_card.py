@@ -14,10 +14,11 @@ from card_inputs import FLASH_CONFIG, REPO, REVISION, TINY_CONFIG
 from programs import run_here
 
 from v4forge.bench import published_figures
-from v4forge.bench.results import BENCHES
+from v4forge.bench.results import command_of
 from v4forge.checkpoint import recipe
 from v4forge.errors import UserError
-from v4forge.reporting import card, card_html, run_record
+from v4forge.reporting import card, card_html, card_subject, run_record
+from v4forge.reporting.benches import BENCHES
 from v4forge.serving import settings
 
 
@@ -27,7 +28,7 @@ def change(path: Path, **values: Any) -> None:
 
 def text_of(work: Path) -> str:
     run_record.write(work, work / "artifact")
-    return card.text(work, work / "artifact")
+    return card.text(card_subject.gathered(work, work / "artifact"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_figures_stand_beside_the_published_ones_with_standard_errors_and_source
 
 def test_each_bench_has_its_tables_and_tells_how_it_was_measured(flash: str) -> None:
     for bench in BENCHES.values():
-        assert f"\n### {bench.title}\n" in flash
+        assert f"\n### {bench.TITLE}\n" in flash
     assert flash.count("<details><summary>Measured how</summary>") == len(BENCHES)
 
 
@@ -150,8 +151,8 @@ def test_what_nobody_measured_is_said_with_the_command_that_measures_it(tiny: Pa
     change(tiny / "artifact/certificate.json", deep=None, not_run={"quality": "it needs --deep N"})
     text = text_of(tiny)
     missing = text.split("\n## Not measured")[1].split("\n## ")[0]
-    for bench in BENCHES.values():
-        assert f"- {bench.title}: not measured ({bench.command}).\n" in missing
+    for name, bench in BENCHES.items():
+        assert f"- {bench.TITLE}: not measured ({command_of(name)}).\n" in missing
     assert "- Check “quality”: not run, it needs --deep N.\n" in missing
     assert "- Prediction beside the source, on the same tokens: not measured" in missing
     assert "\n## What was measured\n\nNothing yet.\n" in text
@@ -250,7 +251,7 @@ def test_run_json_stays_where_the_work_folder_knows_nothing(tiny: Path, tmp_path
 
 def test_the_program_writes_card_page_and_run_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("card", "--work", tiny, "--artifact", tiny / "artifact") == 0
-    assert (tiny / "artifact/README.md").read_text() == card.text(tiny, tiny / "artifact")
+    assert (tiny / "artifact/README.md").read_text() == card.text(card_subject.gathered(tiny, tiny / "artifact"))
     page = (tiny / "reports/card.html").read_text()
     assert "<table>" in page and "Metadata for the hub" in page
     assert str(tiny) not in (tiny / "artifact/run.json").read_text()
@@ -276,7 +277,7 @@ def test_a_file_of_another_form_is_named(tiny: Path, name: str, content: dict[st
     run_record.write(tiny, tiny / "artifact")
     change(tiny / "artifact" / name, **content)
     with pytest.raises(UserError, match=re.escape(said)):
-        card.text(tiny, tiny / "artifact")
+        card.text(card_subject.gathered(tiny, tiny / "artifact"))
 
 
 def test_a_folder_without_an_artifact_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

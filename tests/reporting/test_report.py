@@ -23,9 +23,9 @@ from scripts import report as program
 from v4forge import artifact_folder
 from v4forge.errors import UserError
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import layer_charts, run_sections
-from v4forge.reporting import page as report_page
-from v4forge.reporting.overview import Inputs
+from v4forge.reporting import calibration_page, layer_charts, page, run_sections, svg
+from v4forge.reporting.inputs import Inputs
+from v4forge.reporting.tables import Drawing
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 
@@ -118,12 +118,12 @@ def test_the_page_shows_the_layers_of_the_images_that_stages_ran_in() -> None:
     image = {"id": "sha256:abc", "lane": "cpu", "layers": [{"bytes": 3 << 20, "step": "imported"}]}
     image["layers"].append({"bytes": 1 << 19, "step": "RUN <it>"})
     run = {name: {**entry, "image": image} for name, entry in RUN.items()}
-    text = report_page.page(Inputs(run=run))
+    text = page.page(Inputs(run=run))
     assert "sha256:abc</code>, lane cpu, ran calibrate, verify." in text
     assert re.findall(r'<t[dh] class="n">(\d+\.\d)</t[dh]><t[dh]>(.+)</t[dh]>', text) == [
         *(("3.0", "imported"), ("0.5", "RUN &lt;it&gt;"), ("3.5", "together")),
     ]
-    assert "lane" not in report_page.page(Inputs(run=RUN))
+    assert "lane" not in page.page(Inputs(run=RUN))
 
 
 def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,10 +228,7 @@ class Page(HTMLParser):
 def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
     made.write(run_folder / "reports", *made.full())
     call(run_folder)
-    for text in (
-        (run_folder / "reports/index.html").read_text(),
-        report_page.calibration_page([layer(0), layer(1, True)]),
-    ):
+    for text in ((run_folder / "reports/index.html").read_text(), calibration_page.page([layer(0), layer(1, True)])):
         page = Page(text)
         assert [load for load in page.loads if not load.startswith("#")] == ["data:,"]
         assert not {"script", "iframe", "img", "object"} & set(page.tags)
@@ -240,7 +237,7 @@ def test_the_pages_load_nothing_and_run_nothing(run_folder: Path) -> None:
 
 
 def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> None:
-    page = Page(report_page.calibration_page([layer(1, blended=True), layer(0)]))
+    page = Page(calibration_page.page([layer(1, blended=True), layer(0)]))
     text = " ".join(page.text.split())
     assert "2 layers of 2 experts" in text
     assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
@@ -276,7 +273,7 @@ def test_a_listing_of_files_becomes_one_digest_that_depends_on_each_of_them() ->
 
 @given(st.floats(0, 1e6))
 def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> None:
-    ticks = layer_charts.axis(highest)
+    ticks = svg.axis(highest)
     assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-6) and 2 <= len(ticks) <= 6
     steps = [b - a for a, b in itertools.pairwise(ticks)]
     assert all(step == pytest.approx(steps[0], rel=1e-3) and step > 0 for step in steps)
@@ -285,10 +282,42 @@ def test_an_axis_covers_its_data_in_at_most_five_even_steps(highest: float) -> N
 @given(st.integers(0, 10**6), st.integers(1, 10**6))
 def test_a_logarithmic_axis_encloses_its_counts_in_few_ticks(fewest: int, more: int) -> None:
     most = layer_charts.LOG_RATIO * fewest + more
-    ticks = layer_charts.log_axis(fewest, most)
+    ticks = svg.log_axis(fewest, most)
     assert ticks == sorted(set(ticks)) and ticks[0] <= fewest and ticks[-1] >= most
     assert 2 <= len(ticks) <= 10
     assert (ticks[0] == 0) == (fewest == 0)
+
+
+Place = tuple[float, float]
+
+
+def marks_of(drawing: Drawing) -> dict[str, Place]:
+    """What is said when one points at a mark -> where it is, downwards."""
+    marks = re.findall(
+        r"<title>([^<]+)</title>\n<path.*?<use [^>]*x=\"([\d.]+)\" y=\"([\d.]+)\"", drawing.svg, re.DOTALL
+    )
+    return {said: (float(x), float(y)) for said, x, y in marks}
+
+
+def line_of(drawing: Drawing, layers: int, said: str) -> list[Place]:
+    """The marks of a line, by layer."""
+    marks = marks_of(drawing)
+    found = [[mark for tip, mark in marks.items() if re.match(f"layer {i}, .*{said}", tip)] for i in range(layers)]
+    assert all(len(each) == 1 for each in found), "a mark a layer"
+    return [each[0] for each in found]
+
+
+def labels_of(drawing: Drawing, anchor: str) -> list[str]:
+    return re.findall(rf"text-anchor: {anchor};[^>]*>([^<]+)</text>", drawing.svg)
+
+
+def inside(drawing: Drawing) -> tuple[Place, Place]:
+    """The least and the most x and y between the axes, where the lines across are."""
+    across = re.findall(
+        r"M ([\d.]+) ([\d.]+)\nL ([\d.]+) [\d.]+\n\" style=\"fill: none; stroke: var\(--line\)", drawing.svg
+    )
+    left, height, right = zip(*(map(float, each) for each in across), strict=True)
+    return (min(left), min(height)), (max(right), max(height))
 
 
 @pytest.mark.parametrize("layers", [1, 4, 43])
@@ -297,24 +326,32 @@ def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[
     rows = layer_rows([{**layer(i, blended=i % 2 == 1), "tokens": tokens} for i in range(layers)])
     losses, counts = layer_charts.loss_charts(rows), layer_charts.token_charts(rows)
     for chart in (*losses, *counts):
-        assert len(chart.x_ticks) <= layer_charts.X_LABELS
-        for points in chart.lines.values():
-            assert len(points) == layers
-            assert all(layer_charts.LEFT <= p.x <= chart.width - layer_charts.RIGHT for p in points)
-            assert all(layer_charts.TOP <= p.y <= layer_charts.CHART_HEIGHT - layer_charts.BOTTOM for p in points)
-    assert all(g.y > r.y for c in losses for g, r in zip(c.lines["gptq"], c.lines["rtn"], strict=True)), (
-        "less loss is lower"
-    )
-    assert all(few.y >= most.y for few, most in zip(counts[0].lines["fewest"], counts[0].lines["most"], strict=True))
+        numbers = [label for label in labels_of(chart, "middle") if label != "layer"]
+        assert 0 < len(numbers) <= layer_charts.X_LABELS
+        (left, top), (right, bottom) = inside(chart)
+        assert all(left <= x <= right and top <= y <= bottom for x, y in marks_of(chart).values())
+        assert ('class="pointed"' in chart.svg) == (layers > layer_charts.MANY)
+    for chart in losses:
+        rtn, gptq = line_of(chart, layers, "3%"), line_of(chart, layers, "1.5%")
+        assert all(g[1] > r[1] for g, r in zip(gptq, rtn, strict=True)), "less loss is lower"
+    fewest, most = line_of(counts[0], layers, "fewest"), line_of(counts[0], layers, "most")
+    assert len(line_of(counts[0], layers, "median")) == len(line_of(counts[1], layers, "of 2 experts")) == layers
+    assert all(few[1] >= many[1] for few, many in zip(fewest, most, strict=True))
 
 
 @pytest.mark.parametrize(("most", "logarithmic"), [(20_000, False), (20_001, True)])
 def test_tokens_of_very_different_counts_have_a_logarithmic_axis(most: int, logarithmic: bool) -> None:
     chart = layer_charts.token_charts(layer_rows([{**layer(0), "tokens": [1_000, most]}]))[0]
     assert ("logarithmic" in chart.title) == logarithmic
-    assert [label for _, label in chart.y_ticks] == (
+    assert labels_of(chart, "end") == (
         ["1k", "2k", "5k", "10k", "20k", "50k"] if logarithmic else ["0", "5k", "10k", "15k", "20k"]
     )
+
+
+def test_charts_of_the_same_layers_have_the_same_bytes() -> None:
+    rows = layer_rows([layer(i, blended=i == 1) for i in range(3)])
+    assert layer_charts.loss_charts(rows) == layer_charts.loss_charts(rows)
+    assert layer_charts.token_charts(rows) == layer_charts.token_charts(rows)
 
 
 def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:

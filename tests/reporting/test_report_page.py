@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from run_files import EVALUATION, MANIFEST, RUN, layer
 
 from v4forge.bench.tools.browser import Opened, open_page
 from v4forge.reporting import page as report_page
-from v4forge.reporting.overview import Inputs
+from v4forge.reporting.benches import told
+from v4forge.reporting.inputs import Inputs
 
 SIZES = ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark"))
 LEAST_PX = 8.5  # letters in a figure
@@ -49,9 +51,9 @@ COLOURS = """() => {
 
 def inputs(*results: dict[str, Any], rest: bool = True) -> Inputs:
     """What a folder with these results holds; rest: and what the demo makes."""
-    measured = {each["bench"]: each for each in results}
+    measured = told({each["bench"]: each for each in results})
     if not rest:
-        return Inputs(results=measured)
+        return Inputs(benches=measured)
     certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": "1,012 tensors"}]}
     layers = [layer(0), layer(1, True)]
     return Inputs(EVALUATION, certificate, layers, RUN, MANIFEST, measured)
@@ -95,10 +97,16 @@ def huge_names() -> list[dict[str, Any]]:
     return [drafts, tasks, calls]
 
 
+def many_layers() -> list[dict[str, Any]]:
+    """As many as Flash has, whose experts saw very different counts of tokens."""
+    return [{**layer(i, i % 2 == 1), "tokens": [i, 40 * i + 1000, 800_000 + i]} for i in range(43)]
+
+
 CASES: dict[str, Callable[[], Inputs]] = {
     "a full set of Flash": lambda: inputs(*made.full()),
     "trials of the tiny model": lambda: inputs(*made.full(tiny=True, trial=4)),
     "no bench": lambda: inputs(),
+    "many layers": lambda: replace(inputs(), layers=many_layers()),
     "one bench and nothing else": lambda: inputs(made.draft(), rest=False),
     "failures": lambda: inputs(*failing()),
     "k=0 was not measured": lambda: inputs(*without_k0()),
@@ -161,7 +169,8 @@ def luminance(colour: str) -> float:
 def test_every_figure_and_table_is_there(opened: Opened) -> None:
     shapes, metrics = ("256x256", "1024x1024"), ("tpot_ms", "output_tok_s")
     figures = [f"speed-{metric}-{shape}" for shape in shapes for metric in metrics]
-    for name in (*figures, "draft-all", "draft-given", "quality-delta"):
+    layers = ("loss-w1", "loss-w2", "loss-w3", "tokens", "starved")
+    for name in (*figures, "draft-all", "draft-given", "quality-delta", *layers):
         assert opened.count(f"#figure-{name} svg[role=img] use") > 1, name
         assert opened.count(f"#figure-{name} svg > title") == 1 and opened.count(f"#figure-{name} svg > desc") == 1
     for name in ("glance", "headline", "models", "speed", "draft", "draft-given", "quality", "tools", "smoke"):

@@ -8,16 +8,17 @@ in twenty comparisons names anything at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from v4forge.bench.bench_rows import WORKLOADS, standing
 from v4forge.bench.results import Result
 from v4forge.bench.speed import drift_of, excess
+from v4forge.bench.standing import worth_of
 from v4forge.bench.statistics import drawn, holm, resampled, standard_error, two_sided, z_test
+from v4forge.bench.workloads import TITLES
 from v4forge.errors import UserError
 from v4forge.intervals import NORMAL, Figure, quantile, ratio
 
@@ -92,9 +93,8 @@ def _compared(a: Result, b: Result) -> Comparison:
     if not keys:
         fact = f"{a.path} and {b.path} have no part in common"
         raise UserError(fact, f"run both with the same options: make bench-{a.bench}")
-    readers = {"speed": _speed, "draft": _draft, "quality": _quality, "tools": _tools}
     settings = [each for each in differences(a.content, b.content) if each[0] not in PLACES]
-    reader = readers[a.bench]
+    reader = READERS[a.bench]
     other, reasons = _other_questions(a.content, b.content, keys)
     deltas = list(reader(a.content, b.content, [key for key in keys if key not in other]))
     for each in reader(a.content, b.content, other):
@@ -121,7 +121,7 @@ def _other_questions(a: Json, b: Json, keys: Sequence[str]) -> tuple[list[str], 
 
 def _warnings(a: Result, b: Result, shared: int) -> Iterator[str]:
     for name, each in (("A", a), ("B", b)):
-        worth = standing(each.content)
+        worth = worth_of(each.content)
         for mark in worth.marks:
             yield f"{name}: {mark}"
         if not worth.complete:
@@ -214,7 +214,7 @@ def _log_change(a: Json, b: Json, metric: str, paired: bool) -> tuple[float, flo
 def _draft(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
     for key in keys:
         one, other = a["parts"][key], b["parts"][key]
-        title = WORKLOADS.get(key, key)
+        title = TITLES.get(key, key)
         paired = a["hashes"] == b["hashes"] and len(one["counted"]) == len(other["counted"])
         figures = [_acceptances(each) for each in (one, other)]
         for name in (name for name in figures[0] if name in figures[1]):
@@ -282,3 +282,12 @@ def _tools(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
                 _points(f"{title}, {n} of them", old, new, error, n - 1, unit),
                 note=", ".join(key for key, (one, other) in pairs.items() if one != other),
             )
+
+
+# What compares two result files of a bench, in the parts with these keys.
+READERS: dict[str, Callable[[Json, Json, Sequence[str]], Iterator[Delta]]] = {
+    "speed": _speed,
+    "draft": _draft,
+    "quality": _quality,
+    "tools": _tools,
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,22 +29,6 @@ PLACES = {"target": ("url",), "versions": ("v4forge",)}
 
 Json = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class Bench:
-    """`title`: what its part of the report is called; `command` makes its result."""
-
-    title: str
-    command: str
-
-
-# In the order of the report.
-BENCHES = {
-    "speed": Bench("Speed by concurrency", "make bench-speed"),
-    "draft": Bench("Drafts accepted by workload", "make bench-draft"),
-    "quality": Bench("Quality", "make bench-quality"),
-    "tools": Bench("Tool calls and conversations", "make bench-tools"),
-}
 # What every result file has, and of which kind.
 HEAD: dict[str, type | tuple[type, ...]] = {
     "complete": bool,
@@ -187,16 +171,21 @@ class Result:
         return str(self.content["bench"])
 
 
+def command_of(bench: str) -> str:
+    """What makes a bench's result."""
+    return f"make bench-{bench}"
+
+
 def again(path: Path, bench: str) -> str:
     """What to do about a result file that cannot be used."""
-    return f"move {path.name} out of the folder, then measure again: {BENCHES[bench].command}"
+    return f"move {path.name} out of the folder, then measure again: {command_of(bench)}"
 
 
-def load(path: Path) -> Result:
-    """A bench's result file. Raises UserError when it is not one, or of another form."""
+def load(path: Path, benches: Collection[str]) -> Result:
+    """A result file of one of these benches. Raises UserError when it is not one, or of another form."""
     content = read(path, "pass a result file of make bench, <bench>-<time>.json")
     bench = content.get("bench")
-    if bench not in BENCHES:
+    if not isinstance(bench, str) or bench not in benches:
         raise UserError(f"{path} is not the result of a bench", "pass a result file of make bench, <bench>-<time>.json")
     if content.get("form") != FORM:
         fact = f"{path} has form {content.get('form')!r}, and this version reads {FORM}"
@@ -217,15 +206,15 @@ def files(folder: Path, bench: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (found := NAME.fullmatch(path.name)) and found["bench"] == bench)
 
 
-def newest(folder: Path) -> dict[str, Result]:
-    """bench -> its result that counts, of the benches that have one in `folder`: the newest of whole measurements, then
-    of unfinished ones, then of trials, and only then of those without a part.
+def newest(folder: Path, benches: Collection[str]) -> dict[str, Result]:
+    """bench -> its result that counts, of those of these benches that have one in `folder`: the newest of whole
+    measurements, then of unfinished ones, then of trials, and only then of those without a part.
 
     Raises UserError for a file that has such a name and cannot be read, rather than pass over what was measured.
     """
     found = {}
-    for bench in BENCHES:
-        there = [each for path in files(folder, bench) if (each := load(path)).bench == bench]
+    for bench in benches:
+        there = [each for path in files(folder, bench) if (each := load(path, benches)).bench == bench]
         if there:
             found[bench] = max(there, key=_worth)
     return found

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent / "data" / "prompts"
 RANDOM = "random"
 WRITTEN = ("code", "chat", "prose")
 WORKLOADS = (RANDOM, *WRITTEN)
+TITLES = {"random": "random tokens", "code": "code", "chat": "chat", "prose": "raw prose"}  # for people
 # As the published figure had them: 256 tokens in, 256 out.
 PROMPT_TOKENS = 256
 ANSWER_TOKENS = 256

@@ -11,7 +11,7 @@ from typing import Any
 from v4forge import artifact_folder, checkout
 from v4forge.artifact_folder import CARD, MANIFEST, RUN
 from v4forge.bench import results
-from v4forge.bench.results import BENCHES, Result
+from v4forge.bench.results import Result
 from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.files import read, understood
@@ -20,7 +20,8 @@ from v4forge.images import definitions, lock_check, registry
 from v4forge.images.oci import Repository
 from v4forge.outcomes import Outcome, failed, ok
 from v4forge.pipeline import make_hints
-from v4forge.reporting import card, gather
+from v4forge.reporting import card, card_subject, gather
+from v4forge.reporting.benches import BENCHES
 from v4forge.verification import reproduce
 
 # What manifest.json says at least, by dotted name, beside what a replay asks for; "layers" stands for each of them.
@@ -145,7 +146,7 @@ def _noted(path: Path) -> str:
 
 
 def benches(release: Release) -> str:
-    found = results.newest(release.work / "reports")
+    found = results.newest(release.work / "reports", BENCHES)
     for bench, result in found.items():
         again = results.again(result.path, bench)
         measured = understood(result.path, again, partial(_measured, result))
@@ -165,7 +166,7 @@ def _measured(result: Result) -> str | None:
 
 
 def evaluation(release: Release) -> str:
-    path = release.work / "reports" / card.EVALUATION
+    path = release.work / "reports" / card_subject.EVALUATION
     if not path.is_file():
         return "not measured"
     if read(path, "make demo").get("sums_sha256") != release.sums:
@@ -188,7 +189,7 @@ def model_card(release: Release) -> str:
     path = release.artifact / CARD
     if not path.is_file():
         raise UserError(f"{path} does not exist", "make card")
-    if path.read_bytes() != card.text(release.work, release.artifact).encode():
+    if path.read_bytes() != card.text(card_subject.gathered(release.work, release.artifact)).encode():
         raise UserError(f"{path} is not what manifest, certificate and reports say now", "make card")
     return path.name
 

@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from v4forge.reporting.card import TEMPLATES
+from v4forge.reporting.rendering import rendered
 
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 FOLDS = re.compile(r"&lt;(/?(?:details|summary))&gt;")
@@ -51,6 +50,4 @@ def page(card: str) -> str:
         "front_matter": matter[1] if matter else "",
         "body": Markup(body(shown)),  # its renderer escapes
     }
-    loader = FileSystemLoader(TEMPLATES)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.get_template("card.html.j2").render(values)
+    return rendered("card.html.j2", **values)

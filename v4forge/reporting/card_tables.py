@@ -10,16 +10,13 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.intervals import Estimate
 from v4forge.reporting import run_record
-from v4forge.reporting.tables import NONE, Cell, Table, columns, ends, number, percent
-
-Json = Mapping[str, Any]
+from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent
 
 FORMATS = {  # of recipe.Rule: upstream's, and the artifact's
     "fp4": "FP4 E2M1, E8M0 per 32",

@@ -14,7 +14,8 @@ from v4forge.errors import UserError
 from v4forge.files import read, understood
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import page, published_comparison, run_sections
-from v4forge.reporting.overview import Inputs
+from v4forge.reporting.benches import BENCHES, told
+from v4forge.reporting.inputs import Inputs
 
 PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
 
@@ -32,16 +33,16 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     }
     found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
     layer_files = sorted((work / "layers").glob("layer-*.json"))
-    measured = results.newest(work / "reports")
+    measured = results.newest(work / "reports", BENCHES)
     inputs = Inputs(
         evaluation=found.get("evaluation"),
         certificate=found.get("certificate"),
         layers=[read(path, "make calibrate") for path in layer_files],
         run=found.get("run", {}),
         manifest=found.get("manifest"),
-        results={bench: result.content for bench, result in measured.items()},
+        benches=told({bench: result.content for bench, result in measured.items()}),
     )
-    if not (found.keys() - {"run"} or inputs.layers or inputs.results):
+    if not (found.keys() - {"run"} or inputs.layers or inputs.benches):
         raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
 
     checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
@@ -59,7 +60,7 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     for path, layer in zip(layer_files, inputs.layers, strict=True):
         understood(path, "make calibrate", partial(layer_rows, [layer]))
     for bench, each in measured.items():
-        understood(each.path, results.again(each.path, bench), partial(page.sections, {bench: each.content}))
+        understood(each.path, results.again(each.path, bench), inputs.benches[bench].make)
     return inputs, measured
 
 

@@ -1,85 +1,71 @@
-"""Charts by layer, as numbers for a template to draw: losses, tokens of the experts."""
+"""Figures by layer: what INT4 loses, how many tokens the experts saw."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from v4forge.quantization.layer_reports import KINDS, LayerRow
+from v4forge.reporting import svg
+from v4forge.reporting.svg import BAD, LOG_ZERO, Ink
+from v4forge.reporting.tables import Drawing
 
-# A chart is drawn in these units, which are CSS pixels at the width where three, or two wide ones, stand side by side.
-CHART_WIDTH, WIDE_WIDTH, CHART_HEIGHT = 300, 470, 190
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 34
+THIRD, HALF, HEIGHT = 300, 420, 196  # as wide as where three, or two, stand side by side
 X_LABELS = 9
-LOG_TICKS = 7
+MANY = 16  # layers, of more of which a mark is seen only when one points at it
 LOG_RATIO = 20  # most to fewest tokens, above which their axis is logarithmic
-LOG_ZERO = 0.1  # counts are whole: a decade below one there is room for none
+# The colours of style.html.j2's keys, which have no marks.
+NUMBERS = {"most": 0, "gptq": 1, "rtn": 2, "median": 3, "fewest": 4}
+INKS = {"starved": BAD, **{name: Ink(svg.series(number).colour) for name, number in NUMBERS.items()}}
 
 
 @dataclass(frozen=True)
-class Point:
-    x: float
-    y: float
-    title: str
+class Line:
+    """A value for each layer, and what is said of it when one points at it. `name` is one of INKS."""
+
+    name: str
+    values: Sequence[float]
+    said: Sequence[str]
+
+    @property
+    def ink(self) -> Ink:
+        return INKS[self.name]
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is what another is compared with."""
+        return self.name == "rtn"
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Some figures over the layers. Ticks are (position, label); lines are by name."""
-
-    title: str
-    width: int
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    lines: dict[str, list[Point]]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A vertical axis with these ticks, upwards."""
-
-    ticks: list[float]
-    logarithmic: bool = False
-
-    def y(self, value: float) -> float:
-        """Where a value is drawn."""
-        low, high, at = (self._height(v) for v in (self.ticks[0], self.ticks[-1], value))
-        return round(TOP + (CHART_HEIGHT - TOP - BOTTOM) * (1 - (at - low) / (high - low)), 1)
-
-    def _height(self, value: float) -> float:
-        return math.log10(max(value, LOG_ZERO)) if self.logarithmic else value
-
-
-def loss_charts(rows: Sequence[LayerRow]) -> list[Chart]:
-    """One chart a matrix kind, all on one scale that begins at zero."""
+def loss_charts(rows: Sequence[LayerRow]) -> list[Drawing]:
+    """One figure a matrix kind, all on one scale that begins at zero."""
     highest = max((max(loss.rtn, loss.gptq) for row in rows for loss in row.losses.values()), default=0.0)
-    scale = Scale(axis(highest))
     charts = []
     for kind, title in KINDS.items():
-        lines = {
-            method: [(getattr(row.losses[kind], method), f"{getattr(row.losses[kind], method):.3g}%") for row in rows]
-            for method in ("rtn", "gptq")
-        }
-        charts.append(_chart(title, CHART_WIDTH, rows, lines, scale, lambda tick: f"{tick:.6g}%"))
+        lines = []
+        for method in ("rtn", "gptq"):
+            values = [getattr(row.losses[kind], method) for row in rows]
+            lines.append(Line(method, values, [f"{value:.3g}%" for value in values]))
+        charts.append(_by_layer(f"loss-{kind}", title, rows, lines, svg.axis(highest), lambda tick: f"{tick:.6g}%"))
     return charts
 
 
-def token_charts(rows: Sequence[LayerRow]) -> list[Chart]:
+def token_charts(rows: Sequence[LayerRow]) -> list[Drawing]:
     """Tokens per expert, and how many experts had too few."""
     fewest, most = min(row.fewest for row in rows), max(row.most for row in rows)
     logarithmic = most > LOG_RATIO * fewest
-    lines = {
-        name: [(getattr(row, name), f"{name} {getattr(row, name):,.0f} tokens") for row in rows]
-        for name in ("most", "median", "fewest")
-    }
-    starved = {"starved": [(len(row.blended), f"{len(row.blended)} of {row.experts} experts") for row in rows]}
-    starving = axis(max(5, *(len(row.blended) for row in rows)))
     title = "Tokens per expert, logarithmic" if logarithmic else "Tokens per expert"
-    scale = Scale(log_axis(fewest, most), True) if logarithmic else Scale(axis(most))
+    ticks = svg.log_axis(fewest, most) if logarithmic else svg.axis(most)
+    tokens = []
+    for name in ("most", "median", "fewest"):
+        values = [getattr(row, name) for row in rows]
+        tokens.append(Line(name, values, [f"{name} {value:,.0f} tokens" for value in values]))
+    starved = [len(row.blended) for row in rows]
+    starving = Line("starved", starved, [f"{len(row.blended)} of {row.experts} experts" for row in rows])
     return [
-        _chart(title, WIDE_WIDTH, rows, lines, scale, _count),
-        _chart("Starved experts", WIDE_WIDTH, rows, starved, Scale(starving), _count),
+        _by_layer("tokens", title, rows, tokens, ticks, _count, logarithmic, HALF),
+        _by_layer("starved", "Starved experts", rows, [starving], svg.axis(max(5, *starved)), _count, width=HALF),
     ]
 
 
@@ -93,52 +79,29 @@ def _count(tick: float) -> str:
     return f"{tick:g}"
 
 
-def _chart(
+def _by_layer(
+    name: str,
     title: str,
-    width: int,
     rows: Sequence[LayerRow],
-    lines: Mapping[str, Sequence[tuple[float, str]]],
-    scale: Scale,
-    label: Callable[[float], str],
-) -> Chart:
-    """lines: by name a value and its description for each row; a tick whose label is '' is left out."""
-
-    def x(number: int) -> float:
-        return round(LEFT + (width - LEFT - RIGHT) * (number + 0.5) / len(rows), 1)
-
-    every = math.ceil(len(rows) / X_LABELS)
-    return Chart(
-        title,
-        width,
-        x_ticks=[(x(i), str(row.layer)) for i, row in enumerate(rows) if i % every == 0],
-        y_ticks=[(scale.y(tick), label(tick)) for tick in scale.ticks if label(tick)],
-        lines={
-            name: [
-                Point(x(i), scale.y(value), f"layer {row.layer}, {row.attention}: {said}")
-                for i, (row, (value, said)) in enumerate(zip(rows, line, strict=True))
-            ]
-            for name, line in lines.items()
-        },
-    )
-
-
-def axis(highest: float) -> list[float]:
-    """Ticks from zero to at least `highest`, at most five steps of 1, 2, 2.5 or 5 times a power of ten."""
-    if not highest > 1e-9:  # no loss that a picture could show
-        return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(highest / 5))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power * 5 >= highest * (1 - 1e-9))
-    return [float(f"{step * n:.6g}") for n in range(math.ceil(highest / step - 1e-9) + 1)]
-
-
-def log_axis(fewest: int, most: int) -> list[float]:
-    """Ticks around these counts, powers of ten and, unless that were too many, 2 and 5 times them; 0 before all."""
-    ticks: list[float] = []
-    for factors in ((1, 2, 5), (1,)):
-        marks = [0.0, *(f * 10.0**power for power in range(math.ceil(math.log10(most)) + 1) for f in factors)]
-        lowest = max(mark for mark in marks if mark <= fewest)
-        highest = min(mark for mark in marks if mark >= most)
-        ticks = [mark for mark in marks if lowest <= mark <= highest]
-        if len(ticks) <= LOG_TICKS:
-            break
-    return ticks
+    lines: Sequence[Line],
+    ticks: Sequence[float],
+    shown: Callable[[float], str],
+    logarithmic: bool = False,
+    width: int = THIRD,
+) -> Drawing:
+    """ticks: of the vertical axis, with what is shown of each."""
+    with svg.drawing(width, HEIGHT) as drawn:
+        places = range(len(rows))
+        for line in lines:
+            heights = [max(value, LOG_ZERO) if logarithmic else value for value in line.values]
+            drawn.line(places, heights, line.ink, dashed=line.baseline)
+            for place, row, height, said in zip(places, rows, heights, line.said, strict=True):
+                tip = f"layer {row.layer}, {row.attention}: {said}"
+                drawn.mark(place, height, line.ink, tip, hollow=line.baseline, pointed_at=len(rows) > MANY)
+        every = math.ceil(len(rows) / X_LABELS)
+        drawn.across(places[::every], [str(row.layer) for row in rows[::every]], "layer")
+        drawn.axes.tick_params(axis="x", pad=7)  # below marks at zero
+        drawn.axes.set_xlim(-0.5, len(rows) - 0.5)
+        drawn.upwards(ticks, shown, logarithmic)
+        drawn.frame(left=42, right=12, top=10, bottom=38)
+        return Drawing(name, title, drawn.svg(name, title, f"{title} by layer; the table below has the figures"))

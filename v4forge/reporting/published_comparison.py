@@ -1,32 +1,17 @@
-"""The first table of the report: each published figure, and what was measured here."""
+"""The second table of the report: each published figure, and what was measured here."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from v4forge.bench import bench_rows, published_figures
-from v4forge.bench.bench_rows import PUBLISHED_REPLICA, Standing, standing
-from v4forge.bench.results import BENCHES
-from v4forge.reporting.bench_tables import difference
-from v4forge.reporting.tables import NONE, NOT_MEASURED, Cell, Table, columns, ends
+from v4forge.bench import published_figures
+from v4forge.bench.results import command_of
+from v4forge.bench.standing import FLASH, Worth
+from v4forge.reporting.benches import Told
+from v4forge.reporting.tables import NONE, NOT_MEASURED, NOTHING, Cell, Found, Json, Table, columns
 
-Json = Mapping[str, Any]
-NOTHING = Cell("")
 MAKING = "make artifact"  # measures what the pipeline takes
-
-
-@dataclass(frozen=True)
-class Found:
-    """Ours of one published figure. `note` says how sure it is, or under which other conditions; `against` is its
-    difference from the original, None where that is plain subtraction."""
-
-    value: float
-    note: str = ""
-    se: float | None = None
-    against: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ def pipeline(run: Json, manifest: Json | None) -> Pipeline:
     text = manifest["calibration"].get("corpus") or {}
     samples, length = text.get("samples"), text.get("seq_len")
     return Pipeline(
-        flash=len(manifest["layers"]) == bench_rows.FLASH["num_hidden_layers"],
+        flash=len(manifest["layers"]) == FLASH["num_hidden_layers"],
         calibrate_s=run["calibrate"]["elapsed_s"] if "calibrate" in run else None,
         calibrated=f"{samples} x {length} tokens" if samples and length else "",
         postprocess_s=run["postprocess"]["elapsed_s"] if "postprocess" in run else None,
@@ -56,18 +41,17 @@ def pipeline(run: Json, manifest: Json | None) -> Pipeline:
     )
 
 
-def table(results: Mapping[str, Json], made: Pipeline) -> Table:
-    """One row a published figure, in the file's order, under its conditions. results: of each bench its file."""
-    standings = {bench: standing(result) for bench, result in results.items()}
-    measured = {bench: _measured(bench, result) for bench, result in results.items()}
-    measured["pipeline"] = _of_pipeline(made)
+def table(benches: Mapping[str, Told], made: Pipeline) -> Table:
+    """One row a published figure, in the file's order, under its conditions."""
+    worths = {name: told.worth for name, told in benches.items()}
+    measured = {name: told.published for name, told in benches.items()} | {"pipeline": _of_pipeline(made)}
     rows: list[list[Cell]] = []
     conditions = ""
     for figure in published_figures.figures():
         if figure.conditions != conditions:
             conditions = figure.conditions
             rows.append([Cell(figure.subject, f"published: {conditions}")])
-        ours, against = _ours(figure, measured.get(figure.bench, {}), standings.get(figure.bench), made)
+        ours, against = _ours(figure, measured.get(figure.bench, {}), worths.get(figure.bench), made)
         rows.append([Cell(figure.title), ours, _original(figure), against, _siblings(figure)])
     return Table(
         "headline",
@@ -83,20 +67,20 @@ def table(results: Mapping[str, Json], made: Pipeline) -> Table:
     )
 
 
-def measures_published(results: Mapping[str, Json], made: Pipeline) -> bool:
+def measures_published(benches: Mapping[str, Told], made: Pipeline) -> bool:
     """Whether any of it may stand beside the published figures."""
-    return made.flash or any(standing(result).published_model for result in results.values())
+    return made.flash or any(told.worth.published_model for told in benches.values())
 
 
 def _ours(
-    figure: published_figures.Figure, measured: Mapping[str, Found], at: Standing | None, made: Pipeline
+    figure: published_figures.Figure, measured: Mapping[str, Found], at: Worth | None, made: Pipeline
 ) -> tuple[Cell, Cell]:
     """Ours, and its difference from the original."""
     if figure.bench == "pipeline":
         known, other, command = made.bytes is not None, "" if made.flash else "another model", MAKING
     else:
         other = at.short if at and not at.published_model else ""
-        known, command = at is not None, BENCHES[figure.bench].command
+        known, command = at is not None, command_of(figure.bench)
     if known and other:
         return Cell("not comparable", other, "dim"), NOTHING
     found = measured.get(figure.key)
@@ -132,64 +116,6 @@ def _original(figure: published_figures.Figure) -> Cell:
 def _siblings(figure: published_figures.Figure) -> Cell:
     said = [f"{figure.shown(each.value, each.se)}, {each.who}" for each in figure.siblings]
     return Cell("; ".join(said), tip="; ".join(each.source for each in figure.siblings))
-
-
-def _measured(bench: str, result: Json) -> dict[str, Found]:
-    readers = {"speed": _of_speed, "draft": _of_draft, "quality": _of_quality, "tools": _of_tools}
-    return readers[bench](result)
-
-
-def _of_speed(result: Json) -> dict[str, Found]:
-    target = result["target"]
-    deployed = {name: target.get(name) for name in PUBLISHED_REPLICA}
-    note, against = "", None
-    if deployed != PUBLISHED_REPLICA:
-        against = NOTHING
-        replicas, parallel = deployed["replicas"], deployed["tensor_parallel"]
-        note = f"other conditions: {replicas or '?'} replicas of TP={parallel or '?'}"
-    found = {}
-    for row in bench_rows.speed_rows(result):
-        at = f"k{row.drafts}/{row.shape}/c{row.concurrency}"
-        found[f"speed/{at}/tpot_ms"] = Found(row.tpot_ms[0], note, against=against)
-        found[f"speed/{at}/output_tok_s"] = Found(row.output_tok_s, note, against=against)
-        if row.gain is not None:
-            speedup = row.gain.tpot_speedup
-            said = "; ".join(part for part in (ends(speedup, ".2f"), note) if part)
-            found[f"speedup/{at}/tpot_ms"] = Found(speedup.value, said, against=against)
-    return found
-
-
-def _of_draft(result: Json) -> dict[str, Found]:
-    """Of the first draft: with k=1, as published, it is the only one."""
-    found = {}
-    for row in bench_rows.acceptance_rows(result):
-        first = row.by_position[0] if row.by_position else row.acceptance
-        if not math.isnan(first.value):
-            found[f"draft/{row.workload}"] = Found(100 * first.value, ends(first, ".1f", 100))
-    return found
-
-
-def _of_quality(result: Json) -> dict[str, Found]:
-    found = {}
-    for row in bench_rows.quality_rows(result):
-        if row.figure is not None:
-            against = difference(row) if row.p is not None else NOTHING
-            found[row.figure.key] = Found(row.value, "; ".join(row.differs), row.se, against)
-    return found
-
-
-def _of_tools(result: Json) -> dict[str, Found]:
-    rows = bench_rows.conversations(result)
-    found = {}
-    if rows.tools:
-        found["tools/total"] = _counted(rows.score, rows.most, bench_rows.TOOL_POINTS)
-    for row in rows.smoke:
-        found[f"smoke/{row.group}"] = _counted(row.passed, row.of, bench_rows.SMOKE_SIZES.get(row.group, row.of))
-    return found
-
-
-def _counted(value: int, of: int, whole: int) -> Found:
-    return Found(value) if of == whole else Found(value, f"of {of}, not all were run", against=NOTHING)
 
 
 def _of_pipeline(made: Pipeline) -> dict[str, Found]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4forge.artifact_folder import Verdict
-from v4forge.quantization.layer_reports import KINDS, Json, LayerRow
-from v4forge.reporting.tables import Cell, Table, columns, number
+from v4forge.quantization.layer_reports import KINDS, LayerRow
+from v4forge.reporting.tables import Cell, Json, Table, columns, number
 
 MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
 LEAVES_LISTED = 40  # of a manifest entry; a larger one is left to the manifest

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from v4forge.intervals import Estimate
+
+Json = Mapping[str, Any]
 
 NOT_MEASURED = "not measured"
 
@@ -24,6 +27,18 @@ class Cell:
 
 
 NONE = Cell("–", mark="dim")
+NOTHING = Cell("")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Ours of one published figure. `note` says how sure it is, or under which other conditions; `against` is its
+    difference from the original, None where that is plain subtraction."""
+
+    value: float
+    note: str = ""
+    se: float | None = None
+    against: Cell | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""What there is to report on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from v4forge.reporting.benches import Told
+from v4forge.reporting.tables import Json
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a work folder holds; what was not made yet is None or empty."""
+
+    evaluation: Json | None = None
+    certificate: Json | None = None
+    layers: Sequence[Json] = ()
+    run: Json = field(default_factory=dict)
+    manifest: Json | None = None
+    benches: Mapping[str, Told] = field(default_factory=dict)
