@@ -38,10 +38,7 @@ LANE :=
 BASE_IMAGE :=
 REGISTRY :=
 SIGN_KEY :=
-SIGN_IDENTITY :=
 VERIFY_KEY :=
-VERIFY_IDENTITY :=
-VERIFY_ISSUER :=
 # Serving. SERVE_PROFILE is one of docker/serve/settings.toml, SET other options of vllm serve; ALLOW names guards that may
 # fail. The variable API_KEY of the environment, or the file, is the key that clients must send.
 ARTIFACT :=
@@ -196,14 +193,12 @@ image-reproduce: env ## Build IMAGE twice without cache and compare everything
 .PHONY: push
 push: env ## Push the images to REGISTRY with SBOM and provenance, write images.lock
 	@$(image) push $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
-		--to '$(REGISTRY)' \
-		$(if $(SIGN_KEY),--sign-key '$(SIGN_KEY)') $(if $(SIGN_IDENTITY),--sign-identity '$(SIGN_IDENTITY)')
+		--to '$(REGISTRY)' $(if $(SIGN_KEY),--sign-key '$(SIGN_KEY)')
 
 .PHONY: pull
 pull: env ## Pull the images by the digests of images.lock, refuse any other
 	@$(image) pull $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
-		$(if $(VERIFY_KEY),--verify-key '$(VERIFY_KEY)') \
-		$(if $(VERIFY_IDENTITY),--verify-identity '$(VERIFY_IDENTITY)' --verify-issuer '$(VERIFY_ISSUER)')
+		$(if $(VERIFY_KEY),--verify-key '$(VERIFY_KEY)')
 
 .PHONY: shell
 shell: env ## A shell in IMAGE with what a stage sees

@@ -41,6 +41,7 @@ from v4forge.pipeline.disk_speed import forget
 from v4forge.profiling import Span, Watch, seconds
 from v4forge.quantization import calibrate, layer_files
 from v4forge.quantization.layer_reports import READING, WRITING, mean_losses
+from v4forge.units import GB, GIB
 
 ORIGINAL_H = 15.09  # GPTQ of the published artifact, on eight H200
 LINK_GBPS = 200.0  # between GPUs, for the projection: less than half of NVLink's 450 in one direction
@@ -107,8 +108,8 @@ def measured_layers(
     return {
         "wall_s": wall,
         "spans": [asdict(span) for span in watch.spans()],
-        "peak_gpu_gib": max(r["run"][0]["peak_gpu"] for r in reports) / 2**30,
-        "peak_host_gib": max(r["run"][0]["peak_host"] for r in reports) / 2**30,
+        "peak_gpu_gib": max(r["run"][0]["peak_gpu"] for r in reports) / GIB,
+        "peak_host_gib": max(r["run"][0]["peak_host"] for r in reports) / GIB,
         "reports": [{k: r[k] for k in ("layer", "attention", "tokens")} | {"lost": mean_losses(r)} for r in reports],
     }
 
@@ -131,9 +132,9 @@ def projection(
     compute = sum(by_kind[ratio] for ratio in ratios) / gpus
     rows = samples * seq_len * config.num_experts_per_tok * config.hidden_size * 2
     exchanged = 2 * rows * (gpus - 1) / gpus / gpus * len(ratios)
-    exchange = exchanged / LINK_GBPS / 1e9
-    read_s = requirements.layer_bytes(sizes.upstream) / read / 1e9
-    write_s = requirements.layer_bytes(sizes.artifact) / write / 1e9
+    exchange = exchanged / LINK_GBPS / GB
+    read_s = requirements.layer_bytes(sizes.upstream) / read / GB
+    write_s = requirements.layer_bytes(sizes.artifact) / write / GB
     total = max(compute + exchange, read_s + write_s)
     counts = " + ".join(f"{ratios.count(ratio)} x {by_kind[ratio]:.2f}" for ratio in sorted(by_kind))
     return {
@@ -163,7 +164,7 @@ def stages_table(found: Mapping[str, Any], config: layout.Config, tokens: int, s
         else:
             taken = mean(by_layer[i].get(stage, 0.0) for i in steady)
         amount, ceiling = mean(works[i][stage].amount for i in steady), works[steady[0]][stage].ceiling
-        unit = 1e12 if "TFLOP" in ceiling else 1e9
+        unit = 1e12 if "TFLOP" in ceiling else GB
         rate = amount / taken / unit if taken else math.nan
         share = rate / found["ceilings"][ceiling]
         rows.append({"stage": stage, "s": taken, "rate": rate, "ceiling": ceiling, "share": share})

@@ -29,6 +29,7 @@ from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_json
 from v4forge.pipeline import requirements
+from v4forge.units import GB
 
 FP4_BATCH = 16  # matrices encoded at a time: 7 GB of temporaries on the device at full size
 # Of a predictable model: what a layer adds to the streams, beside the embedding, and the logit of the token to come,
@@ -176,7 +177,7 @@ def write_checkpoint(
         written = time.monotonic()
         shard_bytes = sum(t.nbytes for t in tensors.values())
         say(
-            f"{shard}  {what:<9}  {shard_bytes / 1e9:7.3f} GB  made in {made - started:.1f} s,"
+            f"{shard}  {what:<9}  {shard_bytes / GB:7.3f} GB  made in {made - started:.1f} s,"
             f" written in {written - made:.1f} s"
         )
         weight_map |= dict.fromkeys(tensors, shard)

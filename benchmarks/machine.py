@@ -15,6 +15,7 @@ import torch
 
 from v4forge.pipeline import disk_speed
 from v4forge.quantization import gptq
+from v4forge.units import GB
 
 DISK_BYTES = 4 << 30
 
@@ -56,14 +57,14 @@ def ceilings(device: torch.device, folder: Path, small: bool) -> dict[str, float
         found["tf32 TFLOP/s"] = flops / timed(lambda: a @ a, device) / 1e12
     found["copy GB/s"] = copy_speed(1 << 24 if small else 1 << 32, device)
     speed = disk_speed.measure(folder, DISK_BYTES // 64 if small else DISK_BYTES)
-    return found | {"disk write GB/s": speed.write_bytes_s / 1e9, "disk read GB/s": speed.read_bytes_s / 1e9}
+    return found | {"disk write GB/s": speed.write_bytes_s / GB, "disk read GB/s": speed.read_bytes_s / GB}
 
 
 def copy_speed(size: int, device: torch.device) -> float:
     """GB/s of a copy in the device's memory, counting bytes read and written."""
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / timed(lambda: target.copy_(source), device) / 1e9
+    return 2 * size / timed(lambda: target.copy_(source), device) / GB
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from v4forge.model.corpus import Corpus
 from v4forge.profiling import Span, Watch, seconds
 from v4forge.quantization import calibrate, layer_files
 from v4forge.quantization.layer_reports import READING, WRITING, mean_losses
+from v4forge.units import GIB
 from v4forge.verification.reproduce import equal_codes
 from v4forge.verification.tolerances import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
 
@@ -98,7 +99,7 @@ def worker(args: argparse.Namespace) -> None:
             "wall_s": watch.now() - start,
             "exchange_s": place.exchange_s(),
             "spans": [asdict(span) for span in watch.spans()],
-            "peak_gpu_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+            "peak_gpu_gib": torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0,
         }
         everyones = joined.gather(own)
         if joined.rank == 0:

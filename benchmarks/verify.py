@@ -37,6 +37,7 @@ from v4forge.model import evaluation
 from v4forge.pipeline import requirements
 from v4forge.pipeline.disk_speed import forget
 from v4forge.profiling import Watch
+from v4forge.units import GB, GIB
 from v4forge.verification import certificate
 
 TINY = ROOT / "models" / "tiny"
@@ -92,10 +93,10 @@ def reading(upstream: Path, artifact: Path, rounds: int) -> dict[str, Any]:
     return {
         "bytes": size,
         "seconds": seconds,
-        "cat GB/s": size / median(seconds["cat"]) / 1e9,
-        "verify GB/s": size / median(seconds["verify"]) / 1e9,
+        "cat GB/s": size / median(seconds["cat"]) / GB,
+        "verify GB/s": size / median(seconds["verify"]) / GB,
         "ratio": median(c / v for c, v in zip(seconds["cat"], seconds["verify"], strict=True)),
-        "peak_host_gib": peak / 2**30,
+        "peak_host_gib": peak / GIB,
         "with hashing, seconds": cold(files, lambda: check(True)),
     }
 
@@ -133,8 +134,8 @@ def predicting(upstream: Path, artifact: Path, sequences: int, device: torch.dev
         "tokens": tokens.numel(),
         "seconds": {"before": times[0], **taken},
         "compute_s_by_layer": computed,
-        "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
-        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         "projected_s": first + (flash - 1) * mean(steady) + rest,
         "arithmetic": f"{first:.1f} + {flash - 1} x {mean(steady):.2f} + {rest:.1f} s: embedding, head, MTP block",
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scripts.cli import parser_for
 from v4forge.errors import UserError, run_main
+from v4forge.units import GB
 
 LIMIT_S = 90  # NCCL's first connection over NVLink takes seconds, over a broken fabric for ever
 NUMBERS = 16 << 20
@@ -65,7 +66,7 @@ def main() -> None:
         seconds = timed(device)
         if dist.get_rank() == 0:
             size = 4 * NUMBERS
-            bus = 2 * (ranks - 1) / ranks * size / seconds / 1e9  # as nccl-tests count it
+            bus = 2 * (ranks - 1) / ranks * size / seconds / GB  # as nccl-tests count it
             print(f"all-reduce: {size >> 20} MiB of {ranks} processes, right; {bus:.1f} GB/s", flush=True)
     finally:
         dist.destroy_process_group()

@@ -12,13 +12,12 @@ DIR/mmlu/<subject>/<split>.jsonl. Programs that the model writes are run in cont
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
 from v4forge.bench.statistics import proportion
 from v4forge.errors import UserError
-from v4forge.files import make_folder, write_json
+from v4forge.files import exclusive, make_folder, write_json
 from v4forge.images import containers, definitions
 from v4forge.serving import client
 
@@ -135,15 +134,10 @@ def data_of(task: Task, datasets: Path | None) -> dict[str, Any]:
     return about | {"sha256": hashes}
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> AbstractContextManager[int]:
     """Keeps a second run out of the folder: both would write the same answers."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run works in {folder}", "wait for it, or use another --reports") from None
-        yield
+    busy = UserError(f"another run works in {folder}", "wait for it, or use another --reports")
+    return exclusive(folder / "lock", lambda: busy)
 
 
 def prepare(args: argparse.Namespace, tasks: list[Task], data: Mapping[str, Mapping[str, Any]]) -> Prepared:

@@ -21,10 +21,9 @@ from v4forge import digests
 from v4forge.checkpoint.layout import upstream
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
-from v4forge.files import read_json, write_text
+from v4forge.files import exclusive, read_json, write_text
 from v4forge.model import corpus, distributed
 from v4forge.pipeline import requirements
-from v4forge.pipeline.stamps import exclusive
 from v4forge.quantization import calibrate, experts, layer_files
 from v4forge.reporting import calibration_page
 from v4forge.verification import reproduce

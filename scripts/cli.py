@@ -1,4 +1,4 @@
-"""What the programs share on the command line: the parser's form and progress with rate, ETA and memory."""
+"""What the programs share on the command line: the parser's form, tables, and progress with rate, ETA and memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from rich.text import Text
 
 from v4forge.errors import UserError
 from v4forge.pipeline import events
-from v4forge.pipeline.progress import Pace, Standing
+from v4forge.pipeline.progress import Moment, Pace
 
 QUIET_S = 10.0  # without a terminal, a line at most this often
 TOLD_S = 1.0  # an event of progress at most this often
 BAR_WIDTHS = range(10, 31)
+FILE_WIDTH = 400  # of tables where there is no terminal: nothing is wrapped
 # What a narrow terminal shows last and leaves out first.
 DISPENSABLE = ("memory", "doing", "rate")
 
@@ -37,6 +38,30 @@ def parser_for(stage: str, doc: str | None, **options: object) -> argparse.Argum
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **options,  # type: ignore[arg-type]
     )
+
+
+def pair(form: str) -> Callable[[str], tuple[str, str]]:
+    """The type of an option such as ARG=VALUE, which `form` calls it by."""
+
+    def parsed(text: str) -> tuple[str, str]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        return name, value
+
+    return parsed
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def table_console(file_width: int = FILE_WIDTH) -> Console:
+    """Where tables go: as wide as the terminal; `file_width` where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = file_width
+    return console
 
 
 @contextmanager
@@ -56,14 +81,14 @@ def steps(what: str, total: int, unit: str = "", resumes: bool = False) -> Itera
             yield follow.advance
     except KeyboardInterrupt:
         follow.tell("interrupted")
-        print(follow.pace.standing().stopped(resumes), file=sys.stderr, flush=True)
+        print(follow.pace.moment().stopped(resumes), file=sys.stderr, flush=True)
         raise
     except BaseException as error:
         follow.tell("failed", fact=error.fact if isinstance(error, UserError) else repr(error))
         raise
     follow.pace.end()
     follow.tell("end")
-    last = follow.pace.standing()
+    last = follow.pace.moment()
     if last.begun is not None and (follow.on_terminal or last.elapsed_s >= QUIET_S):
         print(last.ended(), file=sys.stderr, flush=True)
 
@@ -87,7 +112,7 @@ class _Follow:
                 self._has_bar = True
                 console = Console(stderr=True)
                 # What the program prints meanwhile appears above the bar.
-                live = Live(get_renderable=lambda: bar(self.pace.standing(), console.width), console=console)
+                live = Live(get_renderable=lambda: bar(self.pace.moment(), console.width), console=console)
                 live.transient = True
                 held.enter_context(live)
             yield
@@ -102,25 +127,25 @@ class _Follow:
         if tell:
             self.tell("progress")
         if say:
-            print(self.pace.standing().line(), file=sys.stderr, flush=True)
+            print(self.pace.moment().line(), file=sys.stderr, flush=True)
 
     def tell(self, event: str, **more: object) -> None:
-        events.emit(event, self.pace.what, **self.pace.standing().facts(), **more)
+        events.emit(event, self.pace.what, **self.pace.moment().facts(), **more)
 
 
-def bar(standing: Standing, width: int) -> Table:
+def bar(moment: Moment, width: int) -> Table:
     """A line of at most `width` columns: what, a bar, how far, how fast, how long; less where that is too long."""
-    parts = dict(standing.parts())
+    parts = dict(moment.parts())
     for name in ("", *DISPENSABLE):
         parts.pop(name, None)
         words = "  ".join(text for text in parts.values() if text)
-        room = width - len(standing.what) - len(words) - 4
+        room = width - len(moment.what) - len(words) - 4
         if room >= BAR_WIDTHS.start:
             break
     table = Table.grid(padding=(0, 2))
-    pieces: list[Text | ProgressBar] = [Text(standing.what), Text(words, no_wrap=True, overflow="ellipsis")]
+    pieces: list[Text | ProgressBar] = [Text(moment.what), Text(words, no_wrap=True, overflow="ellipsis")]
     if room >= BAR_WIDTHS.start:
         size = min(room, BAR_WIDTHS.stop)
-        pieces.insert(1, ProgressBar(total=max(1, standing.total), completed=standing.done, width=size))
+        pieces.insert(1, ProgressBar(total=max(1, moment.total), completed=moment.done, width=size))
     table.add_row(*pieces)
     return table

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scripts.cli import QUIET_S, parser_for
+from scripts.cli import QUIET_S, parser_for, table_console
 from v4forge.errors import run_main
 from v4forge.outcomes import FAILED, OK, WARNING, Outcome
 from v4forge.pipeline.doctor import checks
@@ -116,9 +116,7 @@ def main() -> int:
     if args.json:
         print(json.dumps({"checks": [row.record() for row in rows]}, indent=1))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = FILE_WIDTH
+        console = table_console(FILE_WIDTH)
         console.print(shown(rows))
         for line in fixes(rows):
             console.print(line, soft_wrap=True)

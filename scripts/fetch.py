@@ -15,11 +15,14 @@ from v4forge.checkpoint import incoming
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
-from v4forge.hub import fetch, folder_source, hub_source
-from v4forge.hub.fetch import MIB, Fetch, Todo
+from v4forge.hub import folder_source
+from v4forge.hub.fetch import Fetch
+from v4forge.hub.folder_source import FolderSource
+from v4forge.hub.hub_source import Hub
 from v4forge.hub.partial_file import path_of
+from v4forge.hub.todo import Todo, looked_over
+from v4forge.units import MIB, decimal_size
 
-UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FORMS = {
     "download": "a download of hf, whose hashes every file is checked against",
     "snapshot": "a snapshot of the hub's cache, whose hashes every file is checked against",
@@ -29,23 +32,22 @@ FORMS = {
 
 def shown(count: int) -> str:
     """A number of bytes, for people."""
-    unit, size = next(((unit, size) for unit, size in UNITS if count >= size), UNITS[-1])
-    return f"{count / size:,.1f} {unit}"
+    return decimal_size(count, least="kB")
 
 
-def described(source: hub_source.Hub | folder_source.Offline) -> str:
-    if isinstance(source, hub_source.Hub):
+def described(source: Hub | FolderSource) -> str:
+    if isinstance(source, Hub):
         return f"{source.repo} at {source.revision[:12]}"
     return f"{source.folder} ({FORMS[source.form]})"
 
 
-def plan_lines(todo: Todo, out: Path) -> list[str]:
+def listing_lines(todo: Todo, out: Path) -> list[str]:
     """What is there and what would come, a line a file."""
     state = {each.name: "is here" for each in todo.here}
     state |= {each.name: "is here, to be checked" for each in todo.unsure}
     state |= {each.name: "is another file here, to be replaced" for each in todo.wrong}
     lines = []
-    for name, each in todo.plan.files.items():
+    for name, each in todo.listing.files.items():
         path = path_of(out, each)
         part = f"{shown(path.stat().st_size)} of it are here" if path.is_file() else "to come"
         lines.append(f"  {name:<44} {shown(each.bytes):>10}  {state.get(name, part)}")
@@ -75,31 +77,29 @@ def main() -> None:
         raise UserError(f"the revision is not a commit: {given}", "set FLASH_REVISION in versions.env to 40 hex digits")
     if args.folder and args.folder.resolve() == args.out.resolve():
         raise UserError(f"{args.out} is both where from and where to", "choose another --out, or leave out --from")
-    source: hub_source.Hub | folder_source.Offline = hub_source.Hub(args.repo, args.revision)
+    source: Hub | FolderSource = Hub(args.repo, args.revision)
     if args.folder:
         source = folder_source.looked_at(args.folder, args.repo, args.revision)
     digests = Digests(args.out.parent / ".stamps" / "digests.json")
     if args.dry_run:
-        todo = fetch.looked_over(source, args.out, digests)
-        print("\n".join([summary(source, todo), *plan_lines(todo, args.out)]))
+        todo = looked_over(source, args.out, digests)
+        print("\n".join([summary(source, todo), *listing_lines(todo, args.out)]))
         return
     check_writable(args.out)
     with incoming.marked(args.out) as mark_ready:
-        todo = fetch.looked_over(source, args.out, digests)
+        todo = looked_over(source, args.out, digests)
         print(summary(source, todo), flush=True)
         run = Fetch(source, args.out, args.workers, digests, lambda line: print(line, flush=True))
         with steps("fetch", todo.total_bytes // MIB, "MiB", resumes=True) as progress:
             run.run(todo, progress, mark_ready)
-    checked = (
-        "" if isinstance(source, folder_source.Offline) and source.form == "plain" else ", each with the hub's hash"
-    )
-    print(f"{len(todo.plan.files)} files, {shown(todo.total_bytes)}{checked}: {args.out}")
+    checked = "" if isinstance(source, FolderSource) and source.form == "plain" else ", each with the hub's hash"
+    print(f"{len(todo.listing.files)} files, {shown(todo.total_bytes)}{checked}: {args.out}")
 
 
-def summary(source: hub_source.Hub | folder_source.Offline, todo: Todo) -> str:
+def summary(source: Hub | FolderSource, todo: Todo) -> str:
     """One line: what, how much of it is there, what is not wanted."""
     coming = sum(each.bytes for each in todo.missing)
-    count = len(todo.plan.files)
+    count = len(todo.listing.files)
     line = f"{described(source)}: {count} files, {shown(todo.total_bytes)}, of which {shown(coming)} to come"
     return f"{line}; not needed: {', '.join(todo.skipped)}" if todo.skipped else line
 

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from scripts import env
-from scripts.cli import parser_for
+from scripts.cli import pair, parser_for, say
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_text
 from v4forge.images import archive, containers, definitions, registry
@@ -25,7 +26,6 @@ from v4forge.images import base as image_base
 from v4forge.images import build as image_build
 from v4forge.images.build import Build
 from v4forge.images.jobs import Job
-from v4forge.images.registry import Signing
 
 # What is known about an image, by the kind of document; below a folder of the image's name.
 DOCUMENTS = {"sbom": "sbom.cdx.json", "provenance": "provenance.json"}
@@ -50,7 +50,7 @@ def build(arguments: argparse.Namespace) -> None:
             chosen=dict(arguments.set),
         )
         if wanted.lane == "cpu":
-            fetch_cpu_torch(definitions.ROOT / "wheels")
+            fetch_cpu_torch(ROOT / "wheels")
         print(f"image: building {wanted.tag} on {base.reference.split('@')[0]}", flush=True)
         made = image_build.run(client, wanted)
         print(f"image: {wanted.tag} is {made}, {time.monotonic() - started:.0f} s", flush=True)
@@ -82,13 +82,19 @@ def push(arguments: argparse.Namespace) -> None:
     """Pushes images with their documents, and writes images.lock."""
     if not arguments.to:
         raise UserError("push needs a registry", "make push REGISTRY=<host>/<path>")
-    signing = Signing(arguments.sign_key, arguments.sign_identity)
     client = containers.connect().client
     for image in arguments.images:
         documents = {name: read_document(arguments.documents / image.name / file) for name, file in DOCUMENTS.items()}
         repository = f"{arguments.to.rstrip('/')}/v4forge-{image.name}"
         entry = registry.push(
-            client, image.name, definitions.tag(image.name), repository, documents, say, signing, arguments.lock
+            client,
+            image.name,
+            definitions.tag(image.name),
+            repository,
+            documents,
+            say,
+            arguments.sign_key,
+            arguments.lock,
         )
         say(f"image: {definitions.tag(image.name)} is {entry.reference}; commit {arguments.lock.name}")
 
@@ -102,10 +108,11 @@ def read_document(path: Path) -> bytes:
 
 def pull(arguments: argparse.Namespace) -> None:
     """Pulls images by the digests of images.lock, and refuses what differs from it."""
-    signing = Signing(arguments.verify_key, arguments.verify_identity, arguments.verify_issuer)
     client = containers.connect().client
     for image in arguments.images:
-        documents = registry.pull(client, image.name, definitions.tag(image.name), say, signing, arguments.lock)
+        documents = registry.pull(
+            client, image.name, definitions.tag(image.name), say, arguments.verify_key, arguments.lock
+        )
         for name, content in documents.items():
             write_text(arguments.documents / image.name / DOCUMENTS[name], content.decode())
         say(f"image: {definitions.tag(image.name)} is what {arguments.lock.name} says")
@@ -119,10 +126,6 @@ def shell(arguments: argparse.Namespace) -> None:
     gpus = 0 if found.lane == "cpu" else arguments.gpus
     make_folder(arguments.scratch)
     containers.shell(engine, Job(image=found.id, command=["bash"], work=arguments.scratch, gpus=gpus, online=True))
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def option(*names: str, **settings: object) -> argparse.ArgumentParser:
@@ -139,19 +142,10 @@ def image_argument(name: str) -> definitions.Image:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ARG=VALUE")
-    return name, value
-
-
 def main() -> None:
     parser = parser_for("image", __doc__)
     commands = parser.add_subparsers(required=True, metavar="build|push|pull|shell")
-    folder = option(
-        "--documents", type=Path, default=definitions.ROOT / "scratch/images", help="default: scratch/images"
-    )
+    folder = option("--documents", type=Path, default=ROOT / "scratch/images", help="default: scratch/images")
     lock = option("--lock", type=Path, default=definitions.LOCK, metavar="FILE", help="default: images.lock")
     for run, parents in ((build, [folder]), (push, [folder, lock]), (pull, [folder, lock]), (shell, [])):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, parents=parents)
@@ -165,7 +159,7 @@ def main() -> None:
     add(
         "--set",
         nargs="+",
-        type=setting,
+        type=pair("ARG=VALUE"),
         default=[],
         metavar="ARG=VALUE",
         help="other values for ARGs of the Dockerfile",
@@ -176,12 +170,9 @@ def main() -> None:
     add = commands.choices["push"].add_argument
     add("--to", required=True, metavar="REGISTRY", help="such as registry.example.org/v4forge")
     add("--sign-key", type=Path, metavar="PEM", help="sign the provenance with this private key")
-    add("--sign-identity", default="", help="sign it with sigstore as this identity")
 
     add = commands.choices["pull"].add_argument
     add("--verify-key", type=Path, metavar="PEM", help="refuse an image that this public key did not sign")
-    add("--verify-identity", default="", help="refuse an image that this identity did not sign, through sigstore")
-    add("--verify-issuer", default="", metavar="URL", help="who vouches for the identity")
 
     add = commands.choices["shell"].add_argument
     add("--scratch", type=Path, default=Path("scratch"), metavar="DIR", help="default: scratch")

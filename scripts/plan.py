@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from scripts.cli import parser_for
+from scripts.cli import parser_for, table_console
 from v4forge.errors import UserError, run_main
-from v4forge.pipeline import disk_speed, estimate, events, progress, reference_timings, requirements, run_state
+from v4forge.pipeline import disk_speed, estimate, events, reference_timings, requirements, run_state
 from v4forge.pipeline.estimate import Given, StageTime, Together
 from v4forge.pipeline.progress import duration
 from v4forge.pipeline.stages import PROFILES
+from v4forge.units import GB, MB, counted, decimal_size, duration, size
 
 MEASURE_BYTES = 1 << 30
 TEXT_WIDTH = 100
-FILE_WIDTH = 400  # of tables where there is no terminal: nothing is wrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +81,10 @@ def given_of(arguments: argparse.Namespace) -> Given:
         known = disk_speed.known(arguments.work) if arguments.work else None
         other = known or reference_timings.disk()
         read, write = (other.read_bytes_s, other.write_bytes_s) if other else (0.0, 0.0)
-        speed = disk_speed.Speed((arguments.write_gbps or 0) * 1e9 or write, (arguments.read_gbps or 0) * 1e9 or read)
+        speed = disk_speed.Speed((arguments.write_gbps or 0) * GB or write, (arguments.read_gbps or 0) * GB or read)
     elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk_speed.known(arguments.work):
         speed, basis = measure(arguments.work), "measured now"
-    network = arguments.network_gb_s * 1e9 if arguments.network_gb_s else None
+    network = arguments.network_gb_s * GB if arguments.network_gb_s else None
     return Given(speed, basis, network, arguments.layer_seconds)
 
 
@@ -122,7 +121,7 @@ def made(arguments: argparse.Namespace) -> Plan:
     )
     rows = [Row(step, *memory.get(step.stage, (None, None)), each) for step, each in zip(steps, estimates, strict=True)]
     model = arguments.source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
-    gpus = f"{arguments.gpus} GPU{'s' * (arguments.gpus > 1)}, {share} x {values['seq_len']} tokens each"
+    gpus = f"{counted(arguments.gpus, 'GPUs')}, {share} x {values['seq_len']} tokens each"
     where = gpus if values["profile"] == "flash" else "on CPUs"
     return Plan(
         title=f"{model}, {values['samples']} x {values['seq_len']} tokens, {where}, in {work}",
@@ -142,13 +141,8 @@ def memory_of(profile: str) -> dict[str, tuple[int | None, int | None]]:
     return {"verify": (None, found.host_bytes)} if found else {}
 
 
-def size(count: int) -> str:
-    """Bytes in decimal units."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
 def memory(count: int | None) -> str:
-    return "" if count is None else progress.size(count)
+    return "" if count is None else size(count)
 
 
 def stage_table(found: Plan, price: float | None) -> Table:
@@ -164,10 +158,10 @@ def stage_table(found: Plan, price: float | None) -> Table:
         idle = each.seconds == 0
         told = "" if idle else "unknown" if each.seconds is None else duration(each.seconds)
         cost = [] if not price else ["" if not each.seconds else money(each.seconds, price)]
-        written = size(step.writes_bytes) if step.writes_bytes and not idle else ""
+        written = decimal_size(step.writes_bytes) if step.writes_bytes and not idle else ""
         needs = ["", ""] if idle else [memory(row.gpu_bytes), memory(row.host_bytes)]
         start = [step.stage, there[step.stage]] if any(there.values()) else [step.stage]
-        table.add_row(*start, written, size(step.held_bytes) if step.held_bytes else "", *needs, told, *cost)
+        table.add_row(*start, written, decimal_size(step.held_bytes) if step.held_bytes else "", *needs, told, *cost)
     return table
 
 
@@ -180,8 +174,8 @@ def conclusions(found: Plan, price: float | None) -> list[str]:
     names = [row.step.stage for row in found.rows]
     leaves = found.rows[-1].step.held_bytes
     lines = [
-        f"disk   {size(found.fullest.held_bytes)} at the fullest, in {found.fullest.stage}; {size(leaves)} stay;"
-        f" {size(found.room_bytes)} must be free"
+        f"disk   {decimal_size(found.fullest.held_bytes)} at the fullest, in {found.fullest.stage};"
+        f" {decimal_size(leaves)} stay; {decimal_size(found.room_bytes)} must be free"
     ]
     total = found.total
     assumed = [row.step.stage for row in found.rows if row.estimate.seconds is None and row.estimate.assumed_s]
@@ -193,7 +187,7 @@ def conclusions(found: Plan, price: float | None) -> list[str]:
     if price:
         text += f"; {money(total.seconds, price)} at {price:,.2f} an hour, for these stages alone"
     if assumed:
-        rate = estimate.ASSUMED_NETWORK_BYTES_S / 1e6
+        rate = estimate.ASSUMED_NETWORK_BYTES_S / MB
         text += f"; {', '.join(assumed)} assumed at {rate:,.0f} MB/s: NETWORK_GB_S=, or --network-gb-s, says other"
     lines.append(f"time   {text}")
     ahead = [row.step.stage for row in found.rows if row.seconds]
@@ -299,9 +293,7 @@ def main() -> None:
     if arguments.json:
         print(as_json(found, arguments.price, free))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = FILE_WIDTH
+        console = table_console()
         print(found.title)
         console.print(stage_table(found, arguments.price))
         print(*conclusions(found, arguments.price), sep="\n")
@@ -311,7 +303,7 @@ def main() -> None:
     if arguments.work:
         requirements.require_room(found.room_bytes, arguments.work)
         if not arguments.json:
-            print(f"\n{arguments.work}: {requirements.free_bytes(arguments.work) / 1e9:,.1f} GB free, enough")
+            print(f"\n{arguments.work}: {requirements.free_bytes(arguments.work) / GB:,.1f} GB free, enough")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
 from v4forge.quantization.from_hf import repair
 from v4forge.quantization.postprocess import assemble
+from v4forge.units import GB
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         else:
             repair(source, arguments.from_hf, arguments.out, advance)
     size = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
-    print(f"{arguments.out}: {size / 1e9:.3f} GB")
+    print(f"{arguments.out}: {size / GB:.3f} GB")
 
 
 if __name__ == "__main__":

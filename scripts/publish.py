@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.cli import parser_for, steps
+from scripts.cli import parser_for, say, steps
 from v4forge import artifact_folder
 from v4forge.artifact_folder import CARD
 from v4forge.digests import Digests
@@ -28,8 +28,8 @@ from v4forge.hub import publication
 from v4forge.hub.publication import Member
 from v4forge.hub.upload import LOGIN, Found, Repository
 from v4forge.pipeline import make_hints
+from v4forge.units import MB
 
-MB = 10**6
 MAIN = "main"
 
 
@@ -84,7 +84,7 @@ def rehearse(args: argparse.Namespace, repository: Repository, found: list[Membe
     say(f"publish: {repository.address} {state}, {visible}; branch {repository.branch}; as {user or 'nobody'}")
     if others := sorted(there.files.keys() - {member.name for member in found} - {".gitattributes"}):
         say(f"publish: it holds {len(others)} other files, which stay: {', '.join(others[:5])}")
-    if left_out := artifact_folder.standing(args.artifact).not_run:
+    if left_out := artifact_folder.certificate_state(args.artifact).not_run:
         say(f"publish: checks that verify did not make: {', '.join(left_out)}")
     if user is None:
         say(f"publish: there is no token; before the upload: {LOGIN}")
@@ -157,10 +157,6 @@ def megabytes(some: Sequence[Member]) -> float:
 
 def counted(some: Sequence[Member]) -> str:
     return f"{len(some)} files, {megabytes(some):,.1f} MB,"
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from pathlib import Path
 from docker import DockerClient
 
 from scripts.cli import parser_for
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
-from v4forge.images import archive, build, containers, definitions
+from v4forge.images import archive, build, containers, definitions, diff
 from v4forge.images import base as image_base
 
 # umask, time zone, whether files are written in the other order
@@ -30,11 +31,11 @@ CHECKOUTS = ((0o022, "UTC", False), (0o077, "Pacific/Kiritimati", True))
 
 def copy_checkout(target: Path, image: definitions.Image, backwards: bool) -> None:
     """Copies what a build reads to `target`, in the other order when `backwards`; every file gets a new time."""
-    names = [Path(image.dockerfile), *definitions.files(definitions.ROOT, definitions.PROJECT + definitions.BUILD_ONLY)]
+    names = [Path(image.dockerfile), *definitions.files(ROOT, definitions.PROJECT + definitions.BUILD_ONLY)]
     for name in reversed(names) if backwards else names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(definitions.ROOT / name, target / name)
-        if os.access(definitions.ROOT / name, os.X_OK):
+        shutil.copyfile(ROOT / name, target / name)
+        if os.access(ROOT / name, os.X_OK):
             (target / name).chmod((target / name).stat().st_mode | 0o100)
 
 
@@ -76,7 +77,7 @@ def compare(client: DockerClient, name: str, tags: Sequence[str]) -> None:
     first, second = (client.images.get(tag) for tag in tags)
     if first.id != second.id:
         one, other = (archive.of_daemon(client, tag) for tag in tags)
-        print("\n".join(archive.differences(one, other)))
+        print("\n".join(diff.differences(one, other)))
     for tag in tags:
         client.images.remove(tag)
     if first.id != second.id:

@@ -25,7 +25,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from scripts.cli import parser_for, steps
+from scripts.cli import pair, parser_for, say, steps
 from v4forge import gpus, outcomes
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
@@ -291,17 +291,6 @@ def print_plan(arguments: argparse.Namespace) -> None:
     show(plan_of(arguments))
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-def setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
-    return name, value
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for("serve", __doc__)
     commands = parser.add_subparsers(required=True, metavar="print|up|status|logs|stop|pairs")
@@ -350,7 +339,14 @@ def add_plan(command: argparse._ActionsContainer) -> None:
     add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")
     add("--devices", default="", metavar="0,1,…", help="GPUs, replica by replica; default: pairs by their links")
     add("--drafts", type=int, metavar="K", help="drafts a step, 0 for none; default: the profile's")
-    add("--set", nargs="+", type=setting, default=[], metavar="OPTION=VALUE", help="other options of vllm serve")
+    add(
+        "--set",
+        nargs="+",
+        type=pair("OPTION=VALUE"),
+        default=[],
+        metavar="OPTION=VALUE",
+        help="other options of vllm serve",
+    )
     add("--bind", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 opens it to the network; default: %(default)s")
     add("--port", type=int, default=8000, help="and the next one, for this machine; default: %(default)s")
     add("--drain", type=int, default=600, metavar="S", help="a stop waits so long for requests; default: %(default)s")

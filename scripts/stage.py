@@ -20,8 +20,8 @@ from typing import Any
 
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
-from v4forge.files import check_writable
-from v4forge.pipeline import estimate, events, run_state, stamps
+from v4forge.files import check_writable, exclusive
+from v4forge.pipeline import estimate, events, run_state
 from v4forge.pipeline.run_state import lock_file
 from v4forge.pipeline.runner import READ_ONLY, Runner, StageFailed, say
 from v4forge.pipeline.stages import PROFILES, STAGES, Stage
@@ -133,7 +133,7 @@ def main(
 
     check_writable(runner.work)
     with ExitStack() as held:
-        lock = held.enter_context(stamps.exclusive(lock_file(runner.work, args.stages), lambda: busy(runner)))
+        lock = held.enter_context(exclusive(lock_file(runner.work, args.stages), lambda: busy(runner)))
         held.enter_context(ending_on_sigterm())
         held.callback(lambda: runner.digests.save())
         if events.VARIABLE in os.environ:  # a part of a run that tells of itself

@@ -20,14 +20,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from scripts.cli import parser_for
+from scripts.cli import parser_for, table_console
 from v4forge.errors import UserError, run_main
 from v4forge.pipeline import events, run_state
-from v4forge.pipeline.progress import duration, pace
 from v4forge.pipeline.run_state import StageView, WholeRun
+from v4forge.units import duration, pace
 
 REFRESH_S = 1.0
-FILE_WIDTH = 400  # without a terminal nothing is wrapped
 COLOURS = {
     run_state.RUNNING: "cyan",
     run_state.DONE: "green",
@@ -134,9 +133,7 @@ def main() -> int:
     how.add_argument("--watch", action="store_true", help="keep it on the screen until the run ends")
     arguments = parser.parse_args()
     run = current(arguments.work)
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = table_console()
     if arguments.json:
         print(as_json(run, time.time()))
     elif arguments.watch and console.is_terminal:

@@ -63,9 +63,10 @@ def verdict(certificate: Mapping[str, Any]) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CertificateState:
     """A certificate beside the files that it should be of. `verdict`: ok, failed, stale (it is of other files) or
     missing; `fact` in a sentence.
+
 
     `checks`: how many verify made. `failed`: those that did not pass. `not_run`: those that it left out, each with why.
     """
@@ -83,11 +84,11 @@ def sums_sha256(artifact: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def standing(artifact: Path) -> Standing:
+def certificate_state(artifact: Path) -> CertificateState:
     """What the certificate says of the artifact as it is. One without checks, or of another form, has failed."""
     path = artifact / CERTIFICATE
     if not path.is_file():
-        return Standing("missing", f"{artifact} has no {CERTIFICATE}: verify has not seen it")
+        return CertificateState("missing", f"{artifact} has no {CERTIFICATE}: verify has not seen it")
     certificate = read_json(path)
     listed = certificate.get("checks")
     checks = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
@@ -95,12 +96,12 @@ def standing(artifact: Path) -> Standing:
     found = verdict({"ok": certificate.get("ok"), "checks": told})
     if not found.ok:
         why = ", ".join(found.failed) or ("ok is not true" if checks else "unreadable")
-        return Standing("failed", f"{path} says that it failed: {why}", len(checks), found.failed)
+        return CertificateState("failed", f"{path} says that it failed: {why}", len(checks), found.failed)
     if certificate.get("sums_sha256") != sums_sha256(artifact):
-        return Standing("stale", f"{path} is of another artifact than the one beside it", len(checks))
+        return CertificateState("stale", f"{path} is of another artifact than the one beside it", len(checks))
     left_out = certificate.get("not_run")
     not_run = left_out if isinstance(left_out, dict) else {}
-    return Standing("ok", f"{len(checks)} checks passed", len(checks), not_run=not_run)
+    return CertificateState("ok", f"{len(checks)} checks passed", len(checks), not_run=not_run)
 
 
 def check_certificate(artifact: Path, certificate: Mapping[str, Any]) -> None:
@@ -112,9 +113,9 @@ def check_certificate(artifact: Path, certificate: Mapping[str, Any]) -> None:
         raise UserError(f"{artifact / CERTIFICATE} is about other files than {sums}", "make verify")
 
 
-def check(artifact: Path, again: str) -> Standing:
-    """The standing of an artifact that passed. Raises UserError, with the hint `again`, for any other."""
-    found = standing(artifact)
+def check(artifact: Path, again: str) -> CertificateState:
+    """What the certificate of an artifact says that passed. Raises UserError, with the hint `again`, for any other."""
+    found = certificate_state(artifact)
     if found.verdict != "ok":
         raise UserError(found.fact, again)
     return found

@@ -1,4 +1,4 @@
-"""The project's own files, as git sees them: what lint and lock-check read."""
+"""Where the project's files are, and what git says of them."""
 
 from __future__ import annotations
 

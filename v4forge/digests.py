@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from v4forge.files import make_folder, read_json, write_json, writing
+from v4forge.files import changed_json, read_json
 
 CHUNK_BYTES = 8 << 20
 
@@ -80,11 +79,10 @@ class Digests:
             if not self._own:
                 return
             own, self._own = self._own, {}
-        make_folder(self.cache_file.parent)
-        with writing(self.cache_file), open(self.cache_file.with_suffix(".lock"), "w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            found = read_json(self.cache_file) | own
-            write_json(self.cache_file, {path: entry for path, entry in found.items() if os.path.exists(path)})
+        with changed_json(self.cache_file) as found:
+            found |= own
+            for path in [path for path in found if not os.path.exists(path)]:
+                del found[path]
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

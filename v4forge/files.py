@@ -63,7 +63,24 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def lock(descriptor: int, path: Path) -> bool:
+@contextmanager
+def exclusive(path: Path, busy: Callable[[], Exception]) -> Iterator[int]:
+    """Holds a lock file. A program started with the yielded descriptor keeps holding it when its parent is killed.
+
+    Raises busy() when another process holds the lock, UserError where the file cannot be made or locked.
+    """
+    make_folder(path.parent)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _lock(descriptor, path):
+            raise busy()
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> bool:
     """Locks an open file until it is closed -> False where another process keeps it locked.
 
     Raises UserError on a file system without locks.

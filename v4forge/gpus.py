@@ -17,9 +17,9 @@ from functools import cache
 from typing import Any, TypeVar
 
 from v4forge.errors import UserError
+from v4forge.units import GIB
 
 LIMIT_S = 60.0  # without the persistence daemon, who asks first wakes every GPU
-GIB = 2**30
 
 HOPPER = (9, 0)
 BLACKWELL = (10, 0)

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from programs import contents
+from synthetic import artifact_shard
 
 from benchmarks import flash_layers
 from v4forge.checkpoint import layout
@@ -37,7 +38,7 @@ def test_full_size_layers_are_flash_layers() -> None:
 def test_the_checkpoint_is_in_the_upstream_form(small: Checkpoint) -> None:
     small.validate(layout.upstream(small.config))
     assert len(small.shard_names) == 5
-    blocks = {(shard, requirements.shard_of(name)) for name, shard in small.weight_map.items()}
+    blocks = {(shard, artifact_shard(name)) for name, shard in small.weight_map.items()}
     assert sorted(block for _, block in blocks) == ["layers.0", "layers.1", "layers.2", "mtp", "root"]
 
 

@@ -32,6 +32,7 @@ from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.hub import fetch as hub_fetch
 from v4forge.hub.hub_source import Hub
+from v4forge.hub.todo import looked_over
 from v4forge.profiling import Watch
 from v4forge.quantization import layer_files
 
@@ -62,8 +63,8 @@ def incomplete(upstream: Path, tmp_path: Path) -> Path:
     header.write_bytes(safetensors_header.read_head(folder / LAYERS[-1]))
     size = (folder / LAYERS[-1]).stat().st_size
     digest = sha256_of((folder / LAYERS[-1]).read_bytes())
-    incoming.write_plan(
-        folder, incoming.Plan(REPO, MAIN, {LAYERS[-1]: incoming.Expected(LAYERS[-1], size, digest, None)})
+    incoming.write_listing(
+        folder, incoming.Listing(REPO, MAIN, {LAYERS[-1]: incoming.Expected(LAYERS[-1], size, digest, None)})
     )
     (folder / LAYERS[-1]).unlink()
     return folder
@@ -228,7 +229,7 @@ def test_the_fingerprint_is_that_of_the_complete_checkpoint(incomplete: Path, up
     whole = layer_files.source_digests(upstream, names, tmp_path / "a.json")
     with filling(incomplete):
         assert layer_files.source_digests(incomplete, names, tmp_path / "b.json") == whole
-        incoming.write_plan(incomplete, incoming.Plan(None, None, {}))  # of a plain folder: no hashes
+        incoming.write_listing(incomplete, incoming.Listing(None, None, {}))  # of a plain folder: no hashes
         with after(0.1, lambda: bring(upstream, incomplete)):
             assert layer_files.source_digests(incomplete, names, tmp_path / "c.json") == whole
 
@@ -357,7 +358,7 @@ def test_layers_are_finished_before_the_last_shard_is_here_and_have_the_same_byt
         digests = Digests(out.parent / ".stamps" / "digests.json")
         with incoming.marked(out) as mark_ready:
             source = Hub(REPO, MAIN)
-            todo = hub_fetch.looked_over(source, out, digests)
+            todo = looked_over(source, out, digests)
             hub_fetch.Fetch(source, out, 4, digests, print).run(todo, lambda *_: None, mark_ready)
 
     def watch() -> None:

@@ -21,11 +21,11 @@ from hub_stand_in import Fault, Hub, Repo, serving, sha256_of
 from registries import Server
 
 from v4forge import pins
+from v4forge.checkout import ROOT
 from v4forge.images import archive, definitions
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
-ROOT = definitions.ROOT
 TAG = definitions.tag("calib")
 SOMEBODY = 54321  # a user that neither this host nor the image knows
 # What the build host must not leave in an image.

@@ -26,7 +26,6 @@ from v4forge.errors import UserError
 from v4forge.images import archive, attestation, definitions, registry
 from v4forge.images.containers import Engine
 from v4forge.images.oci import Repository, digest_of
-from v4forge.images.registry import UNSIGNED, Signing
 
 pytestmark = pytest.mark.images
 
@@ -46,14 +45,14 @@ class Shop:
     def repository(self) -> str:
         return f"{self.server.host}/v4forge/calib"
 
-    def push(self, image: str, signing: Signing = UNSIGNED) -> registry.Locked:
+    def push(self, image: str, sign_key: Path | None = None) -> registry.Locked:
         attached = documents(image)
         return registry.push(
-            self.client, "calib", image, self.repository, attached, self.said.append, signing, self.lock
+            self.client, "calib", image, self.repository, attached, self.said.append, sign_key, self.lock
         )
 
-    def pull(self, signing: Signing = UNSIGNED) -> dict[str, bytes]:
-        return registry.pull(self.client, "calib", TAG, self.said.append, signing, self.lock)
+    def pull(self, verify_key: Path | None = None) -> dict[str, bytes]:
+        return registry.pull(self.client, "calib", TAG, self.said.append, verify_key, self.lock)
 
     def wipe(self, image: str) -> None:
         remove(self.client, TAG, image)
@@ -285,13 +284,13 @@ def test_a_signed_image_passes_and_an_unsigned_or_foreign_one_does_not(
     image = make_image("signed")
     shop.push(image)
     with pytest.raises(UserError, match="the image is not signed"):
-        shop.pull(Signing(key=public))
-    shop.push(image, Signing(key=foreign))
+        shop.pull(public)
+    shop.push(image, foreign)
     with pytest.raises(UserError, match=f"the image is signed, but not by the key {public}"):
-        shop.pull(Signing(key=public))
+        shop.pull(public)
     assert not shop.here(TAG)
-    shop.push(image, Signing(key=private))
-    shop.pull(Signing(key=public))
+    shop.push(image, private)
+    shop.pull(public)
     assert shop.client.images.get(TAG).id == image
 
 
@@ -304,7 +303,7 @@ def test_a_signature_on_another_build_by_the_right_key_is_refused(
     elsewhere = attestation.sign(documents("sha256:" + "7" * 64)["provenance"], private)
     remote.attach(registry.present(remote, entry.reference.split("@")[1]), "signature", elsewhere)
     with pytest.raises(UserError, match="the image is signed, but not by the key"):
-        shop.pull(Signing(key=public))
+        shop.pull(public)
 
 
 def test_a_registry_that_is_down_is_named_and_the_lock_stays(shop: Shop, make_image: Callable[..., str]) -> None:
@@ -380,14 +379,14 @@ def test_a_registry_that_takes_no_artifacts_still_takes_the_image(
     private, public = keys("mine")
     image = make_image("plain")
     with pytest.raises(UserError, match="takes no signature: 415 no artifacts here"):
-        plain.push(image, Signing(key=private))
+        plain.push(image, private)
     assert not plain.lock.exists()
     entry = plain.push(image)
     assert plain.said[-1].endswith("takes no attached documents (415 no artifacts here); they stay files here")
     assert entry.provenance_sha256 == ""
     plain.wipe(image)
     with pytest.raises(UserError, match="the image is not signed"):
-        plain.pull(Signing(key=public))
+        plain.pull(public)
     assert plain.pull() == {}
     assert plain.client.images.get(TAG).id == image
 

@@ -13,7 +13,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from docker import DockerClient
 
 from v4forge.errors import UserError
-from v4forge.images import archive, sbom
+from v4forge.images import archive, diff, sbom
 from v4forge.images.containers import Engine
 
 pytestmark = pytest.mark.images
@@ -61,7 +61,7 @@ def test_what_the_daemon_says_of_an_image_is_what_its_archive_holds(
 
 def test_two_images_are_compared_down_to_the_line(client: DockerClient, make_image: Callable[..., str]) -> None:
     one, other = make_image(a="x\ny\n", b="1"), make_image(a="x\nz\n", c="1")
-    lines = archive.differences(*(archive.of_daemon(client, image) for image in (one, other)))
+    lines = diff.differences(*(archive.of_daemon(client, image) for image in (one, other)))
     files = [line for line in lines if not line.startswith("config ")]
     assert files[0] == "layer 0 (imported): 1 files added, 1 removed, 1 changed"
     assert files[1].startswith("  /a: content ")

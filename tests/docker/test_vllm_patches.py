@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from recorded import unrecorded
 
 from scripts import patch
 from v4forge import pins
@@ -126,7 +127,7 @@ def test_the_series_applies_and_every_check_holds(patched: Path) -> None:
 
 def test_the_record_states_the_patched_files(patched: Path) -> None:
     changed = {path for one in patches.series("vllm") for path in one.after}
-    recorded = set(patches.unrecorded(patched, "vllm"))
+    recorded = set(unrecorded(patched, "vllm"))
     assert not changed & recorded
     assert all(name.endswith(".py") is False for name in recorded), "only the compiled files are left out here"
 

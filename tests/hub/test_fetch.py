@@ -36,6 +36,7 @@ from v4forge.checkpoint import incoming as incoming_folder
 from v4forge.checkpoint.reader import INDEX
 from v4forge.digests import Digests
 from v4forge.hub import fetch, partial_file
+from v4forge.hub.todo import in_order
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +340,7 @@ def test_other_forms_of_weights_stay_where_they_are(
     assert not any((out / name).exists() for name in more) and not (out / "other.safetensors").exists()
     told = said(capsys)
     assert "pytorch_model.bin" in told and "skipped, not in the index: other.safetensors" in told
-    assert "other.safetensors" not in incoming_folder.plan(out).files
+    assert "other.safetensors" not in incoming_folder.listing(out).files
 
 
 def test_a_second_fetch_of_a_folder_is_refused(served: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,16 +367,16 @@ def test_a_dry_run_says_what_would_come_and_writes_nothing(
 
 def test_the_plan_keeps_what_the_hub_says(served: Hub, upstream: Path, tmp_path: Path) -> None:
     out = tmp_path / "upstream"
-    assert incoming_folder.plan(out) is None
+    assert incoming_folder.listing(out) is None
     assert fetched(out) == 0
-    plan = incoming_folder.plan(out)
-    assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
+    listing = incoming_folder.listing(out)
+    assert listing is not None and (listing.repo, listing.revision) == (REPO, MAIN)
     for name in shards(upstream):
         content = (upstream / name).read_bytes()
-        assert plan.files[name] == incoming_folder.Expected(
+        assert listing.files[name] == incoming_folder.Expected(
             name, len(content), hashlib.sha256(content).hexdigest(), None
         )
-    assert plan.files["config.json"].git_sha1 is not None
+    assert listing.files["config.json"].git_sha1 is not None
     assert incoming_folder.ready(out) and not incoming_folder.live(out)
 
 
@@ -420,7 +421,7 @@ def test_shards_come_in_the_order_in_which_layers_need_them() -> None:
         "layers.3.a": "z",
         "head.weight": "y",
     }
-    assert fetch.in_order(weight_map) == ["y", "z", "b", "c", "d2", "d"]
+    assert in_order(weight_map) == ["y", "z", "b", "c", "d2", "d"]
 
 
 def test_a_download_begins_without_torch() -> None:

@@ -76,8 +76,8 @@ def test_a_download_of_hf_is_linked_and_checked(
     assert fetched(out, "--from", downloaded) == 0
     assert_same(out, upstream)
     assert all((out / name).samefile(downloaded / name) for name in shards(upstream))
-    plan = incoming.plan(out)
-    assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
+    listing = incoming.listing(out)
+    assert listing is not None and (listing.repo, listing.revision) == (REPO, MAIN)
     assert "each with the hub's hash" in said(capsys)
 
 
@@ -90,8 +90,8 @@ def test_a_snapshot_of_the_cache_is_linked_and_checked(
     assert {path.name for path in out.glob("*.*")} - {".fetch"} == {path.name for path in upstream.glob("*.*")}
     for name in shards(upstream):
         assert not (out / name).is_symlink() and (out / name).read_bytes() == (upstream / name).read_bytes()
-    plan = incoming.plan(out)
-    assert plan is not None and (plan.repo, plan.revision) == (REPO, MAIN)
+    listing = incoming.listing(out)
+    assert listing is not None and (listing.repo, listing.revision) == (REPO, MAIN)
 
 
 def test_of_a_plain_folder_only_the_structure_is_checked_and_that_is_said(
@@ -101,8 +101,8 @@ def test_of_a_plain_folder_only_the_structure_is_checked_and_that_is_said(
     assert fetched(out, "--from", upstream) == 0
     assert_same(out, upstream)
     assert "no hashes of the hub are known, only the structure is checked" in said(capsys)
-    plan = incoming.plan(out)
-    assert plan is not None and (plan.repo, plan.revision) == (None, None)
+    listing = incoming.listing(out)
+    assert listing is not None and (listing.repo, listing.revision) == (None, None)
     assert fetched(out, "--from", upstream) == 0
 
 

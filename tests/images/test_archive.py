@@ -15,7 +15,8 @@ import pytest
 
 from v4forge.errors import UserError
 from v4forge.images import archive as image_archive
-from v4forge.images.archive import Saved, differences, read
+from v4forge.images.archive import Saved, read
+from v4forge.images.diff import differences
 
 Member = tuple[tarfile.TarInfo, bytes]
 LAYOUTS = ("docker", "oci", "oci gzip")

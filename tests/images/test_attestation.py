@@ -8,7 +8,6 @@ import hashlib
 import json
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,13 +182,3 @@ def test_a_key_that_cannot_be_used_is_named_with_what_to_do(tmp_path: Path) -> N
     for key, fact in ((text, "is not an Ed25519"), (private, "is not an Ed25519"), (tmp_path / "none", "cannot read")):
         with pytest.raises(UserError, match=fact):
             attestation.verified(b"", key)
-
-
-def test_an_identity_needs_sigstore_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sigstore", None)
-    for step in (
-        lambda: attestation.sign_as(b"", "me@example.org"),
-        lambda: attestation.verified_as(b"", "me@example.org", "https://issuer.example"),
-    ):
-        with pytest.raises(UserError, match="an identity needs the sigstore package"):
-            step()

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from recorded import unrecorded
 from torch import nn
 
 from scripts import patch as program
@@ -90,10 +91,10 @@ def test_a_patch_is_applied_and_recorded(project: Path, tree: Path) -> None:
     stale = tree / "package" / "__pycache__" / "module.cpython-311.pyc"
     stale.parent.mkdir()
     stale.touch()
-    assert patches.unrecorded(tree, "project") == []
+    assert unrecorded(tree, "project") == []
     assert patches.apply(series(project), tree) == ["package/module.py"]
     assert (tree / "package/module.py").read_text() == AFTER
-    assert patches.unrecorded(tree, "project") == []
+    assert unrecorded(tree, "project") == []
     assert not stale.exists()
     assert {path.name for path in (tree / "package").iterdir()} == {"module.py", "other.py", "__pycache__"}
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from scripts import cli
 from v4forge.errors import UserError
 from v4forge.pipeline import events, progress
-from v4forge.pipeline.progress import Pace, Peak, Standing, duration, pace
+from v4forge.pipeline.progress import Moment, Pace, Peak
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,42 +48,42 @@ def followed(total: int, steps: list[tuple[float, int]], unit: str = "layers") -
 
 def test_rate_and_eta_of_even_steps_are_exact() -> None:
     found, _ = followed(43, [(4.0 * n, n) for n in range(11)])
-    assert found.standing().rate == pytest.approx(0.25)
-    assert found.standing().eta_s == pytest.approx(33 * 4)
+    assert found.moment().rate == pytest.approx(0.25)
+    assert found.moment().eta_s == pytest.approx(33 * 4)
 
 
 def test_what_was_finished_at_the_start_does_not_count() -> None:
     found, _ = followed(43, [(2.0, 12), (6.0, 13), (10.0, 14)])
-    standing = found.standing()
-    assert (standing.done, standing.begun) == (14, 12)
-    assert standing.rate == pytest.approx(0.25)
-    assert standing.eta_s == pytest.approx(29 * 4)
+    moment = found.moment()
+    assert (moment.done, moment.begun) == (14, 12)
+    assert moment.rate == pytest.approx(0.25)
+    assert moment.eta_s == pytest.approx(29 * 4)
 
 
 def test_steps_that_were_only_looked_at_do_not_count() -> None:
     skipped = [(0.01 * n, n) for n in range(13)]
     found, _ = followed(43, [*skipped, (4.12, 13), (8.12, 14)])
-    assert found.standing().rate == pytest.approx(0.25, rel=0.01)
-    assert found.standing().begun == 12
+    assert found.moment().rate == pytest.approx(0.25, rel=0.01)
+    assert found.moment().begun == 12
 
 
 def test_quick_steps_that_stay_quick_all_count() -> None:
     found, _ = followed(100, [(0.1 * n, n) for n in range(51)])
-    assert found.standing().begun == 0
-    assert found.standing().rate == pytest.approx(10)
+    assert found.moment().begun == 0
+    assert found.moment().rate == pytest.approx(10)
 
 
 def test_a_slow_first_step_does_not_spoil_the_eta() -> None:
     found, _ = followed(43, [(0, 0), (60.0, 1), *((60 + 4.0 * n, 1 + n) for n in range(1, 9))])
-    assert found.standing().eta_s == pytest.approx(34 * 4)
+    assert found.moment().eta_s == pytest.approx(34 * 4)
 
 
 def test_the_eta_runs_down_within_a_step_and_grows_where_a_step_takes_longer() -> None:
     found, clock = followed(10, [(0, 0), (10, 1), (20, 2)])
     clock.now += 4
-    assert found.standing().eta_s == pytest.approx(8 * 10 - 4)
+    assert found.moment().eta_s == pytest.approx(8 * 10 - 4)
     clock.now += 196
-    late = found.standing()
+    late = found.moment()
     assert late.eta_s is not None and late.eta_s > 7 * 50
     assert late.rate is not None and late.rate < 1 / 50
 
@@ -91,50 +91,21 @@ def test_the_eta_runs_down_within_a_step_and_grows_where_a_step_takes_longer() -
 def test_the_last_step_under_way_is_never_over() -> None:
     found, clock = followed(3, [(0, 0), (10, 1), (20, 2)])
     clock.now += 10
-    eta_s = found.standing().eta_s
+    eta_s = found.moment().eta_s
     assert eta_s is not None and 0 < eta_s < 3
 
 
 def test_nothing_is_claimed_before_a_step_has_been_finished() -> None:
     found, clock = followed(43, [(0.0, 12), (30.0, 12)])
     clock.now += 30
-    assert (found.standing().rate, found.standing().eta_s) == (None, None)
+    assert (found.moment().rate, found.moment().eta_s) == (None, None)
 
 
 def test_a_million_steps_keep_few_points() -> None:
     found, _ = followed(1_000_000, [(n / 1000, n) for n in range(0, 1_000_000, 10)], "MiB")
     assert len(found._points) < 3000
-    assert found.standing().rate == pytest.approx(1000, rel=0.01)
-    assert found.standing().eta_s == pytest.approx(0.01, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (59.6, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (3599.7, "1 h 00 min"),
-    ],
-)
-def test_durations_are_said_as_a_person_would(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("rate", "unit", "text"),
-    [
-        (1340.4, "MiB", "1,340 MiB/s"),
-        (2.5, "prompts", "2.5 prompts/s"),
-        (0.2325, "layers", "4.3 s a layer"),
-        (0.01, "", "1 min 40 s each"),
-        (25, "", "25/s"),
-    ],
-)
-def test_slow_rates_are_said_as_time_a_step(rate: float, unit: str, text: str) -> None:
-    assert pace(rate, unit) == text
+    assert found.moment().rate == pytest.approx(1000, rel=0.01)
+    assert found.moment().eta_s == pytest.approx(0.01, abs=0.01)
 
 
 def test_the_memory_of_a_gpu_is_asked_for_only_where_one_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +144,8 @@ def test_peak_memory_stays_when_the_device_forgets_it(monkeypatch: pytest.Monkey
     peaks = [Peak(1, 60), Peak(2, 5)]
     monkeypatch.setattr(progress, "peak", lambda: peaks.pop(0))
     found, _ = followed(2, [])
-    found.standing()
-    assert found.standing().peak == Peak(2, 60)
+    found.moment()
+    assert found.moment().peak == Peak(2, 60)
 
 
 @pytest.fixture
@@ -290,12 +261,12 @@ def test_many_threads_may_tell(log: Path) -> None:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_the_bar_fits_the_terminal_and_keeps_what_matters(width: int) -> None:
-    standing = Standing(
+    moment = Moment(
         "postprocess-rtn", "layers", 43, 12, 0, "experts 224-255", 50, 0.2325, 133, Peak(14 << 30, 60 << 30)
     )
     console = Console(width=width, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     with console.capture() as capture:
-        console.print(cli.bar(standing, width))
+        console.print(cli.bar(moment, width))
     text = re.sub(r"\x1b\[[0-9;]*m", "", capture.get())
     assert text.count("\n") == 1
     assert "postprocess-rtn" in text and "12/43" in text
@@ -388,4 +359,4 @@ def test_all_that_was_done_at_once_is_what_was_done() -> None:
     pace.advance(150, "sent")
     now[0] = 1.1
     pace.end()
-    assert pace.standing().ended().startswith("publish: 150 MB in 1.1 s")
+    assert pace.moment().ended().startswith("publish: 150 MB in 1.1 s")

@@ -19,6 +19,7 @@ from run_files import EVALUATION
 
 from scripts import release_check
 from v4forge import artifact_folder
+from v4forge.checkout import ROOT
 from v4forge.images import definitions, lock_check, registry
 from v4forge.images.oci import MANIFESTS, digest_of
 from v4forge.images.registry import Locked
@@ -80,7 +81,7 @@ def server() -> Iterator[Stored]:
 def lock(server: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """images.lock of two images that the registry has, of this checkout's code, as it was when the test began."""
     code = definitions.code_sha256()
-    monkeypatch.setattr(definitions, "code_sha256", lambda _root=definitions.ROOT: code)
+    monkeypatch.setattr(definitions, "code_sha256", lambda _root=ROOT: code)
     for name in definitions.IMAGES:
         push(server, name, tmp_path / "images.lock")
     return tmp_path / "images.lock"

@@ -18,11 +18,10 @@ from streamed import CALIBRATE, FETCH, TABLE
 from scripts import stage
 from v4forge.checkpoint import incoming
 from v4forge.errors import UserError
-from v4forge.files import changed_json, read_json
+from v4forge.files import changed_json, exclusive, read_json
 from v4forge.pipeline import events
 from v4forge.pipeline.background_fetch import Fetch
 from v4forge.pipeline.runner import LAUNCHER, Runner, StageFailed
-from v4forge.pipeline.stamps import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 

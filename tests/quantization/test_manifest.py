@@ -56,7 +56,7 @@ def sha256(path: Path) -> str:
 
 
 def test_the_source_is_named_with_the_revision_that_fetch_took(folders: tuple[Path, Path]) -> None:
-    incoming.write_plan(folders[0], incoming.Plan("org/model", "a" * 40, {}))
+    incoming.write_listing(folders[0], incoming.Listing("org/model", "a" * 40, {}))
     source = written(folders)["source"]
     assert (source["repo"], source["revision"]) == ("org/model", "a" * 40)
     assert source["files"]["config.json"]["sha256"] == sha256(folders[0] / "config.json")

@@ -52,7 +52,6 @@ def test_a_server_with_drafts_is_read() -> None:
     assert reading.uptime_s == 60
     assert reading.counts == Counts(7, 100, 10, 20, 10, (5, 5))
     assert reading.counts.acceptance == 0.5 and reading.counts.acceptance_at == (0.5, 0.5)
-    assert reading.counts.tokens_per_step == 2
 
 
 def test_engines_of_one_server_are_added_and_the_fullest_cache_counts() -> None:

@@ -19,6 +19,7 @@ import yaml
 from scripts import serve as program
 from v4forge import gpus, pins
 from v4forge.errors import UserError
+from v4forge.images import refusals
 from v4forge.serving import compose, deployment, haproxy, preflight, settings
 from v4forge.serving.client import PIN
 from v4forge.serving.compose import Compose
@@ -242,10 +243,10 @@ def test_more_replicas_or_gpus_than_compose_yaml_has_are_refused(tmp_path: Path)
         Compose(plan(tmp_path, gpus=[["0", "1", "2", "3"]])).variables()
 
 
-@pytest.mark.parametrize(("text", "fact", "hint"), compose.REFUSALS)
-def test_what_docker_refuses_is_a_fact_and_a_command(text: str, fact: str, hint: str) -> None:
-    error = compose._explained(f"ERROR: for replica0  Error response from daemon: {text} …")
-    assert (error.fact, error.hint) == (fact, hint)
+@pytest.mark.parametrize("refusal", refusals.OF_A_DEPLOYMENT)
+def test_what_docker_refuses_is_a_fact_and_a_command(refusal: refusals.Refusal) -> None:
+    error = compose._explained(f"ERROR: for replica0  Error response from daemon: {refusal.pattern} …")
+    assert (error.fact, error.hint) == (refusal.fact, refusal.hint)
 
 
 # --- supervisord

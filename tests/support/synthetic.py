@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dev.tiny import train
 from v4forge.checkpoint import codec, layout
-from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.checkpoint.writer import write_index, write_shard
 
 Tensors = dict[str, Tensor]
@@ -96,6 +96,14 @@ def encode_all_fp4(values: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         pieces = {part: tensor.split(shape[0]) for part, tensor in parts.items()}
         encoded |= {n: {part: piece[i] for part, piece in pieces.items()} for i, n in enumerate(names)}
     return encoded
+
+
+def artifact_shard(name: str) -> str:
+    """Which shard of the artifact holds a stored tensor: "layers.N", "mtp", or "root", which the aliases belong to."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        return f"layers.{parts[1]}"
+    return "mtp" if parts[0] == "mtp" and name not in ALIASES else "root"
 
 
 def write_checkpoint(directory: Path, *, seed: int = 0, shards: int = 2, **overrides: Any) -> layout.Config:

@@ -25,7 +25,7 @@ from requests.exceptions import RequestException
 
 from v4forge.bench.quality import Task
 from v4forge.errors import UserError
-from v4forge.images import jobs
+from v4forge.images import jobs, refusals
 from v4forge.images.containers import Engine
 from v4forge.images.jobs import RUN_LABEL, Job
 from v4forge.serving.client import LOGS, short
@@ -170,9 +170,9 @@ class ContainerProcess:
                 self.stop()
                 raise
         except ImageNotFound:
-            raise UserError(f"the image {job.image} is not here", "make images, or make pull") from None
+            raise refusals.no_image(job.image) from None
         except (APIError, RequestException) as error:
-            raise UserError(f"the docker daemon refused: {error}", "docker info, or --runtime host") from None
+            raise refusals.refused(error, instead="--runtime host") from None
         self._copier = threading.Thread(target=self._copy, args=(log,), daemon=True)
         self._copier.start()
 
@@ -186,7 +186,7 @@ class ContainerProcess:
         try:
             self._container.reload()
         except (DockerException, RequestException) as error:
-            raise UserError(f"the docker daemon is gone: {error}", "sudo systemctl status docker") from None
+            raise refusals.gone(error) from None
         if self._container.status != "exited":
             return None
         self._copier.join(STOP_S)

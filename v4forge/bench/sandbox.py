@@ -22,7 +22,7 @@ from docker.types import LogConfig, Ulimit
 from requests.exceptions import RequestException
 
 from v4forge.errors import UserError
-from v4forge.images import containers
+from v4forge.images import containers, refusals
 from v4forge.images.containers import Engine
 
 LABEL = "io.v4forge.sandbox"
@@ -67,14 +67,14 @@ class Verdict:
 
 def connect(image: str) -> Engine:
     """The daemon that has the image. Raises UserError where there is none: nothing is run elsewhere."""
-    hint = "sudo systemctl start docker, then the same again; or leave such tasks out: --tasks"
+    hint = f"{refusals.START}, then the same again; or leave such tasks out: --tasks"
     try:
         engine = containers.connect()
         engine.client.images.get(image)
     except UserError as error:
         raise UserError(f"programs of a model run in containers only: {error.fact}", hint) from None
     except ImageNotFound:
-        fact = f"programs of a model run in containers only, and the image {image} is not here"
+        fact = f"programs of a model run in containers only, and {refusals.no_image(image).fact}"
         raise UserError(fact, "make images, or --sandbox-image <one with python3>") from None
     except (APIError, RequestException) as error:
         raise UserError(f"programs of a model run in containers only: {error}", hint) from None

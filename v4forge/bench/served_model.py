@@ -21,6 +21,7 @@ from v4forge.serving import client, deployment, metrics
 from v4forge.serving.client import Endpoint, ask
 from v4forge.serving.deployment import Plan
 from v4forge.serving.metrics import Counts
+from v4forge.units import GIB
 
 PACKAGES = ("torch", "transformers")
 SETTLE_S = 5.0  # in which requests leave the queue whose client has left
@@ -130,7 +131,7 @@ def artifact_facts(folder: Path) -> dict[str, Any] | None:
         "folder": str(folder),
         "sums_sha256": artifact_folder.sums_sha256(folder),
         "config_sha256": sha256_of(folder / "config.json"),
-        "certificate": artifact_folder.standing(folder).verdict,
+        "certificate": artifact_folder.certificate_state(folder).verdict,
         **{name: shape.get(name) for name in ("num_hidden_layers", "hidden_size", "n_routed_experts")},
     }
 
@@ -158,7 +159,7 @@ def machine() -> dict[str, Any]:
     return {
         **{name: found[name] for name in ("gpus", "driver", "cpu")},
         "cpus": found["cores"],
-        "memory_gib": round(found["memory_bytes"] / 2**30, 1),
+        "memory_gib": round(found["memory_bytes"] / GIB, 1),
     }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from v4forge.bench.statistics import drawn, ends, resampled
 from v4forge.errors import UserError
 from v4forge.intervals import Estimate
+from v4forge.units import counted
 
 DRAWS = 10_000
 # Chunks of a stream that come this close together came in one piece: something between holds answers back.
@@ -247,7 +248,7 @@ class Stop:
     there: Estimate | None
 
     def sentence(self) -> str:
-        who = f"{self.drafts} draft{'s' * (self.drafts > 1)} a step, {self.shape}:"
+        who = f"{counted(self.drafts, 'drafts')} a step, {self.shape}:"
         if self.at is None or self.there is None:
             most = f"{who} pays up to {self.measured[-1]} at a time, the most that was measured"
             without = [each for each in self.measured if each not in self.pays]

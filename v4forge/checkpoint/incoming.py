@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from v4forge.checkpoint.safetensors_header import Slice, parsed, read_head
 from v4forge.errors import UserError
-from v4forge.files import is_locked, lock, make_folder, read_json, write_json, writing
+from v4forge.files import exclusive, is_locked, read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 FOLDER = ".fetch"
@@ -48,7 +48,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Listing:
     """Where a checkpoint comes from, both None when that is not known, and its files by name."""
 
     repo: str | None
@@ -56,17 +56,17 @@ class Plan:
     files: dict[str, Expected]
 
 
-def plan(folder: Path) -> Plan | None:
+def listing(folder: Path) -> Listing | None:
     """What fetch has written down of a checkpoint's folder; None where it has not."""
     found = read_json(folder / FOLDER / "plan.json")
     try:
         files = {name: Expected(name, **facts) for name, facts in found["files"].items()}
-        return Plan(found["repo"], found["revision"], files)
+        return Listing(found["repo"], found["revision"], files)
     except (KeyError, TypeError, AttributeError):
         return None
 
 
-def write_plan(folder: Path, found: Plan) -> None:
+def write_listing(folder: Path, found: Listing) -> None:
     files = {
         name: {"bytes": each.bytes, "sha256": each.sha256, "git_sha1": each.git_sha1}
         for name, each in found.files.items()
@@ -88,22 +88,14 @@ def marked(folder: Path) -> Iterator[Callable[[], None]]:
 
     Raises UserError when another fetch fills it.
     """
-    make_folder(folder / FOLDER)
-    path = folder / FOLDER / "lock"
-    with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not lock(descriptor, path):
-            hint = "wait until it has ended, or choose another --out"
-            raise UserError(f"another fetch is writing to {folder}", hint)
+    busy = UserError(f"another fetch is writing to {folder}", "wait until it has ended, or choose another --out")
+    with exclusive(folder / FOLDER / "lock", lambda: busy) as descriptor:
         os.ftruncate(descriptor, 0)
 
         def mark_ready() -> None:
             os.pwrite(descriptor, READY, 0)
 
         yield mark_ready
-    finally:
-        os.close(descriptor)
 
 
 def live(folder: Path) -> bool:
@@ -176,11 +168,11 @@ def digests_to_come(folder: Path, shards: Sequence[str]) -> dict[str, str]:
     Raises UserError for one that is not here when no fetch lives that would bring it.
     """
     found: dict[str, str] = {}
-    expected: Plan | None = None
+    expected: Listing | None = None
     for shard in shards:
         if (folder / shard).exists():
             continue
-        expected = expected or plan(folder)
+        expected = expected or listing(folder)
         known = expected.files.get(shard) if expected else None
         if known is not None and known.sha256 is not None and live(folder):
             found[shard] = known.sha256
@@ -208,7 +200,7 @@ class Shard:
             self._head = read_head(with_header(path))
         except FileNotFoundError:
             raise _missing(path, waited=True) from None
-        expected = plan(path.parent)
+        expected = listing(path.parent)
         known = expected.files.get(path.name) if expected else None
         self._tensors = parsed(self._head, known.bytes if known else None)
         self._metadata = self._tensors.pop("__metadata__", None)

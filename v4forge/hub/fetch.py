@@ -14,96 +14,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from v4forge.checkpoint import incoming, safetensors_header
-from v4forge.checkpoint.incoming import INDEX, Expected, Plan
+from v4forge.checkpoint.incoming import INDEX, Expected
 from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, link_or_copy, sync_folder, writing
 from v4forge.hub import partial_file
-from v4forge.hub.folder_source import Offline
+from v4forge.hub.folder_source import FolderSource
 from v4forge.hub.hub_source import Hub
 from v4forge.hub.partial_file import Partial
+from v4forge.hub.todo import SHARD_SUFFIX, Todo, in_order, is_wanted
+from v4forge.units import GB, MIB
 
-SHARD_SUFFIX = ".safetensors"
-# What a repository may hold and nobody here reads: weights in other forms, and what is for people's eyes.
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".tar", ".gz", ".zip")
-FOR_EYES = (".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
 HEADER_BYTES = 1 << 19  # asked for first of a shard; one of 1,600 tensors has a header of 200 KB
 TOLD_S = 0.25
-MIB = 1 << 20
 
 Progress = Callable[[int, str], None]
-
-
-@dataclass
-class Todo:
-    """What is to be done. here: files that are there and right; wrong: that are there, but are others."""
-
-    plan: Plan
-    skipped: list[str]
-    here: list[Expected] = field(default_factory=list)
-    wrong: list[Expected] = field(default_factory=list)
-    unsure: list[Expected] = field(default_factory=list)  # right by size, not read yet
-
-    @property
-    def missing(self) -> list[Expected]:
-        there = {each.name for each in (*self.here, *self.unsure)}
-        return [each for name, each in self.plan.files.items() if name not in there]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(each.bytes for each in self.plan.files.values())
-
-
-def looked_over(source: Hub | Offline, out: Path, digests: Digests) -> Todo:
-    """What `source` has that belongs to a checkpoint, and what of it is in `out`; reads none of the files there."""
-    files: dict[str, Expected] = {}
-    skipped = []
-    for each in sorted(source.listing(), key=lambda each: each.name):
-        if _is_wanted(each.name):
-            files[each.name] = each
-        else:
-            skipped.append(each.name)
-    if INDEX not in files:
-        where = source.folder if isinstance(source, Offline) else source.repo
-        raise UserError(f"{where} has no {INDEX}: it is no checkpoint of this kind", "correct FROM=, or FLASH_REPO")
-    todo = Todo(Plan(source.repo, source.revision, files), skipped)
-    for each in files.values():
-        path = out / each.name
-        if not path.is_file():
-            continue
-        if path.stat().st_size != each.bytes:
-            todo.wrong.append(each)
-        elif each.sha256 is None and each.git_sha1 is None:
-            (todo.here if _is_copy(source, path, each.name) else todo.wrong).append(each)
-        elif each.sha256 is not None and (known := digests.known(path)) is not None:
-            (todo.here if known == each.sha256 else todo.wrong).append(each)
-        else:
-            todo.unsure.append(each)
-    return todo
-
-
-def _is_wanted(name: str) -> bool:
-    path = PurePosixPath(name)
-    if path.is_absolute() or any(part.startswith(".") for part in path.parts):
-        return False
-    return not name.lower().endswith((*OTHER_WEIGHTS, *FOR_EYES))
-
-
-def _is_copy(source: Hub | Offline, path: Path, name: str) -> bool:
-    """Whether a file is that of the source's folder: where no hash is known, by inode or by time."""
-    assert isinstance(source, Offline)
-    origin = source.paths[name]
-    return path.samefile(origin) or path.stat().st_mtime_ns == origin.stat().st_mtime_ns
 
 
 @dataclass
 class Fetch:
     """One run of it. `took`: bytes that are here, by file; several threads write, each a key of its own."""
 
-    source: Hub | Offline
+    source: Hub | FolderSource
     out: Path
     workers: int
     digests: Digests
@@ -119,10 +54,10 @@ class Fetch:
         self._check(todo, progress)
         self._remove_former(todo)
         self._check_space(todo)
-        incoming.write_plan(self.out, todo.plan)
+        incoming.write_listing(self.out, todo.listing)
         self._all([each for each in todo.missing if not each.name.endswith(SHARD_SUFFIX)], self._bring, progress)
         shards = in_order(self._index(todo))
-        if absent := [name for name in shards if name not in todo.plan.files]:
+        if absent := [name for name in shards if name not in todo.listing.files]:
             hint = "complete the folder, or leave out FROM= and download"
             raise UserError(f"{self._origin()} lacks {absent[0]}, which its index names", hint)
         missing = {each.name: each for each in todo.missing}
@@ -148,17 +83,17 @@ class Fetch:
             raise
 
     def _index(self, todo: Todo) -> Mapping[str, str]:
-        """The weight map; shards that it does not name leave the plan, which is written anew."""
+        """The weight map; shards that it does not name leave the listing, which is written anew."""
         try:
             weight_map = json.loads((self.out / INDEX).read_text(encoding="utf-8"))["weight_map"]
             named = set(weight_map.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.out / INDEX} is not a safetensors index", "correct FROM=, or FLASH_REPO") from None
-        extra = [name for name in todo.plan.files if name.endswith(SHARD_SUFFIX) and name not in named]
+        extra = [name for name in todo.listing.files if name.endswith(SHARD_SUFFIX) and name not in named]
         for name in extra:
-            del todo.plan.files[name]
+            del todo.listing.files[name]
         if extra:
-            incoming.write_plan(self.out, todo.plan)
+            incoming.write_listing(self.out, todo.listing)
             self.say(f"skipped, not in the index: {', '.join(extra)}")
         return weight_map
 
@@ -199,10 +134,10 @@ class Fetch:
     def _remove_former(self, todo: Todo) -> None:
         """Removes what an earlier fetch brought, or had begun to bring, of another revision, and this one does not
         have: a stage would take a small file for this revision's, and a shard takes its gigabytes."""
-        before = incoming.plan(self.out)
-        for name in sorted(before.files.keys() - todo.plan.files.keys() if before else ()):
+        before = incoming.listing(self.out)
+        for name in sorted(before.files.keys() - todo.listing.files.keys() if before else ()):
             path = self.out / name
-            if _is_wanted(name) and path.is_file():
+            if is_wanted(name) and path.is_file():
                 self.say(f"{path} is of an earlier fetch, {self._origin()} has none: removed")
                 path.unlink()
         begun = {partial_file.path_of(self.out, each) for each in todo.missing}
@@ -212,17 +147,17 @@ class Fetch:
 
     def _check_space(self, todo: Todo) -> None:
         needed = sum(each.bytes - self.took[each.name] for each in todo.missing)
-        if isinstance(self.source, Offline) and self._links(self.source):
+        if isinstance(self.source, FolderSource) and self._links(self.source):
             return
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise UserError(
-                f"{self.out} has {free / 1e9:,.1f} GB free, the checkpoint takes {needed / 1e9:,.1f} GB more:"
-                f" {(needed - free) / 1e9:,.1f} GB are missing",
+                f"{self.out} has {free / GB:,.1f} GB free, the checkpoint takes {needed / GB:,.1f} GB more:"
+                f" {(needed - free) / GB:,.1f} GB are missing",
                 "free that much there, or choose a larger disk: make … SCRATCH=<folder>",
             )
 
-    def _links(self, source: Offline) -> bool:
+    def _links(self, source: FolderSource) -> bool:
         """Whether files of the source's folder can be linked here: not across file systems, nor across a container's
         mounts of one, nor always those of another user."""
         probe = incoming.incoming(self.out) / "probe"
@@ -235,7 +170,7 @@ class Fetch:
         return True
 
     def _origin(self) -> str:
-        return f"{self.source.folder}" if isinstance(self.source, Offline) else "the hub"
+        return f"{self.source.folder}" if isinstance(self.source, FolderSource) else "the hub"
 
     @property
     def took_mib(self) -> int:
@@ -245,16 +180,16 @@ class Fetch:
         self, files: Sequence[Expected], action: Callable[[Expected], None], progress: Progress, doing: str = ""
     ) -> None:
         """Does it for all files, some at a time, in their order; the first error ends the others."""
-        progress(self.took_mib, doing or self._standing())
+        progress(self.took_mib, doing or self._so_far())
         with self._pool() as pool:
             jobs: set[Future[None]] = {pool.submit(action, each) for each in files}
             while jobs:
                 done, jobs = wait(jobs, TOLD_S, FIRST_EXCEPTION)
                 for job in done:
                     job.result()
-                progress(self.took_mib, doing or self._standing())
+                progress(self.took_mib, doing or self._so_far())
 
-    def _standing(self) -> str:
+    def _so_far(self) -> str:
         return f"{self.finished} of {len(self.took)} files"
 
     @contextmanager
@@ -288,7 +223,7 @@ class Fetch:
     def _attempt(self, file: Expected) -> str:
         """Brings a file, and gives it its name unless something is wrong with it, which is the value."""
         path, target = partial_file.path_of(self.out, file), self.out / file.name
-        if isinstance(self.source, Offline):
+        if isinstance(self.source, FolderSource):
             return self._take(self.source, file, path, target)
         with Partial(path, file) as held:
             self.source.bring(held, lambda size: self._took(file, size))
@@ -302,7 +237,7 @@ class Fetch:
             self._learn(target, held.sha256)
         return fault
 
-    def _take(self, source: Offline, file: Expected, path: Path, target: Path) -> str:
+    def _take(self, source: FolderSource, file: Expected, path: Path, target: Path) -> str:
         """A file of a folder, linked or copied; what is wrong with it, and then it does not get its name."""
         origin = source.paths[file.name]
         link_or_copy(origin, path)
@@ -337,7 +272,7 @@ class Fetch:
             temporary.write_bytes(head)
 
     def _head(self, file: Expected) -> bytes:
-        if isinstance(self.source, Offline):
+        if isinstance(self.source, FolderSource):
             return safetensors_header.read_head(self.source.paths[file.name])
         path = partial_file.path_of(self.out, file)
         with suppress(OSError, ValueError):
@@ -361,16 +296,3 @@ class Fetch:
 def _first(path: Path, count: int) -> bytes:
     with open(path, "rb") as file:
         return file.read(count)
-
-
-def in_order(weight_map: Mapping[str, str]) -> list[str]:
-    """The shards in the order in which calibration needs them: root and MTP, then by the lowest layer."""
-
-    def needed(name: str) -> int:
-        parts = name.split(".", 2)
-        return int(parts[1]) if parts[0] == "layers" and len(parts) > 1 and parts[1].isdigit() else -1
-
-    first: dict[str, int] = {}
-    for name, shard in weight_map.items():
-        first[shard] = min(needed(name), first.get(shard, 1 << 30))
-    return sorted(first, key=lambda shard: (first[shard], shard))

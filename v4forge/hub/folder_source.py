@@ -23,7 +23,7 @@ HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass
-class Offline:
+class FolderSource:
     """A folder that was looked at. `form` says what it is; repo and revision are None where it does not."""
 
     folder: Path
@@ -51,7 +51,7 @@ class Offline:
         return UserError(f"{self.folder / name} is damaged: {fault}", again)
 
 
-def looked_at(folder: Path, repo: str, revision: str) -> Offline:
+def looked_at(folder: Path, repo: str, revision: str) -> FolderSource:
     """What a folder offers. Raises UserError when there is none, or when it says that it holds another revision."""
     folder = folder.absolute()
     if not folder.is_dir():
@@ -67,15 +67,15 @@ def looked_at(folder: Path, repo: str, revision: str) -> Offline:
     tags = {name: tag for name, path in paths.items() if (tag := _blob_tag(path))}
     if tags:
         owner = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
-        found = Offline(folder, "snapshot", f"{owner[1]}/{owner[2]}" if owner else None, folder.name, [])
+        found = FolderSource(folder, "snapshot", f"{owner[1]}/{owner[2]}" if owner else None, folder.name, [])
     elif tags := {name: tag for name in paths if (tag := _download_tag(folder, name))}:
         commits = {_download_commit(folder, name) for name in tags}
         if len(commits) > 1:
             again = f"hf download {repo} --revision {revision} --local-dir {folder}"
             raise UserError(f"{folder} holds files of several revisions", again)
-        found = Offline(folder, "download", repo, commits.pop(), [])
+        found = FolderSource(folder, "download", repo, commits.pop(), [])
     else:
-        found = Offline(folder, "plain", None, None, [])
+        found = FolderSource(folder, "plain", None, None, [])
     if found.revision is not None and found.revision != revision:
         hint = f"python -m scripts.fetch --revision {found.revision} …, if that is the one you mean"
         raise UserError(f"{folder} holds revision {found.revision}, not {revision}", hint)

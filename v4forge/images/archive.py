@@ -1,4 +1,4 @@
-"""A container image as `docker save` writes it: its config and the files of its layers, and how two images differ.
+"""A container image as `docker save` writes it: its config and the files of its layers.
 
 The stream is read once, member by member; no layer is held in memory or written to disk. Both forms are understood:
 docker's own (`<id>/layer.tar`) and the OCI layout (`blobs/sha256/<digest>`), which share their manifest.json.
@@ -14,8 +14,8 @@ import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, BinaryIO
 
@@ -23,11 +23,12 @@ from docker import DockerClient
 from docker.errors import ImageNotFound
 
 from v4forge.errors import UserError
+from v4forge.images import refusals
+from v4forge.units import GIB, MIB
 
 BLOCK = 1 << 20
 SILENCE_S = 3600
 DOCUMENT_BYTES = 4 << 20  # a config or manifest is smaller
-TEXT_BYTES = 64 << 10  # a changed file up to this size is read again for its first differing line
 TYPES = {
     tarfile.REGTYPE: "file",
     tarfile.AREGTYPE: "file",
@@ -121,7 +122,7 @@ def of_daemon(client: DockerClient, image: str) -> Saved:
     try:
         client.images.get(image)
     except ImageNotFound:
-        raise UserError(f"there is no image {image}", "make images") from None
+        raise refusals.no_built_image(image) from None
     patient(client)
     return read(lambda: client.api.get_image(image, chunk_size=BLOCK))
 
@@ -225,112 +226,6 @@ def entry(member: tarfile.TarInfo, content: BinaryIO | None) -> Entry:
     return Entry(kind, member.mode, member.uid, member.gid, size, member.mtime, what, " ".join(names + more))
 
 
-# --- differences
-
-
-def differences(a: Saved, b: Saved, limit: int = 40) -> list[str]:
-    """Lines that say how two images differ, at most `limit` of them about files; [] for equal ones."""
-    if a.id == b.id:
-        return []
-    lines = [f"config {line}" for line in config_differences(a.config, b.config)]
-    for where, layers in (("first", a.layers[len(b.layers) :]), ("second", b.layers[len(a.layers) :])):
-        lines += [f"a layer only in the {where}: {step_of(layer.created_by)}" for layer in layers]
-    pairs = [
-        (index, one, other)
-        for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=False))
-        if one.diff_id != other.diff_id
-    ]
-    changed = {index: changed_files(one, other) for index, one, other in pairs}
-    texts = [texts_of(saved, changed, limit) for saved in (a, b)]
-    for index, one, other in pairs:
-        lines.append(f"layer {index} ({step_of(one.created_by, 60)}): {summary(one, other, changed[index])}")
-        for path in changed[index]:
-            if limit == 0:
-                break
-            limit -= 1
-            detail = file_difference(one.files.get(path), other.files.get(path))
-            line = first_difference(*(text.get((index, path)) for text in texts))
-            lines.append("  " + "; ".join(filter(None, (f"{path}: {detail}", line))))
-    hidden = sum(map(len, changed.values())) - sum(line.startswith("  /") for line in lines)
-    return [*lines, f"and {hidden} more files"] if hidden else lines
-
-
-def config_differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """One line for each value of a config that differs, without the layers' digests."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        pairs = [(f"{where}.{key}".lstrip("."), a.get(key), b.get(key)) for key in sorted({*a, *b})]
-    elif isinstance(a, list) and isinstance(b, list):
-        pairs = [(f"{where}[{index}]", one, other) for index, (one, other) in enumerate(zip_longest(a, b))]
-    else:
-        return [] if a == b else [f"{where}: {shortened(repr(a))} and {shortened(repr(b))}"]
-    return [line for key, one, other in pairs if key != "rootfs" for line in config_differences(one, other, key)]
-
-
-def changed_files(a: Layer, b: Layer) -> list[str]:
-    return [path for path in sorted({*a.files, *b.files}) if a.files.get(path) != b.files.get(path)]
-
-
-def summary(a: Layer, b: Layer, changed: Sequence[str]) -> str:
-    """What differs between two layers whose bytes differ, in one line."""
-    if changed:
-        added = sum(path not in a.files for path in changed)
-        removed = sum(path not in b.files for path in changed)
-        return f"{added} files added, {removed} removed, {len(changed) - added - removed} changed"
-    for one, other in zip(a.files, b.files, strict=True):
-        if one != other:
-            return f"the same files in another order, first {one} and {other}"
-    return "the same files in the same order; the archives' headers or padding differ"
-
-
-def file_difference(a: Entry | None, b: Entry | None) -> str:
-    if a is None or b is None:
-        return "added" if a is None else "removed"
-    parts = []
-    for column in fields(Entry):
-        one, other = getattr(a, column.name), getattr(b, column.name)
-        if one != other:
-            as_text = oct if column.name == "mode" else str
-            parts.append(f"{column.name} {shortened(as_text(one), 40)} and {shortened(as_text(other), 40)}")
-    return ", ".join(parts)
-
-
-def texts_of(saved: Saved, changed: Mapping[int, Sequence[str]], limit: int) -> dict[tuple[int, str], str]:
-    """The text of the first `limit` changed files of each layer, those that are small and text."""
-    wanted: dict[str, dict[str, int]] = {}
-    for index, paths in changed.items():
-        layer = saved.layers[index]
-        small = {
-            path: index
-            for path in paths[:limit]
-            if (file := layer.files.get(path)) and file.type == "file" and file.size <= TEXT_BYTES
-        }
-        if small:
-            wanted[layer.member] = small
-    if not wanted:
-        return {}
-    texts = {}
-    for name, _, stream in members(saved.open()):
-        if stream is None or name not in wanted:
-            continue
-        for path, _, content in entries(unpacked(name, stream.peek(512)[:512], stream)):
-            if path in wanted[name] and content is not None:
-                try:
-                    texts[wanted[name][path], path] = content.read().decode("utf-8")
-                except UnicodeDecodeError:
-                    continue
-    return texts
-
-
-def first_difference(a: str | None, b: str | None) -> str:
-    """The first line that differs between two texts; "" when it cannot be said."""
-    if a is None or b is None:
-        return ""
-    for number, (one, other) in enumerate(zip_longest(a.splitlines(), b.splitlines()), start=1):
-        if one != other:
-            return f"line {number}: {shortened(repr(one))} and {shortened(repr(other))}"
-    return ""
-
-
 def step_of(created_by: str, length: int = 100) -> str:
     """A step of a build without the shell and the build arguments that stand before its command."""
     command = re.sub(r"^(RUN )?(\|\d+ .*? )?/bin/sh -\w+ (#\(nop\) +)?", r"\1", created_by)
@@ -354,13 +249,13 @@ def layer_sizes(client: DockerClient, image: str) -> list[tuple[int, str]]:
 def size_report(layers: Sequence[tuple[int, str]], budget_gib: float) -> list[str]:
     """A table of layer sizes, its sum and the budget. Raises UserError, with the largest layer, beyond the budget."""
     total = sum(size for size, _ in layers)
-    if total > budget_gib * 2**30:
+    if total > budget_gib * GIB:
         size, step = max(layers)
         raise UserError(
-            f"the image has {total / 2**30:.2f} GiB, its budget is {budget_gib:g} GiB; the largest layer has"
-            f" {size / 2**30:.2f} GiB: {step_of(step, 80)}",
+            f"the image has {total / GIB:.2f} GiB, its budget is {budget_gib:g} GiB; the largest layer has"
+            f" {size / GIB:.2f} GiB: {step_of(step, 80)}",
             "make that layer smaller, or raise its budget in v4forge/images/definitions.py",
         )
-    rows = [f"{size / 2**20:>10,.1f}   {step_of(step, 80)}" for size, step in layers]
-    last = f"{total / 2**20:>10,.1f}   together, {total / 2**30 / budget_gib:.0%} of {budget_gib:g} GiB"
+    rows = [f"{size / MIB:>10,.1f}   {step_of(step, 80)}" for size, step in layers]
+    last = f"{total / MIB:>10,.1f}   together, {total / GIB / budget_gib:.0%} of {budget_gib:g} GiB"
     return [f"{'size, MiB':>10}   layer", *rows, last]

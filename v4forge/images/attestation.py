@@ -131,7 +131,7 @@ def parsed(statement: bytes) -> dict[str, Any]:
     raise UserError("this is not an in-toto statement with sha256 subjects", "make images writes it anew")
 
 
-# --- signatures by a key
+# --- signatures
 
 
 def sign(statement: bytes, key: Path) -> bytes:
@@ -170,54 +170,3 @@ def key_bytes(key: Path, setting: str) -> bytes:
 
 def unfit_key(setting: str, key: Path, hint: str) -> UserError:
     return UserError(f"{setting}={key} is not an Ed25519, ECDSA or RSA key in PEM form", hint)
-
-
-# --- signatures by an identity
-
-
-def sign_as(statement: bytes, identity: str) -> bytes:
-    """A sigstore bundle over the statement, by the identity that the CI's or the browser's token proves."""
-    try:
-        from sigstore.dsse import Statement
-        from sigstore.errors import Error
-        from sigstore.models import ClientTrustConfig
-        from sigstore.oidc import IdentityToken, Issuer, IssuerError, detect_credential
-        from sigstore.sign import SigningContext
-    except ImportError:
-        raise no_sigstore() from None
-    try:
-        config = ClientTrustConfig.production()
-        ambient = detect_credential()
-        token = IdentityToken(ambient) if ambient else Issuer(config.signing_config.get_oidc_url()).identity_token()
-        if token.identity != identity:
-            raise UserError(f"the token is for {token.identity}, not {identity}", "make push SIGN_IDENTITY=<that one>")
-        with SigningContext.from_trust_config(config).signer(token) as signer:
-            return signer.sign_dsse(Statement(statement)).to_json().encode("utf-8")
-    except (Error, IssuerError) as error:
-        hint = "make push SIGN_KEY=<a private key>, which needs no network"
-        raise UserError(f"sigstore cannot sign as {identity}: {error}", hint) from None
-
-
-def verified_as(bundle: bytes, identity: str, issuer: str) -> bytes | None:
-    """The statement in a sigstore bundle that the identity, as this OIDC issuer vouches, signed; None for another."""
-    try:
-        from sigstore.errors import Error
-        from sigstore.models import Bundle
-        from sigstore.verify import Verifier, policy
-    except ImportError:
-        raise no_sigstore() from None
-    try:
-        verifier = Verifier.production()
-    except Error as error:
-        hint = "make pull VERIFY_KEY=<a public key>, which needs no network"
-        raise UserError(f"sigstore's trust root cannot be fetched: {error}", hint) from None
-    try:
-        wanted = policy.Identity(identity=identity, issuer=issuer)
-        kind, payload = verifier.verify_dsse(Bundle.from_json(bundle), wanted)
-    except (Error, ValueError):
-        return None
-    return payload if kind == PAYLOAD else None
-
-
-def no_sigstore() -> UserError:
-    return UserError("an identity needs the sigstore package", ".venv/bin/pip install sigstore")

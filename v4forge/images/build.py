@@ -23,7 +23,7 @@ from docker import DockerClient
 
 from v4forge import checkout, pins
 from v4forge.errors import UserError
-from v4forge.images import attestation, definitions, normalize, sbom
+from v4forge.images import attestation, definitions, normalize, refusals, sbom
 from v4forge.images.definitions import Image
 
 # ARGs that only an operator sets.
@@ -41,7 +41,7 @@ class Build:
     base: str
     apt_snapshot: str
     revision: str
-    root: Path = definitions.ROOT
+    root: Path = checkout.ROOT
     no_cache: bool = False
     tag: str = ""
     chosen: Mapping[str, str] = field(default_factory=dict)  # by the operator, for other values of ARGs
@@ -126,7 +126,7 @@ def builder(environment: Mapping[str, str] = os.environ) -> list[str]:
         if match and 18 < int(match[1]) < 23:
             return [program, "build"]
     if not found:
-        raise UserError("docker is not installed", "apt-get install docker.io")
+        raise UserError("docker is not installed", refusals.INSTALL)
     raise UserError(f"{found[0]} cannot build with BuildKit", "install its buildx plugin (docker-buildx)")
 
 

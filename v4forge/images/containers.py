@@ -21,42 +21,12 @@ from docker.types import Ulimit
 from requests.exceptions import ReadTimeout, RequestException
 
 from v4forge.errors import UserError
-from v4forge.images import jobs
+from v4forge.images import jobs, refusals
 from v4forge.images.jobs import RUN_LABEL, ULIMITS, Job
 
 CODE_LABEL, LANE_LABEL = "io.v4forge.code", "io.v4forge.lane"
 POLL_S = 0.1
 GRACE_S = 30.0  # from a signal to SIGKILL
-WITHOUT = "run without docker: make … RUNTIME=host"
-
-# What a daemon's refusal contains -> fact, command.
-REFUSALS = (
-    (
-        "could not select device driver",
-        "the docker daemon has no NVIDIA runtime, which GPUs need",
-        "install nvidia-container-toolkit and restart docker, or ask for no GPU: make … DEVICES=-1",
-    ),
-    (
-        "nvidia-container-cli",
-        "the NVIDIA runtime refused the GPUs asked for: {detail}",
-        "nvidia-smi -L, then make … with GPUS or DEVICES of those that it lists",
-    ),
-    (
-        "no space left on device",
-        "the disk of the docker daemon is full: {said}",
-        "docker system df, then docker image rm what you do not need",
-    ),
-    (
-        "bind source path does not exist",
-        "the docker daemon does not see a folder of yours: {detail}",
-        f"choose a SCRATCH on a local disk, or {WITHOUT}",
-    ),
-    (
-        'error mounting "/',
-        "the docker daemon cannot mount a folder of yours: {detail}",
-        f"choose a SCRATCH on a local disk, or {WITHOUT}",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -82,10 +52,8 @@ def connect(environment: Mapping[str, str] = os.environ) -> Engine:
         client = DockerClient.from_env(environment=environment)
         security = client.info()["SecurityOptions"] or []
     except (DockerException, RequestException) as error:
-        if "PermissionError" in str(error):
-            hint = f"sudo usermod -aG docker $USER, then log in again; or {WITHOUT}"
-            raise UserError(f"you may not use the docker daemon at {where}", hint) from None
-        raise UserError(f"no docker daemon answers at {where}", f"sudo systemctl start docker, or {WITHOUT}") from None
+        closed = "PermissionError" in str(error)
+        raise (refusals.forbidden(where) if closed else refusals.silent(where)) from None
     return Engine(client, frozenset(option.split(",")[0].removeprefix("name=") for option in security))
 
 
@@ -95,7 +63,7 @@ def find(engine: Engine, reference: str, code: str) -> Image:
     try:
         found = engine.client.images.get(reference)
     except ImageNotFound:
-        raise _missing(reference) from None
+        raise refusals.no_image(reference) from None
     if found.labels.get(CODE_LABEL) != code:
         raise UserError(f"the image {reference} holds other code than this checkout", "make images")
     return Image(str(found.id), found.labels.get(LANE_LABEL, ""))
@@ -106,11 +74,7 @@ def labels(engine: Engine, reference: str) -> dict[str, str]:
     try:
         return dict(engine.client.images.get(reference).labels)
     except ImageNotFound:
-        raise _missing(reference) from None
-
-
-def _missing(reference: str) -> UserError:
-    return UserError(f"the image {reference} is not here", "make images, or make pull")
+        raise refusals.no_image(reference) from None
 
 
 def run(engine: Engine, job: Job) -> int:
@@ -226,23 +190,18 @@ def _explained(job: Job) -> Iterator[None]:
     try:
         yield
     except ImageNotFound:
-        raise _missing(job.image) from None
+        raise refusals.no_image(job.image) from None
     except APIError as error:
         said = " ".join(str(error.explanation or error).split())
-        for text, fact, hint in REFUSALS:
-            if text in said:
-                detail = said[said.index(text) :]
-                raise UserError(fact.format(said=said, detail=detail), hint) from None
-        raise UserError(f"the docker daemon refused: {said}", f"docker info, or {WITHOUT}") from None
+        raise refusals.explained(said, refusals.OF_A_JOB, refusals.refused(said)) from None
     except RequestException as error:
-        hint = "sudo systemctl status docker, then run the same again: what is finished is kept"
-        raise UserError(f"the docker daemon is gone: {error}", hint) from None
+        raise refusals.gone(error, ", then run the same again: what is finished is kept") from None
 
 
 def shell(engine: Engine, job: Job) -> NoReturn:
     """Becomes the docker command that runs the job with our terminal, and all else as `run` has it."""
     if shutil.which("docker") is None:
-        raise UserError("there is no docker command, which a shell needs", "apt-get install docker.io")
+        raise UserError("there is no docker command, which a shell needs", refusals.INSTALL)
     with _explained(job):
         engine.client.images.get(job.image)
     terminal = ["--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []

@@ -15,9 +15,8 @@ from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
 LOCK = ROOT / "images.lock"
-# What an image holds of the project, at HOME in it.
+# What an image holds of the project, in /opt/v4forge.
 PROJECT = ("LICENSE", "docker/serve/settings.toml", "models", "scripts", "v4forge", "versions.env")
-HOME = "/opt/v4forge"
 # What a build reads besides, and no image holds.
 BUILD_ONLY = ("docker", "patches", "wheels")
 VERSION = re.compile(r"_(VERSION|COMMIT)$")

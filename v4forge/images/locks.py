@@ -6,10 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
-DOCKER = ROOT / "docker"
 HEADER = "# Written by `make lock` from versions.env and {source}. Do not edit.\n"
 # nvidia-ml-py is no part of CUDA: pure Python bindings that llmcompressor imports everywhere.
 CUDA_PACKAGE = re.compile(r"cuda-.+|nvidia-(?!ml-py$).+")

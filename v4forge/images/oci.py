@@ -40,7 +40,6 @@ DOCUMENTS = {
     "sbom": "application/vnd.cyclonedx+json",
     "provenance": "application/vnd.in-toto+json",
     "signature": "application/vnd.dsse.envelope.v1+json",
-    "bundle": "application/vnd.dev.sigstore.bundle.v0.3+json",
 }
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 DOCUMENT_BYTES = 32 << 20

@@ -181,14 +181,6 @@ def _record(tree: Path, paths: Collection[str]) -> None:
         os.replace(temporary, record)
 
 
-def unrecorded(tree: Path, distribution: str) -> list[str]:
-    """The files of an installed distribution that are not what its RECORD states."""
-    (record,) = tree.glob(f"{distribution}-*.dist-info/RECORD")
-    with open(record, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file) if row and row[1]]
-    return [row[0] for row in rows if not (tree / row[0]).is_file() or _entry(tree / row[0]) != row[1:3]]
-
-
 def _entry(path: Path) -> list[str]:
     """sha256 and size of a file in the form of a RECORD (PEP 376, PEP 427)."""
     content = path.read_bytes()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from docker.errors import APIError, ImageNotFound
 from v4forge import pins
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.images import attestation, definitions
+from v4forge.images import attestation, definitions, refusals
 from v4forge.images.archive import patient, shortened
 from v4forge.images.oci import Manifest, Refused, Repository
+from v4forge.units import MB, counted
 
 Say = Callable[[str], None]
 
@@ -32,31 +33,6 @@ SAID_EVERY_S = 5.0
 LOCK_HEADER = "# Written by `make push`: the images that `make pull` and CI use. Empty: never pushed.\n"
 REFERENCE = re.compile(r"(?P<repository>[^@\s]+)@(?P<digest>sha256:[0-9a-f]{64})")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-# What a daemon says, what it means for the user, and what to do.
-REASONS: tuple[tuple[str, str, str], ...] = (
-    (
-        r"connection refused|no such host|i/o timeout|context deadline|network is unreachable|EOF",
-        "the registry {host} cannot be reached",
-        "check that it runs: curl {host}/v2/",
-    ),
-    (r"unauthorized|authentication required|no basic auth|denied", "{host} does not let us in", "docker login {host}"),
-    (
-        r"verification failed|unexpected commit digest|invalid checksum|does not match",
-        "{host} gives other bytes than the digest of {reference} says",
-        "make images, or make push REGISTRY=<another one>",
-    ),
-    (
-        r"not found|manifest unknown|blob unknown|unknown blob",
-        "{host} does not have {reference} whole",
-        "make images, or make push REGISTRY=<registry>",
-    ),
-    (r"no space left on device", "the disk of the docker daemon is full", "docker system df"),
-    (
-        r"HTTP response to HTTPS client",
-        "{host} speaks plain HTTP, which docker takes from 127.0.0.1 only",
-        'add it to "insecure-registries" in /etc/docker/daemon.json',
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -66,48 +42,6 @@ class Locked:
     reference: str = ""
     image_id: str = ""
     provenance_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Signing:
-    """How statements are signed or checked: by a key's file, by an identity, or not at all."""
-
-    key: Path | None = None
-    identity: str = ""
-    issuer: str = ""  # who vouches for the identity; for checking only
-
-    def sign(self, statement: bytes) -> dict[str, bytes]:
-        """The signatures as documents."""
-        documents = {}
-        if self.key:
-            documents["signature"] = attestation.sign(statement, self.key)
-        if self.identity:
-            documents["bundle"] = attestation.sign_as(statement, self.identity)
-        return documents
-
-    def check(self, statement: bytes, repository: Repository, digest: str) -> None:
-        """Raises UserError unless the statement is signed as this object asks."""
-        if self.key:
-            key = self.key
-            signed = [attestation.verified(document, key) for document in repository.attached(digest, "signature")]
-            self._judge(signed, statement, f"by the key {key}", "VERIFY_KEY")
-        if self.identity:
-            if not self.issuer:
-                raise UserError(
-                    "VERIFY_IDENTITY needs VERIFY_ISSUER, who vouches for it", "make pull VERIFY_ISSUER=<URL>"
-                )
-            bundles = repository.attached(digest, "bundle")
-            signed = [attestation.verified_as(document, self.identity, self.issuer) for document in bundles]
-            self._judge(signed, statement, f"by {self.identity}", "VERIFY_IDENTITY")
-
-    @staticmethod
-    def _judge(signed: Sequence[bytes | None], statement: bytes, whom: str, setting: str) -> None:
-        if statement not in signed:
-            fact = f"signed, but not {whom}" if signed else "not signed"
-            raise UserError(f"the image is {fact}", f"make push SIGN_KEY=<its private key>, or another {setting}")
-
-
-UNSIGNED = Signing()
 
 
 # --- images.lock
@@ -154,12 +88,13 @@ def push(
     repository: str,
     documents: Mapping[str, bytes],
     say: Say,
-    signing: Signing = UNSIGNED,
+    sign_key: Path | None = None,
     lock: Path = definitions.LOCK,
 ) -> Locked:
     """Pushes `image`, with its documents ("sbom", "provenance"), and writes the lock; what the lock says now.
 
-    The provenance is stored with the manifest's digest as one more subject, and signed if `signing` asks for it.
+    The provenance is stored with the manifest's digest as one more subject, and signed by the private key in
+    `sign_key`.
     """
     remote = Repository(repository)
     image_id = local(client, image).id
@@ -172,14 +107,16 @@ def push(
     provenance = documents["provenance"]
     for known_as in (config_digest(manifest), digest):
         provenance = attestation.with_subject(provenance, repository, known_as)
-    documents = {**documents, "provenance": provenance, **signing.sign(provenance)}
+    documents = {**documents, "provenance": provenance}
+    if sign_key:
+        documents["signature"] = attestation.sign(provenance, sign_key)
     try:
         for kind, content in documents.items():
             remote.attach(manifest, kind, content)
             say(f"push: {kind}, {len(content):,} bytes, attached")
         provenance_sha256 = hashlib.sha256(provenance).hexdigest()
     except Refused as error:
-        if signing != UNSIGNED:
+        if sign_key:
             raise UserError(
                 f"{remote.host} takes no signature: {error}", "make push to a registry that takes OCI artifacts"
             ) from None
@@ -219,10 +156,13 @@ def pull(
     name: str,
     tag: str,
     say: Say,
-    signing: Signing = UNSIGNED,
+    verify_key: Path | None = None,
     lock: Path = definitions.LOCK,
 ) -> dict[str, bytes]:
-    """Pulls the image that the lock names and calls it `tag`; its documents. Raises UserError for any other image."""
+    """Pulls the image that the lock names and calls it `tag`; its documents.
+
+    Raises UserError for any other image, and for one that the public key in `verify_key` did not sign.
+    """
     entry = locked(name, lock)
     if not entry.reference:
         raise UserError(
@@ -231,7 +171,7 @@ def pull(
         )
     repository, digest = entry.reference.split("@")
     remote = Repository(repository)
-    documents = check(name, entry, remote, present(remote, digest), signing)
+    documents = check(name, entry, remote, present(remote, digest), verify_key)
     patient(client)
     try:
         transfer(client.api.pull(repository, tag=digest, stream=True, decode=True), "pull", entry.reference, say)
@@ -244,7 +184,9 @@ def pull(
     return documents
 
 
-def check(name: str, entry: Locked, remote: Repository, manifest: Manifest, signing: Signing) -> dict[str, bytes]:
+def check(
+    name: str, entry: Locked, remote: Repository, manifest: Manifest, verify_key: Path | None = None
+) -> dict[str, bytes]:
     """Compares image ID, labels, provenance and signature with the lock and this checkout; the documents."""
     found = config_digest(manifest)
     if found != entry.image_id:
@@ -268,14 +210,22 @@ def check(name: str, entry: Locked, remote: Repository, manifest: Manifest, sign
             f"{entry.reference} has no provenance with the sha256 {entry.provenance_sha256} of images.lock",
             f"make push IMAGE={name} REGISTRY=<registry>",
         )
-    if signing != UNSIGNED:
-        signing.check(provenance, remote, manifest.digest)
+    if verify_key:
+        check_signature(provenance, remote, manifest.digest, verify_key)
     if not provenance:
         return {}
     if not {found, manifest.digest} <= attestation.subjects(provenance):
         raise UserError(f"the provenance of {entry.reference} is on another image", f"make push IMAGE={name}")
     sbom = document(remote, manifest, "sbom", attestation.byproducts(provenance).get("sbom", ""))
     return {"provenance": provenance} | ({"sbom": sbom} if sbom else {})
+
+
+def check_signature(statement: bytes, remote: Repository, digest: str, key: Path) -> None:
+    """Raises UserError unless the statement on the manifest `digest` is signed by the public key of a file."""
+    signed = [attestation.verified(document, key) for document in remote.attached(digest, "signature")]
+    if statement not in signed:
+        fact = f"signed, but not by the key {key}" if signed else "not signed"
+        raise UserError(f"the image is {fact}", "make push SIGN_KEY=<its private key>, or another VERIFY_KEY")
 
 
 def labels_of(remote: Repository, image_id: str) -> dict[str, str]:
@@ -296,7 +246,7 @@ def local(client: DockerClient, image: str) -> Any:
     try:
         return client.images.get(image)
     except ImageNotFound:
-        raise UserError(f"there is no image {image}", "make images") from None
+        raise refusals.no_built_image(image) from None
 
 
 def present(remote: Repository, digest: str) -> Manifest:
@@ -334,20 +284,14 @@ def transfer(events: Iterable[dict[str, Any]], what: str, reference: str, say: S
             finished.add(layer)
         if time.monotonic() - said >= SAID_EVERY_S:
             said = time.monotonic()
-            done, total = (sum(column) / 1e6 for column in zip(*layers.values(), strict=True))
-            say(f"{what}: {len(finished)} of {counted(layers)}, {done:,.0f} of {total:,.0f} MB")
-    say(f"{what}: {counted(layers)} in {time.monotonic() - started:.0f} s")
+            done, total = (sum(column) / MB for column in zip(*layers.values(), strict=True))
+            say(f"{what}: {len(finished)} of {counted(len(layers), 'layers')}, {done:,.0f} of {total:,.0f} MB")
+    say(f"{what}: {counted(len(layers), 'layers')} in {time.monotonic() - started:.0f} s")
     return digest
-
-
-def counted(layers: Sized) -> str:
-    return f"{len(layers)} layer" + ("s" if len(layers) != 1 else "")
 
 
 def reason(message: str, reference: str) -> UserError:
     """What a daemon's error means for the user."""
+    otherwise = UserError(f"docker says of {reference}: {message}", "docker info")
     host = reference.partition("/")[0]
-    for pattern, fact, hint in REASONS:
-        if re.search(pattern, message, re.IGNORECASE):
-            return UserError(fact.format(host=host, reference=reference), hint.format(host=host))
-    return UserError(f"docker says of {reference}: {message}", "docker info")
+    return refusals.explained(message, refusals.OF_A_TRANSFER, otherwise, host=host, reference=reference)

@@ -23,7 +23,7 @@ from docker.errors import APIError, ImageNotFound
 from docker.types import LogConfig
 from packageurl import PackageURL
 
-from v4forge.errors import UserError
+from v4forge.images import refusals
 
 SEPARATOR = "\x1e"
 LICENCE_CHARACTERS = 80  # a longer License field is the licence's text
@@ -59,7 +59,7 @@ def sbom(client: DockerClient, image: str, name: str, base_image: str, epoch: in
     try:
         image_id = client.images.get(image).id
     except ImageNotFound:
-        raise UserError(f"there is no image {image}", "make images") from None
+        raise refusals.no_built_image(image) from None
     answers, notes = ask(client, image_id)
     python = json.loads(answers["python"] or "[]")
     debian = debian_packages(answers["debian"])
@@ -149,15 +149,7 @@ def python_component(item: dict[str, str | list[str]]) -> Component:
     properties = []
     if "cuda" in item:
         properties.append(Property(name="v4forge:torch", value=f"cuda {item['cuda']}" if item["cuda"] else "cpu"))
-    return Component(
-        type=ComponentType.LIBRARY,
-        name=name,
-        version=version,
-        purl=purl,
-        bom_ref=str(purl),
-        licenses=licences_of(names),
-        properties=properties,
-    )
+    return library(name, version, purl, names, properties)
 
 
 def debian_packages(output: str) -> list[list[str]]:
@@ -181,14 +173,21 @@ def debian_component(fields: Sequence[str], system: str, release: str, licences:
     package, version, architecture, source = fields
     qualifiers = {"arch": architecture, "distro": f"{system}-{release}"}
     purl = PackageURL("deb", system, package, version, qualifiers)
+    properties = [Property(name="v4forge:source-package", value=source)]
+    return library(package, version, purl, licences.get(package, []), properties)
+
+
+def library(
+    name: str, version: str, purl: PackageURL, licences: Sequence[str], properties: Sequence[Property]
+) -> Component:
     return Component(
         type=ComponentType.LIBRARY,
-        name=package,
+        name=name,
         version=version,
         purl=purl,
         bom_ref=str(purl),
-        licenses=licences_of(licences.get(package, [])),
-        properties=[Property(name="v4forge:source-package", value=source)],
+        licenses=licences_of(licences),
+        properties=properties,
     )
 
 

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from v4forge.files import read_json
 from v4forge.pipeline import disk_speed, events, reference_timings
 from v4forge.pipeline.disk_speed import Speed
-from v4forge.pipeline.progress import UNIT_BYTES, duration
 from v4forge.pipeline.stages import FILES, PROFILES, STAGES
+from v4forge.units import GB, MB, UNIT_BYTES, duration
 
 if TYPE_CHECKING:
     from v4forge.checkpoint.layout import Config
     from v4forge.pipeline.requirements import Sizes
 
-GB = 1e9
 # The stages at whose end a whole run of the profile is.
 GOALS = {"tiny": ("card", "report"), "flash": ("card",)}
 ASSUMED_NETWORK_BYTES_S = 100e6  # what unknown networks are shown with
@@ -162,11 +161,11 @@ def _fetch(case: Case) -> StageTime:
     if speed is None:
         speed, basis = network_bytes_s(events.read(events.file_of(case.work))), "as in the last fetch here"
     if speed is None:
-        shown = ", ".join(f"{duration(missing / s)} at {s / 1e6:,.0f} MB/s" for s in (ASSUMED_NETWORK_BYTES_S, GB))
+        shown = ", ".join(f"{duration(missing / s)} at {s / MB:,.0f} MB/s" for s in (ASSUMED_NETWORK_BYTES_S, GB))
         return StageTime(
             "fetch", None, f"{missing / GB:.1f} GB, network unknown: {shown}", missing / ASSUMED_NETWORK_BYTES_S
         )
-    rate = f"{speed / 1e6:,.0f} MB/s ({8 * speed / GB:,.1f} Gbit/s)"  # a network is often called by its bits
+    rate = f"{speed / MB:,.0f} MB/s ({8 * speed / GB:,.1f} Gbit/s)"  # a network is often called by its bits
     return StageTime("fetch", missing / speed, f"{missing / GB:.1f} GB at {rate}, {basis}")
 
 

@@ -10,46 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from v4forge.units import counted, duration, pace, size
+
 # Steps that were done when the program came to them pass within this time, and so many times faster than the others.
 SKIPPING_S, SKIPPING = 1.0, 10
 SPACING_S, SPACING = 0.02, 1 / 200  # between two points: seconds, and as a part of the time that has passed
 UNFINISHED = 0.1  # of a step, what is left of one that takes longer than those before it
-UNIT_BYTES = {"bytes": 1, "MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
-MIB, GIB = 1 << 20, 1 << 30
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8.4 s, 45 s, 3 min 08 s, 2 h 05 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60:,} h {minutes % 60:02} min"
-
-
-def counted(count: float, unit: str) -> str:
-    """12 layers, 1 layer, 1,234 MiB; without a unit, the number."""
-    if unit.endswith("s") and count == 1:
-        unit = unit[:-1]
-    return f"{count:,.0f} {unit}".rstrip()
-
-
-def pace(rate: float, unit: str) -> str:
-    """A rate in units a second in words: 1,340 MiB/s, or 4.3 s a layer where one takes longer than a second."""
-    if rate >= 1:
-        number = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
-        return f"{number} {unit}/s" if unit else f"{number}/s"
-    one = unit[:-1] if unit.endswith("s") else unit
-    return f"{duration(1 / rate)} a {one}" if one else f"{duration(1 / rate)} each"
-
-
-def size(count: int) -> str:
-    """Memory: 14.2 GiB, 24 MiB."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / MIB:.0f} MiB"
 
 
 @dataclass(frozen=True)
@@ -86,7 +52,7 @@ def peak() -> Peak:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Moment:
     """A moment of a stage. begun: what was done when it began, None before it has said anything. rate: steps a second
     of what this run has done; eta_s: seconds left by it; both None where nothing tells."""
 
@@ -185,7 +151,7 @@ class Pace:
             self._points.pop()
         self._points.append((now, done))
 
-    def standing(self) -> Standing:
+    def moment(self) -> Moment:
         """How far it is now."""
         with self._lock:
             now = self.clock()
@@ -193,7 +159,7 @@ class Pace:
             points = self._counted(now)
             done = self.total if self._ended else points[-1][1] if points else 0
             step_s = None if self._ended else _step_s(points, now)
-            return Standing(
+            return Moment(
                 what=self.what,
                 unit=self.unit,
                 total=self.total,

@@ -15,6 +15,7 @@ from typing import Any
 from v4forge.checkout import ROOT
 from v4forge.files import read_json
 from v4forge.pipeline.disk_speed import Speed
+from v4forge.units import GB, GIB
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Of a layer's compute, the parts that grow with the tokens; factorizing, sweeping and packing see only Hessians.
@@ -70,7 +71,7 @@ def layers(results: Path = RESULTS) -> Layers | None:
 def disk(results: Path = RESULTS) -> Speed | None:
     """The disk of the machine that calibration was measured on."""
     found = read_json(results / "calibrate-h200.json").get("ceilings")
-    return Speed(found["disk write GB/s"] * 1e9, found["disk read GB/s"] * 1e9) if found else None
+    return Speed(found["disk write GB/s"] * GB, found["disk read GB/s"] * GB) if found else None
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def verify(results: Path = RESULTS) -> Verify | None:
     if not found:
         return None
     reading = found["reading"]
-    rate, disk_bytes_s = reading["bytes"] / reading["with hashing, seconds"], reading["cat GB/s"] * 1e9
-    return Verify(found["cpus"], disk_bytes_s, rate / disk_bytes_s, int(reading["peak_host_gib"] * 2**30))
+    rate, disk_bytes_s = reading["bytes"] / reading["with hashing, seconds"], reading["cat GB/s"] * GB
+    return Verify(found["cpus"], disk_bytes_s, rate / disk_bytes_s, int(reading["peak_host_gib"] * GIB))
 
 
 def pipeline(results: Path = RESULTS) -> dict[str, Any]:

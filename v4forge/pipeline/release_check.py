@@ -80,7 +80,7 @@ def image(release: Release, name: str) -> str:
         raise UserError(f"{release.lock.name} has no digest: it was never pushed", push)
     place, digest = entry.reference.split("@")
     remote = Repository(place)
-    registry.check(name, entry, remote, registry.present(remote, digest), registry.UNSIGNED)
+    registry.check(name, entry, remote, registry.present(remote, digest))
     if registry.labels_of(remote, entry.image_id).get("io.v4forge.code") != definitions.code_sha256(release.root):
         raise UserError(f"{entry.reference} holds other code than this checkout", push)
     return entry.reference

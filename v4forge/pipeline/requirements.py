@@ -18,6 +18,7 @@ from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.errors import UserError
 from v4forge.quantization import hidden_states
 from v4forge.quantization.layer_files import layer_file
+from v4forge.units import GB
 
 # config.json of deepseek-ai/DeepSeek-V4-Flash's first release
 FLASH_CONFIG = Path(__file__).with_name("flash_config.json")
@@ -32,14 +33,6 @@ def flash_config() -> Config:
     return layout.parse_config(json.loads(FLASH_CONFIG.read_text()), str(FLASH_CONFIG))
 
 
-def shard_of(name: str) -> str:
-    """Which shard of the artifact holds a stored tensor: "layers.N", "mtp", or "root", which the aliases belong to."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        return f"layers.{parts[1]}"
-    return "mtp" if parts[0] == "mtp" and name not in ALIASES else "root"
-
-
 def layer_bytes(by_shard: Mapping[str, int]) -> int:
     """Bytes of all decoder layers together."""
     return sum(size for shard, size in by_shard.items() if shard.startswith("layers."))
@@ -47,7 +40,7 @@ def layer_bytes(by_shard: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a checkpoint by shard_of's names, in both forms."""
+    """Bytes of a checkpoint in both forms, by shard of the artifact: "layers.N", "mtp", or "root" with the aliases."""
 
     upstream: Counter[str]
     artifact: Counter[str]
@@ -174,8 +167,8 @@ def require_room(needed: int, work: Path) -> None:
     free = free_bytes(work)
     if needed > free:
         raise UserError(
-            f"{work} has {free / 1e9:,.1f} GB free, the run writes {needed / 1e9:,.1f} GB:"
-            f" {(needed - free) / 1e9:,.1f} GB are missing",
+            f"{work} has {free / GB:,.1f} GB free, the run writes {needed / GB:,.1f} GB:"
+            f" {(needed - free) / GB:,.1f} GB are missing",
             "make … SCRATCH=<a folder on a larger disk>; without make, --work",
         )
 
@@ -232,7 +225,7 @@ def _output(name: str, config: Config, sizes: Sizes, values: Mapping[str, Any]) 
         if values["source"] != f"{values['work']}/upstream":
             return _Output(there="not needed")
         whole, present = sizes.upstream.total(), arrived_bytes(work / "upstream")
-        return _Output(whole, min(whole, present), f"{present / 1e9:,.1f} GB" if present else "")
+        return _Output(whole, min(whole, present), f"{present / GB:,.1f} GB" if present else "")
     if name in ("calibrate", "rtn"):
         folder = work / ("layers" if name == "calibrate" else "layers-rtn")
         files = [layer_file(folder, layer) for layer in config.layers]
@@ -292,11 +285,6 @@ class LayerTime:
     def layer_s(self) -> float:
         return max(self.disk_s, self.compute_s)
 
-    @property
-    def total_s(self) -> float:
-        """Of all layers; fetch, postprocess and verify are not in it."""
-        return self.layers * self.layer_s
-
 
 def layer_time(
     config: Config, sizes: Sizes, samples: int, seq_len: int, read_gbps: float, write_gbps: float, compute_s: float
@@ -305,4 +293,4 @@ def layer_time(
     layers = config.num_hidden_layers
     read = layer_bytes(sizes.upstream) // layers
     written = layer_bytes(sizes.artifact) // layers + streams_bytes(config, samples, seq_len) // KEEP_EVERY
-    return LayerTime(layers, read, written, read / read_gbps / 1e9, written / write_gbps / 1e9, compute_s)
+    return LayerTime(layers, read, written, read / read_gbps / GB, written / write_gbps / GB, compute_s)

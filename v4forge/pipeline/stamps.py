@@ -7,16 +7,15 @@ while a record made now says the same and its outputs still have the digests of 
 from __future__ import annotations
 
 import ast
-import contextlib
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from v4forge.digests import Digests
-from v4forge.files import lock, make_folder, write_json, writing
+from v4forge.files import write_json
 
 Record = dict[str, dict[str, Any]]
 
@@ -148,20 +147,3 @@ def _shown(value: Any) -> str:
 def seal(path: Path, now: Record, outputs: Sequence[Files], digests: Digests) -> None:
     """Writes the stamp of a stage that succeeded. `now` is the record made before it ran."""
     write_json(path, {**now, "output": digests_of(outputs, digests)})
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, busy: Callable[[], Exception]) -> Iterator[int]:
-    """Holds a lock file. A program started with the yielded descriptor keeps holding it when its parent is killed.
-
-    Raises busy() when another process holds the lock, UserError where the file cannot be made or locked.
-    """
-    make_folder(path.parent)
-    with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not lock(descriptor, path):
-            raise busy()
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from v4forge.units import GIB
+
 KINDS = {"w1": "w1 (gate)", "w2": "w2 (down)", "w3": "w3 (up)"}
 EXPERTS_LISTED = 10  # of a layer, in the table of experts that saw too few tokens
 READING, WRITING = ("read",), ("write", "hidden states")  # spans of a layer that computing does not wait for
@@ -116,8 +118,8 @@ def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
                 read_s=max(sum(each.get(what, 0.0) for what in READING) for each in spent),
                 write_s=max(sum(each.get(what, 0.0) for what in WRITING) for each in spent),
                 stages=", ".join(f"{what} {s:.2f}" for what, s in sorted(most.items(), key=lambda item: -item[1])),
-                gpu_gib=max(rank["peak_gpu"] for rank in ranks) / 2**30,
-                host_gib=max(rank["peak_host"] for rank in ranks) / 2**30,
+                gpu_gib=max(rank["peak_gpu"] for rank in ranks) / GIB,
+                host_gib=max(rank["peak_host"] for rank in ranks) / GIB,
             )
         )
     return rows
@@ -141,5 +143,5 @@ def summary(report: Json) -> str:
     used = report["run"]
     busy = sum(s for what, s in used[0]["seconds"].items() if what not in ASIDE)
     gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))
-    memory = f"{gpu / 2**30:.1f} GiB GPU, " if gpu else ""
-    return f"{line}; {busy:.1f} s, {memory}{host / 2**30:.1f} GiB host"
+    memory = f"{gpu / GIB:.1f} GiB GPU, " if gpu else ""
+    return f"{line}; {busy:.1f} s, {memory}{host / GIB:.1f} GiB host"

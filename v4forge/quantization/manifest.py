@@ -41,10 +41,10 @@ def layer_entry(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(folder: Path, names: Sequence[str], digests: Digests) -> dict[str, Any]:
     """The source's files; and the repository and revision that `fetch` took them from, None where it did not."""
-    plan = incoming.plan(folder)
+    listing = incoming.listing(folder)
     return {
-        "repo": plan.repo if plan else None,
-        "revision": plan.revision if plan else None,
+        "repo": listing.repo if listing else None,
+        "revision": listing.revision if listing else None,
         "files": _listed([folder / name for name in names], digests),
     }
 

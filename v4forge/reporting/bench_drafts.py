@@ -1,6 +1,6 @@
 """The drafts bench in the report: how many drafts are accepted, by workload and by position.
 
-Pure functions of a result file's content (v4forge/bench/results.py). A key that it lacks is a KeyError; the caller knows
+Pure functions of a result file's content (bench/results.py). A key that it lacks is a KeyError; the caller knows
 the file. Shares stay shares.
 """
 

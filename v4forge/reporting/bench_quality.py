@@ -1,6 +1,6 @@
 """The quality bench in the report: lm-eval's tasks, and their differences from the published figures.
 
-Pure functions of a result file's content (v4forge/bench/results.py). A key that it lacks is a KeyError; the caller knows
+Pure functions of a result file's content (bench/results.py). A key that it lacks is a KeyError; the caller knows
 the file. Scores are percent.
 """
 

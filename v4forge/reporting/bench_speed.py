@@ -1,6 +1,6 @@
 """The speed bench in the report: how fast at which concurrency, and what drafts gain.
 
-Pure functions of a result file's content (v4forge/bench/results.py). A key that it lacks is a KeyError; the caller knows
+Pure functions of a result file's content (bench/results.py). A key that it lacks is a KeyError; the caller knows
 the file.
 """
 

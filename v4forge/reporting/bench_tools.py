@@ -1,6 +1,6 @@
 """The tools bench in the report: points for tool calls, short conversations with known outcomes, and what was lost.
 
-Pure functions of a result file's content (v4forge/bench/results.py). A key that it lacks is a KeyError; the caller knows
+Pure functions of a result file's content (bench/results.py). A key that it lacks is a KeyError; the caller knows
 the file.
 """
 

@@ -24,6 +24,7 @@ from v4forge.reporting.card_subject import Subject
 from v4forge.reporting.rendering import rendered
 from v4forge.reporting.tables import Json, Table, plain
 from v4forge.serving import settings
+from v4forge.units import decimal_size
 from v4forge.verification.tolerances import REPLAY_LOSS_OFF
 
 OWN_CODE = "v4forge_vllm"  # a setting that names it works in the serve image only
@@ -202,7 +203,7 @@ def render(subject: Subject) -> str:
         front_matter=front_matter(subject),
         warning=warning(subject),
         tensors=len(layout.artifact(subject.config)),
-        size=card_tables.size_of(subject.bytes),
+        size=decimal_size(subject.bytes, least="bytes"),
         recipe=tables.markdown_table(card_tables.precision(manifest, card_tables.bytes_by_kind(subject.config))),
         checks=_checks(subject),
         sections=_sections(subject),

@@ -34,7 +34,7 @@ class Subject:
     config: Config
     run: Json
     certificate: Json | None
-    standing: artifact_folder.Standing
+    standing: artifact_folder.CertificateState
     evaluation: Json | None
     benches: dict[str, Told]  # measured on this artifact
     others: dict[str, str]  # bench or evaluation -> why its newest result is not of this artifact
@@ -96,7 +96,7 @@ def gathered(work: Path, artifact: Path) -> Subject:
         else:
             others["evaluation"] = f"{path.name} is of another artifact"
     run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
-    stands, config = artifact_folder.standing(artifact), layout.load_config(artifact)
+    stands, config = artifact_folder.certificate_state(artifact), layout.load_config(artifact)
     return Subject(
         *(artifact, manifest, config, run, certificate, stands, evaluation),
         benches=told(measured),

@@ -17,6 +17,7 @@ from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.intervals import Estimate
 from v4forge.reporting import run_record
 from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent
+from v4forge.units import GB, GIB, decimal_size
 
 FORMATS = {  # of recipe.Rule: upstream's, and the artifact's
     "fp4": "FP4 E2M1, E8M0 per 32",
@@ -31,12 +32,6 @@ LAYERS_SHOWN = 12  # of more, a summary first
 # Memory of a card in 10^9 bytes, as its maker states it; all are Hopper or newer, which the kernels need.
 CARDS = {"H100": 80, "H200": 141, "B200": 180}
 REPLICA_SIZES = (1, 2, 4, 8)
-
-
-def size_of(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u), (1.0, "bytes"))
-    return f"{count / unit:,.1f} {name}" if unit > 1 else f"{count:,.0f} bytes"
 
 
 def bytes_by_kind(config: Config) -> Counter[str]:
@@ -57,7 +52,7 @@ def precision(manifest: Json, sizes: Mapping[str, int]) -> Table:
             Cell(rule["kind"]),
             Cell(FORMATS.get(rule["source"], rule["source"])),
             Cell(FORMATS.get(rule["artifact"], rule["artifact"])),
-            Cell(size_of(sizes[rule["kind"]])) if rule["kind"] in sizes else NONE,
+            Cell(decimal_size(sizes[rule["kind"]], "bytes")) if rule["kind"] in sizes else NONE,
             Cell(rule["why"]),
         ]
         for rule in manifest["recipe"]["rules"]
@@ -102,10 +97,6 @@ class LayerLoss:
     starved: int
     rtn: float
     gptq: float
-
-    @property
-    def ratio(self) -> float:
-        return self.gptq / self.rtn if self.rtn else math.nan
 
 
 def losses(manifest: Json, config: Config) -> list[LayerLoss]:
@@ -166,9 +157,9 @@ def hardware(artifact_bytes: int, utilization: float) -> Table:
     """How many cards hold the weights, at the share of their memory that serving takes."""
     rows = []
     for card, size in CARDS.items():
-        room = size * 1e9 * utilization
+        room = size * GB * utilization
         fits = next((n for n in REPLICA_SIZES if n * room >= artifact_bytes), None)
-        left = Cell(size_of(fits * room - artifact_bytes)) if fits else NONE
+        left = Cell(decimal_size(fits * room - artifact_bytes, "bytes")) if fits else NONE
         rows.append([Cell(card), Cell(f"{size} GB"), Cell(str(fits)) if fits else Cell("more than 8"), left])
     note = (
         f"Computed from the shards' size and a memory utilization of {utilization:.2f}; what is left holds the KV "
@@ -202,7 +193,7 @@ def machine_line(machine: Json | None) -> str:
     gpus = machine.get("gpus") or []
     names = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    memory = f"{(machine.get('memory_bytes') or 0) / 2**30:,.0f} GiB"
+    memory = f"{(machine.get('memory_bytes') or 0) / GIB:,.0f} GiB"
     cpu = f"{machine.get('cores')} cores of {machine.get('cpu')}, {memory}"
     return f"{', '.join(names)}{driver}; {cpu}" if gpus else f"no GPU; {cpu}"
 
@@ -212,4 +203,4 @@ def peaks(run: Json) -> Iterator[str]:
     for what, key in (("of a GPU", "peak_gpu_bytes"), ("of the host a process", "peak_host_bytes")):
         most = max((layer[key] for layer in run.get("layers", ())), default=0)
         if most:
-            yield f"{most / 2**30:.1f} GiB {what}"
+            yield f"{most / GIB:.1f} GiB {what}"

@@ -10,6 +10,7 @@ from v4forge.bench.results import command_of
 from v4forge.bench.standing import FLASH, Worth
 from v4forge.reporting.benches import Told
 from v4forge.reporting.tables import NONE, NOT_MEASURED, NOTHING, Cell, Found, Json, Table, columns
+from v4forge.units import GB
 
 MAKING = "make artifact"  # measures what the pipeline takes
 
@@ -126,5 +127,5 @@ def _of_pipeline(made: Pipeline) -> dict[str, Found]:
     if made.postprocess_s is not None:
         found["pipeline/postprocess"] = Found(made.postprocess_s / 60, against=NOTHING)
     if made.bytes is not None:
-        found["pipeline/bytes"] = Found(made.bytes / 1e9)
+        found["pipeline/bytes"] = Found(made.bytes / GB)
     return found

@@ -15,6 +15,7 @@ from typing import Any
 from v4forge.artifact_folder import Verdict
 from v4forge.quantization.layer_reports import KINDS, LayerRow
 from v4forge.reporting.tables import Cell, Json, Table, columns, number
+from v4forge.units import MB, MIB
 
 MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
 LEAVES_LISTED = 40  # of a manifest entry; a larger one is left to the manifest
@@ -45,7 +46,7 @@ def model_rows(evaluation: Json) -> list[ModelRow]:
         rows.append(
             ModelRow(
                 name,
-                megabytes=model["bytes"] / 1e6,
+                megabytes=model["bytes"] / MB,
                 perplexity=model["perplexity"],
                 perplexity_change=None if key == "source" else change,
                 acceptance=100 * model["mtp_acceptance"],
@@ -86,7 +87,7 @@ def image_rows(run: Json) -> list[ImageRow]:
     rows: dict[str, ImageRow] = {}
     for stage in stage_rows(run):
         if image := run[stage.name].get("image"):
-            layers = [(layer["bytes"] / 2**20, layer["step"]) for layer in image["layers"]]
+            layers = [(layer["bytes"] / MIB, layer["step"]) for layer in image["layers"]]
             rows.setdefault(image["id"], ImageRow(image["id"], image["lane"], [], layers)).stages.append(stage.name)
     return list(rows.values())
 
@@ -136,7 +137,7 @@ def _files(listing: Json) -> str:
     if not digests or "sha256" in digests or not all(SHA256.fullmatch(digest) for digest in digests.values()):
         return ""
     size = sum(entry.get("bytes", 0) for entry in entries.values())
-    total = f", {size / 1e6:,.1f} MB" if size else ""
+    total = f", {size / MB:,.1f} MB" if size else ""
     lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
     return f"{len(digests):,} files{total}; sha256 of their list {hashlib.sha256(lines.encode()).hexdigest()}"
 

@@ -15,6 +15,7 @@ from v4forge import pins
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
+from v4forge.images import refusals
 from v4forge.serving.deployment import METRICS, ROUTER, Plan, Process
 
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
@@ -149,31 +150,7 @@ class Compose:
             raise _explained(done.stdout + done.stderr)
 
 
-# What docker or compose says -> fact, hint.
-REFUSALS = (
-    (
-        "could not select device driver",
-        "the docker daemon has no NVIDIA runtime, which GPUs need",
-        "install nvidia-container-toolkit and restart docker",
-    ),
-    (
-        "port is already allocated",
-        "a port of the router is taken by another container",
-        "make serve PORT=<another one>",
-    ),
-    (
-        "address already in use",
-        "a port of the router is taken by another program",
-        "make serve PORT=<another one>",
-    ),
-    ("no space left on device", "the disk of the docker daemon is full", "docker system df"),
-    ("Cannot connect to the Docker daemon", "no docker daemon answers", "sudo systemctl start docker"),
-)
-
-
 def _explained(said: str) -> UserError:
-    for text, fact, hint in REFUSALS:
-        if text in said:
-            return UserError(fact, hint)
     last = " ".join(said.strip().splitlines()[-2:]) or "it said nothing"
-    return UserError(f"docker compose failed: {last}", "docker ps --all, docker logs <container>")
+    otherwise = UserError(f"docker compose failed: {last}", "docker ps --all, docker logs <container>")
+    return refusals.explained(said, refusals.OF_A_DEPLOYMENT, otherwise)

@@ -36,12 +36,6 @@ class Counts:
         """The share of drafts whose first, second, … token was accepted; None where there were none."""
         return tuple(at / self.drafts for at in self.accepted_at) if self.accepted_at and self.drafts else None
 
-    @property
-    def tokens_per_step(self) -> Value:
-        """Tokens that one forward pass of the model yields a sequence: its own and the accepted ones."""
-        accepted = _over(self.accepted, self.drafts)
-        return None if accepted is None else 1 + accepted
-
     def since(self, earlier: Counts) -> Counts:
         """What was added after `earlier`. A counter that is smaller now began anew: all of it was added."""
         positions = None

@@ -23,6 +23,7 @@ from v4forge.pipeline.doctor import gpu as of_gpu
 from v4forge.pipeline.doctor import network as of_network
 from v4forge.pipeline.doctor import system as of_system
 from v4forge.pipeline.doctor.host import Host
+from v4forge.units import counted
 
 GROUPS = ("GPU", "containers", "disk", "system", "network")
 LIMIT_S, LONG_S = 45.0, 120.0
@@ -177,8 +178,8 @@ def verdict(host: Host, outcomes: Sequence[Outcome]) -> str:
     """One line: may the run begin?"""
     failures = [outcome.name for outcome in outcomes if outcome.status == FAILED]
     warnings, unchecked = (sum(outcome.status == status for outcome in outcomes) for status in (WARNING, NOT_CHECKED))
-    counts = f"{warnings} warning{'s' * (warnings != 1)}, {unchecked} not checked"
+    counts = f"{counted(warnings, 'warnings')}, {unchecked} not checked"
     if failures:
-        names = f"{len(failures)} check{'s' * (len(failures) != 1)} failed: {', '.join(failures)}"
+        names = f"{counted(len(failures), 'checks')} failed: {', '.join(failures)}"
         return f"doctor: PROFILE={host.profile} cannot run here yet; {names}; {counts}"
     return f"doctor: PROFILE={host.profile} can run here; {counts}"

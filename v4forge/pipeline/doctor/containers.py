@@ -11,12 +11,12 @@ from typing import Any
 from v4forge import pins
 from v4forge.errors import UserError
 from v4forge.files import make_folder
-from v4forge.gpus import GIB
-from v4forge.images import build, containers, definitions
+from v4forge.images import build, containers, definitions, refusals
 from v4forge.images.jobs import Job
 from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline.doctor.host import INSTALL_DOCKER, Host, numbers
 from v4forge.serving import compose
+from v4forge.units import GIB, counted
 
 API_MIN = (1, 40)  # the first in which a container asks for GPUs
 CONTAINER_LIMIT_S = 60.0
@@ -93,7 +93,7 @@ def toolkit(host: Host) -> Outcome:
         return ok(f"{shown}; the daemon has its runtime")
     if any(map(host.which, TOOLKIT)) or list(host.path("/etc/cdi").glob("*nvidia*")):
         return ok(f"{shown}; the daemon finds it by itself")
-    return missing(host, "the docker daemon has no NVIDIA runtime, which GPUs need", INSTALL_TOOLKIT)
+    return missing(host, refusals.NO_RUNTIME.fact, INSTALL_TOOLKIT)
 
 
 def _give_gpus(host: Host) -> str:
@@ -156,7 +156,7 @@ def sees_gpus(host: Host) -> Outcome:
     if code or seen < host.gpus_wanted:
         first = next(iter(said.strip().splitlines()), "nothing")
         return missing(host, f"a container sees {seen} GPUs, GPUS={host.gpus_wanted}: {first}", _give_gpus(host))
-    return ok(f"a container sees {seen} GPU{'s' * (seen != 1)}")
+    return ok(f"a container sees {counted(seen, 'GPUs')}")
 
 
 def writes(host: Host) -> Outcome:

@@ -12,8 +12,8 @@ from v4forge.outcomes import OK, NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import disk_speed, requirements
 from v4forge.pipeline.doctor import containers
 from v4forge.pipeline.doctor.host import Host
+from v4forge.units import GB, MB
 
-GB = 10**9
 STAGES = ("fetch", "calibrate", "postprocess")
 MOST_LOOKED_AT = 20_000  # files of a work folder, for their owner
 # A run's files are few: a shard and a report a layer. Its caches, Python's bytecode and Triton's kernels, are more.
@@ -140,4 +140,4 @@ def speed(host: Host) -> Outcome:
 
 
 def _size(count: int) -> str:
-    return f"{count / GB:,.1f} GB" if count >= GB // 10 else f"{count / 1e6:,.1f} MB"
+    return f"{count / GB:,.1f} GB" if count >= GB // 10 else f"{count / MB:,.1f} MB"

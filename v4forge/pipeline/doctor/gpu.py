@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 
 from v4forge import gpus
 from v4forge.errors import UserError
-from v4forge.gpus import BLACKWELL, GIB, HOPPER, IDLE_BYTES, Gpu
+from v4forge.gpus import BLACKWELL, HOPPER, IDLE_BYTES, Gpu
 from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
 from v4forge.pipeline.doctor.driver import REBUILD
 from v4forge.pipeline.doctor.gpu_state import GpuState
-from v4forge.pipeline.doctor.host import Host, counted_gpus, listed, named_gpus
+from v4forge.pipeline.doctor.host import Host, listed, named_gpus
+from v4forge.units import GIB, counted
 
 PAIR = 2
 NCCL_LIMIT_S = 150.0
@@ -82,7 +83,7 @@ def memory(host: Host) -> Outcome:
 
     verb = "needs" if host.gpus_wanted == 1 else "need"
     each = f"{need(host.gpus_wanted) / GIB:.1f}{' each' * (host.gpus_wanted > 1)}"
-    fact = f"{smallest / GIB:.1f} GiB; {counted_gpus(host.gpus_wanted)} {verb} {each}"
+    fact = f"{smallest / GIB:.1f} GiB; {counted(host.gpus_wanted, 'GPUs')} {verb} {each}"
     if need(host.gpus_wanted) <= smallest:
         return ok(fact)
     enough = next((n for n in range(host.gpus_wanted, len(found) + 1) if need(n) <= smallest), 0)
@@ -127,7 +128,7 @@ def idle(host: Host) -> Outcome:
     found = host.some_gpus()
     used = [gpu for gpu in found if gpu.used_bytes > IDLE_BYTES]
     if not used:
-        return ok(f"{counted_gpus(len(found))} idle")
+        return ok(f"{counted(len(found), 'GPUs')} idle")
     programs = gpus.processes(host.nvml)
     shown = [f"GPU {gpu.index} ({gpu.used_bytes / GIB:.1f} GiB{_by(gpu, programs)})" for gpu in used]
     fact = f"in use: {listed(shown)}"

@@ -7,10 +7,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from v4forge.gpus import GIB
+from v4forge.checkout import ROOT
 from v4forge.outcomes import Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
-from v4forge.pipeline.doctor.host import ROOT, Host
+from v4forge.pipeline.doctor.host import Host
+from v4forge.units import GIB
 
 UNLIMITED = -1
 # NCCL copies through it where no NVLink joins two GPUs; the 64 MiB that docker gives by itself end in a crash.
