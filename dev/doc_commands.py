@@ -6,11 +6,16 @@ fault, so that none stands on a page untried. Nothing is run here; dev.doc_runs 
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, backtick, image, link
+from markdown_it.token import Token
 
 RUN, DRY, USAGE, SYNTAX = "run", "dry run", "usage", "syntax"
 
@@ -20,11 +25,9 @@ PROGRAMS = re.compile(
     r"(make|python|torchrun|curl|kubectl|helm|sed|tr|git|docker|sudo|export|nvidia-smi|\.|\.ci/run|\.venv[\w-]*/bin/\w+)"
     r"(?=\s|$)"
 )
-INLINE = re.compile(r"(?<!`)`((?:[A-Z]+=\S+ )*(?:make|python|torchrun|\.ci/run|\.venv[\w-]*/bin/python) ?[^`]*)`(?!`)")
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+# What a quotation in the text begins with when it is one.
+QUOTED = re.compile(r"(?:[A-Z]+=\S+ )*(?:make|python|torchrun|\.ci/run|\.venv[\w-]*/bin/python)")
 COMMENT = re.compile(r"\s+# .*$|\s+#$")
-BLOCK = re.compile(r"(?: {4,}|\t)(?=\S)")
-FENCE = re.compile(r"\s*```")
 VARIABLE = re.compile(r"^([A-Z][A-Z_]*)=")
 # A part of a command that stands for something of the reader's.
 PLACEHOLDER = re.compile(r"<[a-z0-9 ./-]+>|…|\bDIR\b|\bFOLDER\b|\bKEY=VALUE\b")
@@ -139,24 +142,42 @@ RULES = (
 )
 
 
+def _with_line(rule: Callable[[StateInline, bool], bool]) -> Callable[[StateInline, bool], bool]:
+    """The rule, which also notes how many lines of its text come before what it finds; markdown-it only knows a
+    paragraph's first."""
+
+    def noting(state: StateInline, silent: bool) -> bool:
+        start, made = state.pos, len(state.tokens)
+        found = rule(state, silent)
+        for token in state.tokens[made:]:
+            token.meta.setdefault("lines", state.src.count("\n", 0, start))
+        return found
+
+    return noting
+
+
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+for _name, _rule in (("backticks", backtick), ("link", link), ("image", image)):
+    MARKDOWN.inline.ruler.at(_name, _with_line(_rule))
+
+
+def inline(text: str, *kinds: str) -> Iterator[tuple[int, Token]]:
+    """(line number, token) of what stands in a page's text, not in its blocks: code_inline, link_open, image."""
+    for outer in MARKDOWN.parse(text):
+        for token in outer.children or ():
+            if token.type in kinds and outer.map:
+                yield outer.map[0] + 1 + token.meta["lines"], token
+
+
 def blocks(text: str) -> Iterator[list[tuple[int, str]]]:
     """The fenced and indented blocks of a page, cut at empty lines: (line number, line without indentation)."""
-    block: list[tuple[int, str]] = []
-    fenced, before = False, ""
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        fence = FENCE.match(line) is not None
-        inside = (fenced and not fence and line.strip()) or (
-            not fenced and BLOCK.match(line) and (block or not before.strip())
-        )
-        if inside:
-            block.append((number, line.strip()))
-        elif block:
-            yield block
-            block = []
-        fenced ^= fence
-        before = line
-    if block:
-        yield block
+    for token in MARKDOWN.parse(text):
+        if token.type not in ("fence", "code_block") or not token.map:
+            continue
+        lines = enumerate(token.content.splitlines(), start=token.map[0] + 1 + (token.type == "fence"))
+        for written, block in itertools.groupby(lines, key=lambda line: bool(line[1].strip())):
+            if written:
+                yield [(number, line.strip()) for number, line in block]
 
 
 def in_block(block: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -175,12 +196,10 @@ def in_block(block: list[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 def commands(page: str, text: str) -> list[Command]:
     """Every command of a page, in blocks and in the text, in the order of its lines."""
     found = [Command(page, number, line) for block in blocks(text) for number, line in in_block(block)]
-    quoted = {number for block in blocks(text) for number, _ in block}
-    joined = "\n".join("" if n in quoted else line for n, line in enumerate(text.splitlines(), start=1))
-    for match in INLINE.finditer(joined):
-        words = " ".join(match[1].split())
-        if " " in words or words == ".ci/run":
-            found.append(Command(page, joined.count("\n", 0, match.start()) + 1, words))
+    for number, token in inline(text, "code_inline"):
+        words = " ".join(token.content.split())
+        if QUOTED.match(words) and (" " in words or words == ".ci/run"):
+            found.append(Command(page, number, words))
     return sorted(found, key=lambda command: command.line)
 
 
@@ -229,14 +248,14 @@ def variables(text: str) -> set[str]:
 
 def links(text: str) -> Iterator[tuple[int, str]]:
     """(line, target) of every link and picture of a page, anchors and addresses included."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not BLOCK.match(line):
-            yield from ((number, first or second) for first, second in LINK.findall(line))
+    for number, token in inline(text, "link_open", "image"):
+        yield number, str(token.attrs.get("href") or token.attrs["src"])
 
 
 def anchors(text: str) -> set[str]:
     """What a link may name after # on a page: its headings, as GitHub writes them."""
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    tokens = MARKDOWN.parse(text)
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

@@ -13,42 +13,50 @@ interrupted goes on where it stopped: the same command again. --limit N is a sho
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
 
-from scripts import benching
 from scripts.cli import parser_for
 from v4forge.errors import run_main
 
 BENCHES = ("speed", "draft", "quality", "tools")
 
 
-def module_of(bench: str) -> ModuleType:
-    """scripts/bench_<bench>.py: its add_arguments(parser) and run(args), which returns the exit code."""
-    return importlib.import_module(f"scripts.bench_{bench}")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; `run` of them is the bench's run(args), which returns the exit code.
+
+    Only the bench that is named is imported, scripts/bench_<bench>.py, which adds its options: one needs torch, one
+    pydantic, and --help none of them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = parser_for("bench", __doc__)
     commands = parser.add_subparsers(required=True, metavar="|".join(BENCHES), dest="bench")
     for bench in BENCHES:
-        module = module_of(bench)
-        about = (module.__doc__ or "").split("\n\n")[0]
+        doc = _doc(bench)
         command = commands.add_parser(
             bench,
-            help=about,
-            description=module.__doc__,
+            help=doc.split("\n\n")[0],
+            description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             conflict_handler="resolve",  # a bench may mean something else by a shared option
         )
-        benching.add_arguments(command)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    arguments.command = benching.command_line(sys.argv[1:] if argv is None else argv)
-    return arguments
+        if bench in words[:1]:
+            from scripts import benching
+
+            module = importlib.import_module(f"scripts.bench_{bench}")
+            benching.add_arguments(command)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run, command=benching.command_line(words))
+    return parser.parse_args(words)
+
+
+def _doc(bench: str) -> str:
+    """The docstring of a bench's module, which is not imported for it."""
+    source = Path(__file__).with_name(f"bench_{bench}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source), clean=False) or ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,10 +24,11 @@ from scripts.cli import steps
 from v4forge.bench import results, sandbox
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
-from v4forge.bench.tools import answer_assertions, browser, chat_client, play, scenarios
-from v4forge.bench.tools.answer_assertions import CHROMIUM, DOCKER, Prompt
+from v4forge.bench.tools import browser, chat_client, play, scenarios, smoke_prompts
+from v4forge.bench.tools.answer_assertions import CHROMIUM, DOCKER
 from v4forge.bench.tools.chat_client import Speaker
 from v4forge.bench.tools.scenarios import Suite
+from v4forge.bench.tools.smoke_prompts import Prompt
 from v4forge.errors import UserError
 from v4forge.images import definitions
 
@@ -68,7 +69,7 @@ class Bench:
             prompt = self.prompts[key]
             checked_with = check_needs(self.arguments, prompt)
             speaker = self.speaker(prompt.max_tokens)
-            found = answer_assertions.part(
+            found = smoke_prompts.part(
                 prompt, lambda text: chat_client.reply(speaker, [{"role": "user", "content": text}]), self.programs
             )
             return {**found, "checked_with": checked_with}
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UserError(f"--max-tokens {arguments.max_tokens} leaves no answer", "--max-tokens 1024, or leave it out")
     suite = scenarios.load()
-    prompts = {prompt.key: prompt for prompt in answer_assertions.load()}
+    prompts = {prompt.key: prompt for prompt in smoke_prompts.load()}
     everything = [*(scenario.key for scenario in suite.scenarios), *prompts]
     keys = scenarios.choose(everything, arguments.limit, arguments.leave_out)
     if arguments.dry_run:
@@ -156,7 +157,7 @@ def begin(bench: Bench, keys: Sequence[str]) -> Measurement:
         "scoring": "pass 2, partial 1, fail 0; five categories of three scenarios",
     }
     sampling = {name: value for name, value in bench.speaker(TURN_TOKENS).sampling().items() if name != "max_tokens"}
-    files = [*bench.suite.files, answer_assertions.FILE]
+    files = [*bench.suite.files, smoke_prompts.FILE]
     hashes = {str(path.relative_to(scenarios.FOLDER.parent)): sha256_of(path) for path in files}
     return benching.begin(arguments, bench.target, settings, sampling, hashes)
 
@@ -201,8 +202,8 @@ def summarize(opened: Measurement, suite: Suite, prompts: Mapping[str, Prompt], 
         got, most = (sum(column) for column in zip(*points.values(), strict=True))
         whole = most == play.MOST
         table.add_row("tool calls", "", str(got), f"{most}" if whole else f"{most} (all: {play.MOST})")
-    for group, (ok, count) in answer_assertions.counts(parts).items():
-        table.add_row(f"smoke {group}", measured_of(f"{answer_assertions.PREFIX}/{group}/"), str(ok), str(count))
+    for group, (ok, count) in smoke_prompts.counts(parts).items():
+        table.add_row(f"smoke {group}", measured_of(f"{smoke_prompts.PREFIX}/{group}/"), str(ok), str(count))
     console = Console()
     console.print(table)
     for key in keys:

@@ -25,7 +25,6 @@ from scripts.cli import parser_for, table_console
 from v4forge.errors import UserError, run_main
 from v4forge.pipeline import disk_speed, estimate, events, reference_timings, requirements, run_state
 from v4forge.pipeline.estimate import Given, StageTime, Together
-from v4forge.pipeline.progress import duration
 from v4forge.pipeline.stages import PROFILES
 from v4forge.units import GB, MB, counted, decimal_size, duration, size
 

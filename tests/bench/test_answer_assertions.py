@@ -12,12 +12,12 @@ from typing import Any
 import openai_stand_in as stand_in
 import pytest
 
-from v4forge.bench.tools import answer_assertions, browser, strict_yaml
+from v4forge.bench.tools import answer_text, browser, smoke_prompts, strict_yaml
 from v4forge.bench.tools.browser import PageError, open_page
 from v4forge.bench.tools.chat_client import Reply
 from v4forge.errors import UserError
 
-PROMPTS = {prompt.name: prompt for prompt in answer_assertions.load()}
+PROMPTS = {prompt.name: prompt for prompt in smoke_prompts.load()}
 ANSWERS = strict_yaml.load(stand_in.ANSWERS)
 BAD = [(name, bad) for name, given in ANSWERS.items() for bad in given["bad"]]
 needs_chromium = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def no_programs(programs: Sequence[str]) -> list[tuple[bool, str]]:
 
 
 def part_of(name: str, answer: str, finish: str = "stop") -> dict[str, Any]:
-    return answer_assertions.part(PROMPTS[name], lambda _text: Reply(answer, finish=finish), no_programs)
+    return smoke_prompts.part(PROMPTS[name], lambda _text: Reply(answer, finish=finish), no_programs)
 
 
 def test_there_are_four_quick_prompts_four_of_writing_and_two_of_code() -> None:
@@ -60,17 +60,17 @@ def test_an_answer_that_is_cut_or_empty_is_not_ok(answer: str, finish: str) -> N
 def test_code_is_taken_from_the_block_that_holds_it() -> None:
     answer = "Use it so:\n```python\nprint(calm_spells(range(100), 1, 2), 'a long line')\n```\nIt is:\n"
     answer += "```\ndef calm_spells(a, b, c):\n    return []\n```\n"
-    assert answer_assertions.code(answer, r"\bdef\s+calm_spells\b").startswith("def calm_spells")
-    assert answer_assertions.code("def f(): pass", "def") == "def f(): pass"
+    assert answer_text.code(answer, r"\bdef\s+calm_spells\b").startswith("def calm_spells")
+    assert answer_text.code("def f(): pass", "def") == "def f(): pass"
 
 
 def test_a_check_that_cannot_be_is_told_with_file_line_and_prompt(tmp_path: Path) -> None:
     path = tmp_path / "smoke.yaml"
-    text = answer_assertions.FILE.read_text()
+    text = smoke_prompts.FILE.read_text()
     path.write_text(text.replace("- language: german", "- language: finnish"))
     line = text[: text.index("- language: german")].count("\n") + 1
     with pytest.raises(UserError) as caught:
-        answer_assertions.load(path)
+        smoke_prompts.load(path)
     assert caught.value.fact.startswith(f"{path}:{line}: lighthouse: language: finnish is not known")
 
 

@@ -195,6 +195,13 @@ def test_the_perfect_player_gets_thirty_of_thirty(
     assert rows["smoke quick"][-2:] == rows["smoke quality"][-2:] == ["4", "4"]
 
 
+def test_help_loads_no_bench() -> None:
+    code = "import sys; from scripts import bench\ntry: bench.parse(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit(bool({'torch', 'pydantic', 'scripts.bench_tools'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Tool calls in fifteen scenarios" in done.stdout
+
+
 def test_a_dry_run_asks_nothing_and_says_how_much_it_would(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,24 @@ make fetch
     ]
 
 
+def test_what_stands_in_a_paragraph_is_told_with_its_own_line() -> None:
+    text = "Begin: `make\ndemo` and [a\nlink](a.md), `make card`\nthen ![p](p.png) `make fetch`.\n"
+    assert [(each.line, each.text) for each in doc_commands.commands("p.md", text)] == [
+        (1, "make demo"),
+        (3, "make card"),
+        (4, "make fetch"),
+    ]
+    assert list(doc_commands.links(text)) == [(2, "a.md"), (4, "p.png")]
+
+
+def test_a_block_holds_neither_links_nor_headings() -> None:
+    text = (
+        "# A page\n\n```\n# a comment\n[x](y.md)\n```\n\n    # another [x](z.md)\n\n| a |\n|---|\n| [b](c.md#d-e) |\n"
+    )
+    assert list(doc_commands.links(text)) == [(12, "c.md#d-e")]
+    assert doc_commands.anchors(text) == {"a-page"}
+
+
 def test_a_line_of_several_commands_is_taken_apart() -> None:
     assert doc_commands.parts("make card report PROFILE=flash") == [
         "make card PROFILE=flash",

@@ -12,14 +12,14 @@ import pytest
 from scripts import bench
 from v4forge.bench import sandbox
 from v4forge.bench.results import newest
-from v4forge.bench.tools import answer_assertions, play
+from v4forge.bench.tools import play, smoke_prompts
 from v4forge.bench.tools.chat_client import Reply
 from v4forge.bench.tools.scenarios import CATEGORIES
 from v4forge.images.containers import Engine
 
 pytestmark = pytest.mark.images
 
-(PROMPT,) = (prompt for prompt in answer_assertions.load() if prompt.name == "calm-spells")
+(PROMPT,) = (prompt for prompt in smoke_prompts.load() if prompt.name == "calm-spells")
 
 GOOD = """Here it is:
 
@@ -49,7 +49,7 @@ def part_of(engine: Engine, image: str, answer: str, limit_s: float = 8) -> dict
     def run(programs: Sequence[str]) -> list[tuple[bool, str]]:
         return [(each.passed, each.detail) for each in sandbox.score(engine, image, programs, limit_s=limit_s)]
 
-    return answer_assertions.part(PROMPT, lambda _text: Reply(answer), run)
+    return smoke_prompts.part(PROMPT, lambda _text: Reply(answer), run)
 
 
 def test_a_function_that_is_right_passes_every_case(engine: Engine, image: str) -> None:
@@ -77,7 +77,7 @@ def test_the_perfect_player_wins_all_of_the_bench(image: str, tmp_path: Path) ->
     content = newest(tmp_path)["tools"].content
     assert content["complete"] is True
     assert play.points(content["parts"]) == dict.fromkeys(CATEGORIES, (6, 6))
-    assert answer_assertions.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
+    assert smoke_prompts.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
     assert content["parts"]["smoke/coding/calm-spells"]["checked_with"]["docker"].startswith(image)
 
 

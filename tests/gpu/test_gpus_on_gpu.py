@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from v4forge import gpus
-from v4forge.gpus import GIB
 from v4forge.pipeline.doctor import gpu_state
+from v4forge.units import GIB
 
 pytestmark = [
     pytest.mark.gpu,

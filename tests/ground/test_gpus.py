@@ -26,7 +26,7 @@ from nvml_stand_in import MIB, Card, NvmlLibrary, Program
 from v4forge import gpus
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
-from v4forge.gpus import GIB, Gpu, NoDriver, Process, Topology
+from v4forge.gpus import Gpu, NoDriver, Process, Topology
 from v4forge.units import GIB
 
 DATA = ROOT / "tests/data"

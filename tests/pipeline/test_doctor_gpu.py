@@ -16,12 +16,12 @@ from programs import run_here
 from scripts import all_reduce
 from v4forge import gpus, pins
 from v4forge.errors import UserError
-from v4forge.gpus import GIB
 from v4forge.outcomes import FAILED, OK, WARNING, NotChecked
 from v4forge.pipeline.doctor import driver
 from v4forge.pipeline.doctor import gpu as doctor_gpu
 from v4forge.pipeline.doctor.driver import Cuda
 from v4forge.pipeline.doctor.host import Host, Ran, named_gpus
+from v4forge.units import GIB
 
 LIBRARY = """
 int cuInit(unsigned flags) { return %d; }

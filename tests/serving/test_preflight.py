@@ -10,9 +10,10 @@ import pytest
 from nvml_stand_in import Card, NvmlLibrary, Program
 
 from v4forge.errors import UserError
-from v4forge.gpus import GIB, Gpu, Process
+from v4forge.gpus import Gpu, Process
 from v4forge.serving import preflight
 from v4forge.serving.deployment import Plan
+from v4forge.units import GIB
 
 NEEDED = "580.60.1"  # a driver, for tests
 H200 = Gpu(0, "NVIDIA H200", "GPU-0", 143771 * 2**20, 4 * 2**20, "580.60.2", (9, 0))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from v4forge.bench.tools import answer_assertions, scenarios, strict_yaml
+from v4forge.bench.tools import scenarios, smoke_prompts, strict_yaml
 from v4forge.bench.tools.scenarios import Scenario
 from v4forge.checkout import ROOT
 
@@ -188,6 +188,6 @@ def perfect(extra: Mapping[str, str] | None = None) -> Answer:
     for name, listed in players().items():
         turns |= script(suite[name], [turn(row) for row in listed[0]["turns"]])
     good = {name: given["good"] for name, given in strict_yaml.load(ANSWERS).items()} | dict(extra or {})
-    for prompt in answer_assertions.load():
+    for prompt in smoke_prompts.load():
         turns[prompt.text] = [choice(good.get(prompt.name, "I cannot do that."))]
     return play(turns)

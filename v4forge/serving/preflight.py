@@ -11,8 +11,9 @@ from pathlib import Path
 
 from v4forge import artifact_folder, gpus, pins
 from v4forge.errors import UserError
-from v4forge.gpus import BLACKWELL, GIB, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
+from v4forge.gpus import BLACKWELL, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
 from v4forge.serving.deployment import Plan
+from v4forge.units import GIB
 
 
 def check_certificate(plan: Plan) -> None:

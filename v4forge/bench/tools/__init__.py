@@ -1,4 +1,1 @@
-"""The tool-calling scenarios and the chats with known outcomes: played, asserted, scored.
-
-Imports serving.
-"""
+"""Tool calls and short conversations: what is asserted of them, as data, and what plays and scores them."""

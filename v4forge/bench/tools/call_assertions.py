@@ -18,14 +18,16 @@ Arguments are matched as v4forge/bench/tools/value_matchers.py says; those that 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo, model_validator
 
 from v4forge.bench.tools import value_matchers
-from v4forge.bench.tools.strict_yaml import Fault, Table, checked, only_true, rows
-from v4forge.bench.tools.value_matchers import Matcher
+from v4forge.bench.tools.strict_yaml import Described, Model, OnlyTrue, fault, kind_of
+from v4forge.bench.tools.value_matchers import AnyMatcher, Pattern
 from v4forge.serving.client import short
 
 ANSWERED = "answered"
@@ -59,20 +61,24 @@ class Run:
     turns: int = 1
 
 
-@dataclass(frozen=True)
-class Rule:
-    """judge: whether it holds, and what was found."""
-
-    said: str
-    judge: Callable[[Run], tuple[bool, str]]
+# Validation knows the tools that there are, by their names.
+Tools = ValidationInfo[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Wanted:
+def _known(tool: str, info: Tools) -> str:
+    if tool not in info.context:
+        raise fault(f"there is no tool {tool}")
+    return tool
+
+
+ToolName = Annotated[str, AfterValidator(_known)]
+
+
+class Wanted(Model):
     """A call as a rule describes it."""
 
-    tool: str
-    arguments: Mapping[str, Matcher]
+    tool: ToolName
+    arguments: dict[str, AnyMatcher] = Field(default={})
 
     def fits(self, call: Call) -> bool:
         return not call.fault and call.tool == self.tool and not value_matchers.missing(self.arguments, call.arguments)
@@ -90,65 +96,73 @@ class Wanted:
         return f"{call}: {', '.join(other)} otherwise" if other else f"{call}"
 
 
-def wanted(table: Any, line: int, tools: Sequence[str], more: Mapping[str, type] | None = None) -> Wanted:
-    """The call that a rule describes; more: further fields that the rule reads. Raises Fault."""
-    if not isinstance(table, Table):
-        raise Fault(line, f"{table!r} is not a call: {{tool, arguments}}")
-    checked(table, {"tool": str}, {"arguments": dict, **(more or {})})
-    known(table, "tool", [table["tool"]], tools)
-    return Wanted(table["tool"], value_matchers.matchers(table.get("arguments", Table())))
+class Repeated(Wanted):
+    """A call, and how often it has to come."""
 
+    least: int = 1
+    most: int | None = None
 
-def known(table: Table, name: str, given: Sequence[str], tools: Sequence[str]) -> None:
-    """Raises Fault for a tool that the suite does not have."""
-    for tool in given:
-        if tool not in tools:
-            raise table.fault(name, f"there is no tool {tool}")
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if self.least < 1 or (self.most is not None and self.most < self.least):
+            raise fault(f"{self.least} to {self.most} calls cannot be asked for", "least")
+        return self
+
+    def __str__(self) -> str:
+        if (self.least, self.most) == (1, None):
+            return super().__str__()
+        to = "" if self.most == self.least else "+" if self.most is None else f" to {self.most}"
+        return f"{super().__str__()}, {self.least}{to} times"
 
 
 def _listed(calls: Sequence[Call]) -> str:
     return "; ".join(map(str, calls[:6])) + ("; …" if len(calls) > 6 else "") if calls else "no call"
 
 
-def _calls(table: Table, tools: Sequence[str]) -> Rule:
-    inner = checked(table, {"calls": dict})["calls"]
-    call = wanted(inner, table.line, tools, {"least": int, "most": int})
-    most = inner.get("most")
-    least = inner.get("least", 1)
-    if least < 1 or (most is not None and most < least):
-        raise inner.fault("least", f"{least} to {most} calls cannot be asked for")
+class Rule(Described):
+    """Something that has to be so of a conversation; as text, what."""
 
-    def judge(run: Run) -> tuple[bool, str]:
-        fit = [each for each in run.calls if call.fits(each)]
-        holds = least <= len(fit) and (most is None or len(fit) <= most)
-        return holds, f"{len(fit)} times" if fit else call.nearest(run.calls)
-
-    many = f", {least}{'' if most == least else '+' if most is None else f' to {most}'} times"
-    return Rule(f"calls {call}{many if (least, most) != (1, None) else ''}", judge)
+    @abstractmethod
+    def judge(self, run: Run) -> tuple[bool, str]:
+        """Whether it holds, and what was found."""
 
 
-def _changes(table: Table, tools: Sequence[str]) -> Rule:
-    calls = [wanted(row, table.line, tools) for row in checked(table, {"changes": list})["changes"]]
+class Calls(Rule):
+    calls: Repeated
+    said = "calls {calls}"
 
-    def judge(run: Run) -> tuple[bool, str]:
+    def judge(self, run: Run) -> tuple[bool, str]:
+        fit = [each for each in run.calls if self.calls.fits(each)]
+        holds = self.calls.least <= len(fit) and (self.calls.most is None or len(fit) <= self.calls.most)
+        return holds, f"{len(fit)} times" if fit else self.calls.nearest(run.calls)
+
+
+class Changes(Rule):
+    changes: list[Wanted]
+
+    def __str__(self) -> str:
+        return f"changes just {' and '.join(map(str, self.changes)) or 'nothing'}"
+
+    def judge(self, run: Run) -> tuple[bool, str]:
         left = [call for call in run.calls if call.changed]
         done = _listed(left) if left else "nothing was changed"
-        for each in calls:
+        for each in self.changes:
             found = next((call for call in left if each.fits(call)), None)
             if found is None:
                 return False, f"{each.nearest(left)}; changed: {done}"
             left.remove(found)
         return not left, done if not left else f"also changed: {_listed(left)}"
 
-    return Rule(f"changes just {' and '.join(map(str, calls)) or 'nothing'}", judge)
 
+class Order(Rule):
+    order: list[Wanted]
 
-def _order(table: Table, tools: Sequence[str]) -> Rule:
-    steps = [wanted(row, table.line, tools) for row in checked(table, {"order": list})["order"]]
+    def __str__(self) -> str:
+        return f"order {', then '.join(map(str, self.order))}"
 
-    def judge(run: Run) -> tuple[bool, str]:
+    def judge(self, run: Run) -> tuple[bool, str]:
         turn = 0
-        for step in steps:
+        for step in self.order:
             done = [call for call in run.calls if step.fits(call) and not call.failed]
             later = [call.turn for call in done if call.turn > turn]
             if not later:
@@ -156,116 +170,105 @@ def _order(table: Table, tools: Sequence[str]) -> Rule:
             turn = min(later)
         return True, "in this order"
 
-    return Rule(f"order {', then '.join(map(str, steps))}", judge)
 
+class Only(Rule):
+    only: list[ToolName]
 
-def _only(table: Table, tools: Sequence[str]) -> Rule:
-    allowed = rows(checked(table, {"only": list}), "only", str)
-    known(table, "only", allowed, tools)
+    def __str__(self) -> str:
+        return f"only {', '.join(self.only)}"
 
-    def judge(run: Run) -> tuple[bool, str]:
-        others = [call for call in run.calls if call.tool not in allowed]
+    def judge(self, run: Run) -> tuple[bool, str]:
+        others = [call for call in run.calls if call.tool not in self.only]
         return not others, _listed(others or run.calls)
 
-    return Rule(f"only {', '.join(allowed)}", judge)
 
+class NotCalled(Rule):
+    not_called: list[ToolName]
 
-def _not_called(table: Table, tools: Sequence[str]) -> Rule:
-    refused = rows(checked(table, {"not_called": list}), "not_called", str)
-    known(table, "not_called", refused, tools)
+    def __str__(self) -> str:
+        return f"not called: {', '.join(self.not_called)}"
 
-    def judge(run: Run) -> tuple[bool, str]:
-        found = [call for call in run.calls if call.tool in refused]
+    def judge(self, run: Run) -> tuple[bool, str]:
+        found = [call for call in run.calls if call.tool in self.not_called]
         return not found, _listed(found or run.calls)
 
-    return Rule(f"not called: {', '.join(refused)}", judge)
+
+class AtMost(Rule):
+    at_most: int
+    said = "at most {at_most} calls"
+
+    def judge(self, run: Run) -> tuple[bool, str]:
+        return len(run.calls) <= self.at_most, f"{len(run.calls)} calls"
 
 
-def _at_most(table: Table, _tools: Sequence[str]) -> Rule:
-    most = checked(table, {"at_most": int})["at_most"]
-    return Rule(f"at most {most} calls", lambda run: (len(run.calls) <= most, f"{len(run.calls)} calls"))
+class WellFormed(Rule):
+    well_formed: OnlyTrue
+    said = "every call is well formed"
 
-
-def _well_formed(table: Table, _tools: Sequence[str]) -> Rule:
-    only_true(table, "well_formed")
-
-    def judge(run: Run) -> tuple[bool, str]:
+    def judge(self, run: Run) -> tuple[bool, str]:
         faulty = [f"{call}: {call.fault}" for call in run.calls if call.fault]
         return not faulty, "; ".join(faulty[:3]) or f"{len(run.calls)} calls"
 
-    return Rule("every call is well formed", judge)
+
+class Answered(Rule):
+    answered: OnlyTrue
+    said = "ends with an answer"
+
+    def judge(self, run: Run) -> tuple[bool, str]:
+        return run.ended == ANSWERED, run.ended
 
 
-def _answered(table: Table, _tools: Sequence[str]) -> Rule:
-    only_true(table, "answered")
-    return Rule("ends with an answer", lambda run: (run.ended == ANSWERED, run.ended))
+class AnswerMatches(Rule):
+    answer_matches: Pattern
+    said = "answer matches /{answer_matches.pattern}/"
 
-
-def _answer_matches(table: Table, _tools: Sequence[str]) -> Rule:
-    pattern = value_matchers.compiled(checked(table, {"answer_matches": str}), "answer_matches")
-
-    def judge(run: Run) -> tuple[bool, str]:
-        found = pattern.search(run.answer)
+    def judge(self, run: Run) -> tuple[bool, str]:
+        found = self.answer_matches.search(run.answer)
         return bool(found), short(found[0] if found else run.answer)
 
-    return Rule(f"answer matches /{pattern.pattern}/", judge)
 
+class AnswerHasNoneOf(Rule):
+    answer_has_none_of: list[Pattern]
 
-def _answer_has_none_of(table: Table, _tools: Sequence[str]) -> Rule:
-    name = "answer_has_none_of"
-    patterns: list[re.Pattern[str]] = [
-        value_matchers.compiled(table, name, row) for row in rows(checked(table, {name: list}), name, str)
-    ]
+    def __str__(self) -> str:
+        return f"answer has none of {', '.join(f'/{each.pattern}/' for each in self.answer_has_none_of)}"
 
-    def judge(run: Run) -> tuple[bool, str]:
-        found = next((match[0] for each in patterns if (match := each.search(run.answer))), None)
+    def judge(self, run: Run) -> tuple[bool, str]:
+        found = next((match[0] for each in self.answer_has_none_of if (match := each.search(run.answer))), None)
         return found is None, "none" if found is None else short(found)
 
-    return Rule(f"answer has none of {', '.join(f'/{each.pattern}/' for each in patterns)}", judge)
+
+def _rule(table: Any, info: Tools) -> Rule:
+    return kind_of(table, RULES, "rule", info.context)
 
 
-def _combined(name: str, whole: Callable[[Sequence[bool]], bool], word: str) -> Callable[[Table, Sequence[str]], Rule]:
-    def build(table: Table, tools: Sequence[str]) -> Rule:
-        inner = rules(checked(table, {name: list}), name, tools)
-
-        def judge(run: Run) -> tuple[bool, str]:
-            judged = [rule.judge(run) for rule in inner]
-            return whole([holds for holds, _ in judged]), "; ".join(found for _, found in judged)
-
-        return Rule(f"({f' {word} '.join(rule.said for rule in inner)})", judge)
-
-    return build
+AnyRule = Annotated[Rule, PlainValidator(_rule)]
+Rules = Annotated[list[AnyRule], Field(min_length=1)]
 
 
-RULES: dict[str, Callable[[Table, Sequence[str]], Rule]] = {
-    "calls": _calls,
-    "changes": _changes,
-    "order": _order,
-    "only": _only,
-    "not_called": _not_called,
-    "at_most": _at_most,
-    "well_formed": _well_formed,
-    "answered": _answered,
-    "answer_matches": _answer_matches,
-    "answer_has_none_of": _answer_has_none_of,
-    "any_of": _combined("any_of", any, "or"),
-    "all_of": _combined("all_of", all, "and"),
-}
+class AnyOf(Rule):
+    any_of: Rules
+
+    def __str__(self) -> str:
+        return f"({' or '.join(map(str, self.any_of))})"
+
+    def judge(self, run: Run) -> tuple[bool, str]:
+        judged = [rule.judge(run) for rule in self.any_of]
+        return any(holds for holds, _ in judged), "; ".join(found for _, found in judged)
 
 
-def rules(
-    table: Table,
-    name: str,
-    tools: Sequence[str] = (),
-    kinds: Mapping[str, Callable[[Table, Sequence[str]], Any]] = RULES,
-) -> list[Any]:
-    """The rules in a field of a table, of these kinds. Raises Fault."""
-    if not table[name]:
-        raise table.fault(name, "holds no rule")
-    built = []
-    for row in rows(table, name):
-        kind = next((each for each in row if each in kinds), None)
-        if kind is None:
-            raise Fault(row.line, f"{', '.join(row) or '{}'}: no rule; known: {', '.join(kinds)}")
-        built.append(kinds[kind](row, tools))
-    return built
+class AllOf(Rule):
+    all_of: Rules
+
+    def __str__(self) -> str:
+        return f"({' and '.join(map(str, self.all_of))})"
+
+    def judge(self, run: Run) -> tuple[bool, str]:
+        judged = [rule.judge(run) for rule in self.all_of]
+        return all(holds for holds, _ in judged), "; ".join(found for _, found in judged)
+
+
+RULES = (
+    *(Calls, Changes, Order, Only, NotCalled, AtMost, WellFormed, Answered),
+    *(AnswerMatches, AnswerHasNoneOf, AnyOf, AllOf),
+)

@@ -11,23 +11,26 @@ quiet: true                              no error in the console, nothing asked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from v4forge.bench.tools import value_matchers
+from pydantic import Field, PlainValidator
+
 from v4forge.bench.tools.browser import Opened, PageError, open_page
-from v4forge.bench.tools.strict_yaml import Table, checked, only_true
+from v4forge.bench.tools.strict_yaml import Described, OnlyTrue, kind_of
+from v4forge.bench.tools.value_matchers import Pattern
 from v4forge.serving.client import short
 
 LIMIT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Step:
-    """judge: whether it holds, and what was found. Raises PageError where the page does not do it."""
+class Step(Described):
+    """Something that is done or looked at on a page; as text, what."""
 
-    said: str
-    judge: Callable[[Opened], tuple[bool, str]]
+    @abstractmethod
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        """Whether it holds, and what was found. Raises PageError where the page does not do it."""
 
 
 def check(html: str, steps: Sequence[Step], limit_s: float = LIMIT_S) -> list[tuple[str, bool, str]]:
@@ -40,90 +43,89 @@ def check(html: str, steps: Sequence[Step], limit_s: float = LIMIT_S) -> list[tu
         with open_page(html, limit_s=limit_s) as opened:
             for step in steps:
                 try:
-                    found.append((step.said, *step.judge(opened)))
+                    found.append((str(step), *step.judge(opened)))
                 except PageError as error:
-                    found.append((step.said, False, error.fact))
+                    found.append((str(step), False, error.fact))
                     if opened.ended.is_set():
                         raise
     except PageError as error:
-        found += [(step.said, False, error.fact) for step in steps[len(found) :]]
+        found += [(str(step), False, error.fact) for step in steps[len(found) :]]
     return found
 
 
-def _title(table: Table, _tools: Sequence[str]) -> Step:
-    pattern = value_matchers.compiled(checked(table, {"title": str}), "title")
-    return Step(f"title /{pattern.pattern}/", lambda opened: (bool(pattern.search(opened.title)), short(opened.title)))
+class Title(Step):
+    title: Pattern
+    said = "title /{title.pattern}/"
+
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        return bool(self.title.search(opened.title)), short(opened.title)
 
 
-def _texts(table: Table, _tools: Sequence[str]) -> Step:
-    checked(table, {"texts": str, "matches": str})
-    pattern = value_matchers.compiled(table, "matches")
+class Texts(Step):
+    texts: str
+    matches: Pattern
+    said = "{texts} shows /{matches.pattern}/"
 
-    def judge(opened: Opened) -> tuple[bool, str]:
-        shown = opened.texts(table["texts"])
-        return bool(shown) and bool(pattern.search("\n".join(shown))), short(shown) if shown else "no such element"
-
-    return Step(f"{table['texts']} shows /{pattern.pattern}/", judge)
-
-
-def _count(table: Table, _tools: Sequence[str]) -> Step:
-    checked(table, {"count": str, "least": int, "most": int})
-
-    def judge(opened: Opened) -> tuple[bool, str]:
-        count = opened.count(table["count"])
-        return table["least"] <= count <= table["most"], f"{count}"
-
-    return Step(f"{table['least']} to {table['most']} of {table['count']}", judge)
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        shown = opened.texts(self.texts)
+        return bool(shown and self.matches.search("\n".join(shown))), short(shown) if shown else "no such element"
 
 
-def _style(table: Table, _tools: Sequence[str]) -> Step:
-    checked(table, {"style": str, "property": str, "matches": str})
-    pattern = value_matchers.compiled(table, "matches")
+class Count(Step):
+    count: str
+    least: int
+    most: int
+    said = "{least} to {most} of {count}"
 
-    def judge(opened: Opened) -> tuple[bool, str]:
-        value = opened.style(table["style"], table["property"])
-        return bool(pattern.search(value)), short(value)
-
-    return Step(f"{table['property']} of {table['style']} /{pattern.pattern}/", judge)
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        count = opened.count(self.count)
+        return self.least <= count <= self.most, f"{count}"
 
 
-def _click(table: Table, _tools: Sequence[str]) -> Step:
-    selector = checked(table, {"click": str})["click"]
+class Style(Step):
+    style: str
+    name: str = Field(alias="property")
+    matches: Pattern
+    said = "{name} of {style} /{matches.pattern}/"
 
-    def judge(opened: Opened) -> tuple[bool, str]:
-        opened.click(selector)
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        value = opened.style(self.style, self.name)
+        return bool(self.matches.search(value)), short(value)
+
+
+class Click(Step):
+    click: str
+    said = "a click on {click}"
+
+    def judge(self, opened: Opened) -> tuple[bool, str]:
+        opened.click(self.click)
         return True, "clicked"
 
-    return Step(f"a click on {selector}", judge)
 
+class Fits(Step):
+    fits: OnlyTrue
+    said = "every text fits"
 
-def _fits(table: Table, _tools: Sequence[str]) -> Step:
-    only_true(table, "fits")
-
-    def judge(opened: Opened) -> tuple[bool, str]:
+    def judge(self, opened: Opened) -> tuple[bool, str]:
         cut = opened.cut_off()
         return not cut, short(cut[0]) if cut else "all"
 
-    return Step("every text fits", judge)
 
+class Quiet(Step):
+    quiet: OnlyTrue
+    said = "no error, nothing asked of the network"
 
-def _quiet(table: Table, _tools: Sequence[str]) -> Step:
-    only_true(table, "quiet")
-
-    def judge(opened: Opened) -> tuple[bool, str]:
+    def judge(self, opened: Opened) -> tuple[bool, str]:
         opened.count("html")  # messages under way have come before its answer
         said = [*opened.errors, *(f"asked for {address}" for address in opened.asked)]
         return not said, short(said[0]) if said else "nothing"
 
-    return Step("no error, nothing asked of the network", judge)
+
+STEPS = (Title, Texts, Count, Style, Click, Fits, Quiet)
 
 
-STEPS: dict[str, Callable[[Table, Sequence[str]], Step]] = {
-    "title": _title,
-    "texts": _texts,
-    "count": _count,
-    "style": _style,
-    "click": _click,
-    "fits": _fits,
-    "quiet": _quiet,
-}
+def _step(table: Any) -> Step:
+    return kind_of(table, STEPS, "rule")
+
+
+AnyStep = Annotated[Step, PlainValidator(_step)]

@@ -67,7 +67,7 @@ def play(suite: Suite, scenario: Scenario, ask: Ask) -> Played:
     """The conversation, to its end. ask: messages and tools to the model's next turn."""
     messages: list[Message] = [{"role": "system", "content": suite.system}, *scenario.messages]
     trace = list(messages)
-    tools = [tool.json() for tool in suite.tools.values()]
+    tools = [tool.offer() for tool in suite.tools.values()]
     calls: list[Call] = []
     asked: Counter[int] = Counter()
 
@@ -172,7 +172,7 @@ def score(scenario: Scenario, run: Run) -> tuple[int, list[str]]:
 
 def _judged(name: str, rules: Sequence[Rule], run: Run) -> tuple[bool, list[str]]:
     judged = [(rule, *rule.judge(run)) for rule in rules]
-    lines = [f"{name}: {'holds' if holds else 'fails'}: {rule.said}: {found}" for rule, holds, found in judged]
+    lines = [f"{name}: {'holds' if holds else 'fails'}: {rule}: {found}" for rule, holds, found in judged]
     return all(holds for _, holds, _ in judged), lines
 
 

@@ -6,18 +6,18 @@ suite.yaml says what all share; each other file is a category. Every fault is to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import jsonschema
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from v4forge.bench.tools import strict_yaml, value_matchers
-from v4forge.bench.tools.call_assertions import Rule, known, rules
-from v4forge.bench.tools.strict_yaml import Fault, Table, checked, rows, told
-from v4forge.bench.tools.value_matchers import Matcher
+from v4forge.bench.tools.call_assertions import Rule, Rules, ToolName, Tools
+from v4forge.bench.tools.strict_yaml import HINT, Model, each_once, fault
+from v4forge.bench.tools.value_matchers import AnyMatcher
 from v4forge.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "data" / "tools"
@@ -27,16 +27,35 @@ EACH = 3  # scenarios a category
 Message = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(Model):
     """changes: whether a call that succeeds changes something."""
 
     name: str
     description: str
-    parameters: Mapping[str, Any]
+    parameters: dict[str, Any]
     changes: bool = False
 
-    def json(self) -> dict[str, Any]:
+    @field_validator("parameters")
+    @classmethod
+    def _is_schema(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        try:
+            jsonschema.Draft202012Validator.check_schema(parameters)
+        except jsonschema.SchemaError as error:
+            raise fault(f"is no JSON schema: {error.message}") from None
+        if parameters.get("type") != "object":
+            raise fault("type: has to be object")
+        return parameters
+
+    @model_validator(mode="after")
+    def _enter(self, info: Tools) -> Self:
+        """Puts the tool into the context, by which rules, results and messages know the tools that there are."""
+        if self.name in info.context:
+            raise fault(f"{self.name} is there twice", "name")
+        info.context[self.name] = self
+        return self
+
+    def offer(self) -> dict[str, Any]:
+        """The tool in the API's form."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
@@ -49,16 +68,97 @@ class Tool:
         return f"{'.'.join(map(str, error.absolute_path)) or 'arguments'}: {error.message}"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Model):
     """What a tool answers to calls whose arguments fit: in order, the last one again and again."""
 
-    tool: str
-    where: Mapping[str, Matcher]
-    answers: Sequence[Any]
+    tool: ToolName
+    where: dict[str, AnyMatcher] = Field(default={})
+    answers: list[Any] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_arguments(self, info: Tools) -> Self:
+        for name in self.where:
+            if name not in info.context[self.tool].parameters.get("properties", {}):
+                raise fault(f"is no argument of {self.tool}", "where", name)
+        return self
 
     def fits(self, tool: str, arguments: Mapping[str, Any]) -> bool:
         return tool == self.tool and not value_matchers.missing(self.where, arguments)
+
+
+class GivenCall(Model):
+    """A call that is part of a scenario's beginning."""
+
+    name: ToolName
+    arguments: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fits(self, info: Tools) -> Self:
+        if said := info.context[self.name].fault(self.arguments):
+            raise fault(said, "arguments")
+        return self
+
+
+class Said(Model):
+    """A message of a scenario's beginning."""
+
+    role: Literal["user", "assistant", "tool"]
+    content: Any
+    tool_calls: list[GivenCall] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Self:
+        if self.role != "tool" and not isinstance(self.content, str):
+            raise fault(f"{self.content!r} is not text", "content")
+        if self.role != "assistant" and self.tool_calls:
+            raise fault("only the assistant calls tools", "tool_calls")
+        return self
+
+
+def _answered(messages: list[Said]) -> list[Said]:
+    """The messages, if each answer of a tool has a call before it, and each call an answer after it."""
+    unanswered = 0
+    for number, said in enumerate(messages):
+        unanswered += len(said.tool_calls) - (said.role == "tool")
+        if unanswered < 0:
+            raise fault("no call before it is without an answer", number, "role")
+    if not messages or messages[-1].role != "user" or unanswered:
+        raise fault("have to end with the user's, every call before it answered")
+    return messages
+
+
+class Row(Model):
+    """A scenario as it is in the file."""
+
+    id: str
+    about: str
+    messages: Annotated[list[Said], AfterValidator(_answered)]
+    results: list[Result] = Field(default=[])
+    passes: Rules = Field(alias="pass")
+    partial: Rules
+
+
+class Category(Model):
+    category: str
+    scenarios: list[Row]
+
+    @field_validator("scenarios")
+    @classmethod
+    def _as_many(cls, rows: list[Row]) -> list[Row]:
+        if len(rows) != EACH:
+            raise fault(f"{len(rows)}, not {EACH}: the score is of {2 * EACH} points a category")
+        each_once(((number, "id"), row.id) for number, row in enumerate(rows))
+        return rows
+
+
+class Shared(Model):
+    """What all scenarios share; the tools are first, because the others name them."""
+
+    system: str
+    max_turns: int = Field(ge=1, le=100)
+    tools: list[Tool]
+    results: list[Result]
+    always: Rules
 
 
 @dataclass(frozen=True)
@@ -91,117 +191,38 @@ class Suite:
 
 def load(folder: Path = FOLDER) -> Suite:
     """The suite in a folder. Raises UserError for what is wrong in it."""
-    shared_file = folder / SUITE
-    shared = strict_yaml.load(shared_file)
-    with faults_of(shared_file):
-        checked(shared, {"system": str, "max_turns": int, "tools": list, "results": list, "always": list})
-        if not 1 <= shared["max_turns"] <= 100:
-            raise shared.fault("max_turns", "has to be from 1 to 100")
-        tools = {}
-        for row in rows(shared, "tools"):
-            tool = _tool(row)
-            if tool.name in tools:
-                raise row.fault("name", f"{tool.name} is there twice")
-            tools[tool.name] = tool
-        results = [_result(row, tools) for row in rows(shared, "results")]
-        always = rules(shared, "always", list(tools))
-    scenarios: list[Scenario] = []
-    paths = [folder / f"{category}.yaml" for category in CATEGORIES]
-    for category, path in zip(CATEGORIES, paths, strict=True):
-        scenarios += _category(path, category, tools, results, always)
-    return Suite(shared["system"], shared["max_turns"], tools, scenarios, [shared_file, *paths])
+    files = [folder / SUITE, *(folder / f"{category}.yaml" for category in CATEGORIES)]
+    tools: dict[str, Tool] = {}
+    shared = strict_yaml.read(files[0], Shared, tools)
+    scenarios = []
+    for category, path in zip(CATEGORIES, files[1:], strict=True):
+        file = strict_yaml.read(path, Category, tools)
+        if file.category != category:
+            raise UserError(f"{path}: category: {file.category} is not {category}, as the file is called", HINT)
+        for row in file.scenarios:
+            results, passes = [*row.results, *shared.results], [*shared.always, *row.passes]
+            messages = _messages(row.messages)
+            scenarios.append(Scenario(category, row.id, row.about, messages, results, passes, row.partial))
+    return Suite(shared.system, shared.max_turns, tools, scenarios, files)
 
 
-@contextmanager
-def faults_of(path: Path, where: str = "") -> Iterator[None]:
-    """Around what reads a part of a file: its faults become errors that name the place."""
-    try:
-        yield
-    except Fault as fault:
-        raise told(path, fault, where) from None
-
-
-def _category(
-    path: Path, category: str, tools: Mapping[str, Tool], results: Sequence[Result], always: Sequence[Rule]
-) -> list[Scenario]:
-    table = strict_yaml.load(path)
-    with faults_of(path):
-        checked(table, {"category": str, "scenarios": list})
-        if table["category"] != category:
-            raise table.fault("category", f"{table['category']} is not {category}, as the file is called")
-        listed = rows(table, "scenarios")
-        if len(listed) != EACH:
-            raise table.fault("scenarios", f"{len(listed)}, not {EACH}: the score is of {2 * EACH} points a category")
-    found: list[Scenario] = []
-    for number, row in enumerate(listed, start=1):
-        name = row.get("id", f"scenario {number}")
-        with faults_of(path, str(name)):
-            fields = {"id": str, "about": str, "messages": list, "pass": list, "partial": list}
-            checked(row, fields, {"results": list})
-            if name in [each.name for each in found]:
-                raise row.fault("id", f"{name} is there twice")
-            own = [_result(each, tools) for each in rows(row, "results")] if "results" in row else []
-            passes = [*always, *rules(row, "pass", list(tools))]
-            partial = rules(row, "partial", list(tools))
-            messages = _messages(row, tools)
-        found.append(Scenario(category, name, row["about"], messages, [*own, *results], passes, partial))
-    return found
-
-
-def _tool(row: Table) -> Tool:
-    checked(row, {"name": str, "description": str, "parameters": dict}, {"changes": bool})
-    try:
-        jsonschema.Draft202012Validator.check_schema(row["parameters"])
-    except jsonschema.SchemaError as error:
-        raise row.fault("parameters", f"is no JSON schema: {error.message}") from None
-    if row["parameters"].get("type") != "object":
-        raise row.fault("parameters", "type: has to be object")
-    return Tool(row["name"], row["description"], row["parameters"], row.get("changes", False))
-
-
-def _result(row: Table, tools: Mapping[str, Tool]) -> Result:
-    checked(row, {"tool": str, "answers": list}, {"where": dict})
-    known(row, "tool", [row["tool"]], list(tools))
-    where = row.get("where", Table())
-    for name in where:
-        if name not in tools[row["tool"]].parameters.get("properties", {}):
-            raise where.fault(name, f"is no argument of {row['tool']}")
-    if not row["answers"]:
-        raise row.fault("answers", "holds none")
-    return Result(row["tool"], value_matchers.matchers(where), row["answers"])
-
-
-def _messages(scenario: Table, tools: Mapping[str, Tool]) -> list[Message]:
+def _messages(begun: Sequence[Said]) -> list[Message]:
     """The conversation's beginning in the API's form, with ids for the calls in it."""
     messages: list[Message] = []
-    open_calls: list[str] = []
-    for row in rows(scenario, "messages"):
-        checked(row, {"role": str, "content": object}, {"tool_calls": list})
-        role, content = row["role"], row["content"]
-        if role not in ("user", "assistant", "tool"):
-            raise row.fault("role", f"{role} is not user, assistant or tool")
-        message: Message = {"role": role, "content": content}
-        if role == "tool":
-            if not open_calls:
-                raise row.fault("role", "no call before it is without an answer")
-            message |= {"tool_call_id": open_calls.pop(0), "content": text_of(content)}
-        elif not isinstance(content, str):
-            raise row.fault("content", f"{content!r} is not text")
-        if "tool_calls" in row:
-            if role != "assistant":
-                raise row.fault("tool_calls", "only the assistant calls tools")
-            for call in rows(row, "tool_calls"):
-                checked(call, {"name": str, "arguments": dict})
-                known(call, "name", [call["name"]], list(tools))
-                if fault := tools[call["name"]].fault(call["arguments"]):
-                    raise call.fault("arguments", fault)
-                open_calls.append(call_id(len([each for each in messages if "tool_calls" in each]), len(open_calls)))
-                function = {"name": call["name"], "arguments": text_of(call["arguments"])}
-                listed = message.setdefault("tool_calls", [])
-                listed.append({"id": open_calls[-1], "type": "function", "function": function})
+    unanswered: list[str] = []
+    turn = 0  # of the assistant, with calls
+    for said in begun:
+        message: Message = {"role": said.role, "content": said.content}
+        if said.role == "tool":
+            message |= {"tool_call_id": unanswered.pop(0), "content": text_of(said.content)}
+        if said.tool_calls:
+            message["tool_calls"] = []
+            for call in said.tool_calls:
+                unanswered.append(call_id(turn, len(unanswered)))
+                function = {"name": call.name, "arguments": text_of(call.arguments)}
+                message["tool_calls"].append({"id": unanswered[-1], "type": "function", "function": function})
+            turn += 1
         messages.append(message)
-    if not messages or messages[-1]["role"] != "user" or open_calls:
-        raise scenario.fault("messages", "have to end with the user's, every call before it answered")
     return messages
 
 

@@ -1,30 +1,39 @@
-"""YAML that people edit, read strictly: what is wrong is told with its file and line.
+"""YAML that people edit, read strictly into pydantic's models: what is wrong is told with file, line and field.
 
 Plain words stay words: only true, false, null and decimal numbers mean something, so `14:15`, `no` and `2027-03-17` are
 strings. A key that comes twice, and a key that nobody reads, are errors.
+
+The loader is ours: PyYAML's takes `no` for false, `14:15` for 855 and `007` for 7, keeps the last of two equal keys,
+and forgets where they stood. So is what an unknown field is told with: pydantic does not say which ones are known.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from v4forge.errors import UserError
 
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a table"}
 HINT = "correct the file; an unchanged checkout has none of these"
-
-
-class Fault(Exception):
-    """What is wrong, and in which line of the file."""
-
-    def __init__(self, line: int, what: str) -> None:
-        super().__init__(what)
-        self.line, self.what = line, what
+# How a kind of pydantic's errors is told; what is not here, in pydantic's words.
+SAID = {
+    "missing": "is missing",
+    "too_short": "holds none",
+    "string_type": "Input is not text",
+    "int_type": "Input is not a whole number",
+    "float_type": "Input is not a number",
+    "bool_type": "Input is not true or false",
+    "list_type": "Input is not a list",
+    "dict_type": "Input is not a table",
+    "model_type": "Input is not a table",
+}
+Place = tuple[str | int, ...]  # keys and numbers, as in pydantic's `loc`
 
 
 class Table(dict[str, Any]):
@@ -32,9 +41,6 @@ class Table(dict[str, Any]):
 
     line: int
     lines: dict[str, int]
-
-    def fault(self, field: str, what: str) -> Fault:
-        return Fault(self.lines.get(field, self.line), f"{field}: {what}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,12 +61,12 @@ def _table(loader: _Loader, node: yaml.MappingNode) -> Table:
     table = Table()
     table.line, table.lines = node.start_mark.line + 1, {}
     for key_node, value_node in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        key, mark = loader.construct_object(key_node, deep=True), key_node.start_mark
         if not isinstance(key, str):
-            raise Fault(line, f"the key {key!r} is not text")
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text", problem_mark=mark)
         if key in table:
-            raise Fault(line, f"{key}: is there twice")
-        table[key], table.lines[key] = loader.construct_object(value_node, deep=True), line
+            raise yaml.MarkedYAMLError(problem=f"{key}: is there twice", problem_mark=mark)
+        table[key], table.lines[key] = loader.construct_object(value_node, deep=True), mark.line + 1
     return table
 
 
@@ -79,53 +85,102 @@ def load(path: Path) -> Table:
         raise UserError(f"{path}:{line}: {error.problem}", HINT) from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}", HINT) from None
-    except Fault as fault:
-        raise told(path, fault) from None
     if not isinstance(value, Table):
         raise UserError(f"{path} holds no table", HINT)
     return value
 
 
-def told(path: Path, fault: Fault, where: str = "") -> UserError:
-    """The error that names the file, the line, and what it is about."""
-    return UserError(f"{path}:{fault.line}: {where}{': ' if where else ''}{fault.what}", HINT)
+class Model(BaseModel):
+    """A table of a file: its fields and no others, each of its type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tells_what_is_known(cls, table: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """An unknown field, likely a misspelt one, is the one fault that is told of its table."""
+        try:
+            return handler(table)
+        except ValidationError as error:
+            for place in (each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"):
+                if len(place) == 1:
+                    known = ", ".join(field.alias or name for name, field in cls.model_fields.items())
+                    raise fault(f"is not known here; known: {known}", *place) from None
+            raise
 
 
-def checked(table: Table, required: Mapping[str, type], optional: Mapping[str, type] | None = None) -> Table:
-    """The table, if each key is known, of its type, and all that are required are there. A float may be whole.
+class Described(Model):
+    """A model that is told as a line: `said`, with its fields in it."""
 
-    Raises Fault.
-    """
-    known = {**required, **(optional or {})}
-    for field in table:
-        if field not in known:
-            raise table.fault(field, f"is not known here; known: {', '.join(known)}")
-    for field in required:
-        if field not in table:
-            raise Fault(table.line, f"{field}: is missing")
-    for field, value in table.items():
-        if not _is(value, known[field]):
-            raise table.fault(field, f"{value!r} is not {KINDS[known[field]]}")
-    return table
+    said: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.said.format(**dict(self))
 
 
-def _is(value: Any, kind: type) -> bool:
-    if kind is object:
-        return True
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 
-def only_true(table: Table, field: str) -> None:
-    """Of a table whose one field is a switch that is left out when it is off. Raises Fault for anything but true."""
-    if not checked(table, {field: bool})[field]:
-        raise table.fault(field, "can only be true")
+def read(path: Path, model: type[AnyModel], context: Any = None) -> AnyModel:
+    """The model of a file. context: what its validators know besides. Raises UserError, with a line for each fault."""
+    table = load(path)
+    try:
+        return model.model_validate(table, context=context)
+    except ValidationError as error:
+        told = sorted(_told(table, each) for each in error.errors())
+        raise UserError("\n".join(f"{path}:{line}: {what}" for line, what in told), HINT) from None
 
 
-def rows(table: Table, field: str, kind: type = dict) -> list[Any]:
-    """The list in a field, all of one type. Raises Fault."""
-    for row in table[field]:
-        if not _is(row, kind):
-            raise table.fault(field, f"{row!r} is not {KINDS[kind]}")
-    return list(table[field])
+def _told(table: Table, error: ErrorDetails) -> tuple[int, str]:
+    """Of a fault: its line; the `id` of what it is in, its field, what is wrong."""
+    said = SAID.get(error["type"], error["msg"])
+    if said.startswith("Input "):
+        said = said.replace("Input", repr(error["input"]), 1)
+    value: Any = table
+    line, row, field = table.line, "", ""
+    for step in error["loc"]:
+        field = step if isinstance(step, str) else field
+        if isinstance(value, Table) and step not in value:
+            line = value.line
+            break
+        line = value.lines[str(step)] if isinstance(value, Table) else line
+        value = value[step]
+        if isinstance(step, int) and isinstance(value, Table):
+            line, row = value.line, row or str(value.get("id", ""))
+    return line, ": ".join(filter(None, [row, field, said]))
+
+
+def fault(what: str, *place: str | int) -> ValidationError:
+    """What a validator raises: what is wrong, and where below the value that it was given."""
+    error = PydanticCustomError("fault", "{what}", {"what": what})
+    return ValidationError.from_exception_data("fault", [InitErrorDetails(type=error, loc=place, input=None)])
+
+
+def each_once(names: Iterable[tuple[Place, str]]) -> None:
+    """Raises a fault where a name comes again."""
+    seen = set()
+    for place, name in names:
+        if name in seen:
+            raise fault(f"{name} is there twice", *place)
+        seen.add(name)
+
+
+def kind_of(table: Any, kinds: Sequence[type[AnyModel]], what: str, context: Any = None) -> AnyModel:
+    """The model of a table that may be one of several kinds. A kind is named by its first field."""
+    if not isinstance(table, dict):
+        raise fault(f"{table!r} is not a table")
+    named = {next(iter(kind.model_fields)): kind for kind in kinds}
+    name = next((key for key in table if key in named), None)
+    if name is None:
+        raise fault(f"no {what}; known: {', '.join(named)}", *list(table)[:1])
+    return named[name].model_validate(table, context=context)
+
+
+def _true(value: bool) -> bool:
+    if not value:
+        raise fault("can only be true")
+    return value
+
+
+# A switch that is left out when it is off.
+OnlyTrue = Annotated[bool, AfterValidator(_true)]

@@ -15,24 +15,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping
 from datetime import date, datetime
-from typing import Any
+from typing import Annotated, Any
 
-from v4forge.bench.tools.strict_yaml import Fault, Table, checked
+from pydantic import AfterValidator, PlainValidator
+
+from v4forge.bench.tools.strict_yaml import Described, fault, kind_of
 
 ABSENT = object()
 DATES = ("%Y-%m-%d", "%d.%m.%Y", "%Y/%m/%d", "%Y%m%d", "%d %B %Y", "%B %d %Y", "%d %b %Y", "%b %d %Y", "%m/%d/%Y")
 TIME = re.compile(r"(\d{1,2})(?:[:.h](\d{2}))?(?::00)?\s*([ap])?\.?m?\.?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Matcher:
-    """`said` tells people what is looked for."""
-
-    said: str
-    holds: Callable[[Any], bool]
 
 
 def same(wanted: Any, given: Any) -> bool:
@@ -78,92 +72,135 @@ def minute_of(given: Any) -> int | None:
     return hour * 60 + minute if hour < 24 and minute < 60 else None
 
 
-def _exact(wanted: Any) -> Matcher:
-    return Matcher(json.dumps(wanted, ensure_ascii=False), lambda given: same(wanted, given))
+class Matcher(Described):
+    """A form of a value; as text, what is looked for."""
+
+    @abstractmethod
+    def holds(self, given: Any) -> bool:
+        """Whether a value is as wanted; ABSENT stands for none."""
 
 
-def _one_of(table: Table) -> Matcher:
-    values = checked(table, {"one_of": list})["one_of"]
-    said = " or ".join(json.dumps(value, ensure_ascii=False) for value in values)
-    return Matcher(said, lambda given: any(same(value, given) for value in values))
+class Exact(Matcher):
+    value: Any
+
+    def __str__(self) -> str:
+        return _json(self.value)
+
+    def holds(self, given: Any) -> bool:
+        return same(self.value, given)
 
 
-def _text(table: Table) -> Matcher:
-    wanted = checked(table, {"text": str})["text"]
-    if not letters(wanted):
-        raise table.fault("text", "has neither letter nor digit")
-    return Matcher(f"~{wanted!r}", lambda given: isinstance(given, str) and letters(given) == letters(wanted))
+class OneOf(Matcher):
+    one_of: list[Any]
+
+    def __str__(self) -> str:
+        return " or ".join(map(_json, self.one_of))
+
+    def holds(self, given: Any) -> bool:
+        return any(same(value, given) for value in self.one_of)
 
 
-def _regex(table: Table) -> Matcher:
-    pattern = compiled(checked(table, {"regex": str}), "regex")
-    return Matcher(f"/{pattern.pattern}/", lambda given: isinstance(given, str) and bool(pattern.search(given)))
+def _spelt(text: str) -> str:
+    if not letters(text):
+        raise fault("has neither letter nor digit")
+    return text
 
 
-def _number(table: Table) -> Matcher:
-    checked(table, {"number": float, "within": float})
-    wanted, within = table["number"], table["within"]
+class Text(Matcher):
+    text: Annotated[str, AfterValidator(_spelt)]
+    said = "~{text!r}"
 
-    def near(given: Any) -> bool:
-        return isinstance(given, int | float) and not isinstance(given, bool) and abs(given - wanted) <= within
-
-    return Matcher(f"{wanted} ± {within}", near)
+    def holds(self, given: Any) -> bool:
+        return isinstance(given, str) and letters(given) == letters(self.text)
 
 
-def _date(table: Table) -> Matcher:
-    wanted = date_of(checked(table, {"date": str})["date"])
-    if wanted is None:
-        raise table.fault("date", f"{table['date']} is no date, as 2027-03-17")
-    return Matcher(f"the day {wanted}", lambda given: date_of(given) == wanted)
-
-
-def _time(table: Table) -> Matcher:
-    wanted = minute_of(checked(table, {"time": str})["time"])
-    if wanted is None:
-        raise table.fault("time", f"{table['time']} is no time, as 14:15")
-    return Matcher(f"the time {table['time']}", lambda given: minute_of(given) == wanted)
-
-
-def _unless_absent(table: Table) -> Matcher:
-    wanted = checked(table, {"unless_absent": object})["unless_absent"]
-    return Matcher(
-        f"{json.dumps(wanted, ensure_ascii=False)}, or left out", lambda given: given is ABSENT or same(wanted, given)
-    )
-
-
-FORMS: dict[str, Callable[[Table], Matcher]] = {
-    "one_of": _one_of,
-    "text": _text,
-    "regex": _regex,
-    "number": _number,
-    "date": _date,
-    "time": _time,
-    "unless_absent": _unless_absent,
-}
-
-
-def compiled(table: Table, field: str, pattern: Any = None) -> re.Pattern[str]:
-    """The regular expression in a field. Raises Fault."""
-    pattern = table[field] if pattern is None else pattern
+def _compiled(pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise fault(f"{pattern!r} is not text")
     try:
         return re.compile(pattern, re.IGNORECASE | re.MULTILINE)
-    except (re.error, TypeError) as error:
-        raise table.fault(field, f"{pattern!r} is no regular expression: {error}") from None
+    except re.error as error:
+        raise fault(f"{pattern!r} is no regular expression: {error}") from None
+
+
+# In any case; ^ and $ are ends of lines.
+Pattern = Annotated[re.Pattern[str], PlainValidator(_compiled)]
+
+
+class Regex(Matcher):
+    regex: Pattern
+    said = "/{regex.pattern}/"
+
+    def holds(self, given: Any) -> bool:
+        return isinstance(given, str) and bool(self.regex.search(given))
+
+
+class Number(Matcher):
+    number: float
+    within: float
+    said = "{number:.15g} ± {within:.15g}"
+
+    def holds(self, given: Any) -> bool:
+        if isinstance(given, bool) or not isinstance(given, int | float):
+            return False
+        try:
+            return abs(given - self.number) <= self.within
+        except OverflowError:  # a whole number beyond every float
+            return False
+
+
+def _day(text: Any) -> date:
+    day = date_of(text)
+    if day is None:
+        raise fault(f"{text} is no date, as 2027-03-17")
+    return day
+
+
+class Day(Matcher):
+    date: Annotated[date, PlainValidator(_day)]
+    said = "the day {date}"
+
+    def holds(self, given: Any) -> bool:
+        return date_of(given) == self.date
+
+
+def _time(text: str) -> str:
+    if minute_of(text) is None:
+        raise fault(f"{text} is no time, as 14:15")
+    return text
+
+
+class Time(Matcher):
+    time: Annotated[str, AfterValidator(_time)]
+    said = "the time {time}"
+
+    def holds(self, given: Any) -> bool:
+        return minute_of(given) == minute_of(self.time)
+
+
+class UnlessAbsent(Matcher):
+    unless_absent: Any
+
+    def __str__(self) -> str:
+        return f"{_json(self.unless_absent)}, or left out"
+
+    def holds(self, given: Any) -> bool:
+        return given is ABSENT or same(self.unless_absent, given)
+
+
+FORMS = (OneOf, Text, Regex, Number, Day, Time, UnlessAbsent)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def matcher(value: Any) -> Matcher:
-    """The matcher that a value in a YAML file stands for. Raises Fault."""
-    if not isinstance(value, Table):
-        return _exact(value)
-    form = next((name for name in value if name in FORMS), None)
-    if form is None:
-        raise Fault(value.line, f"{', '.join(value) or '{}'}: no form of a value; known: {', '.join(FORMS)}")
-    return FORMS[form](value)
+    """The matcher that a value in a YAML file stands for. Raises ValidationError."""
+    return kind_of(value, FORMS, "form of a value") if isinstance(value, dict) else Exact(value=value)
 
 
-def matchers(table: Table) -> dict[str, Matcher]:
-    """Those of each argument. Raises Fault."""
-    return {name: matcher(value) for name, value in table.items()}
+AnyMatcher = Annotated[Matcher, PlainValidator(matcher)]
 
 
 def missing(wanted: Mapping[str, Matcher], given: Mapping[str, Any]) -> list[str]:
@@ -172,4 +209,4 @@ def missing(wanted: Mapping[str, Matcher], given: Mapping[str, Any]) -> list[str
 
 
 def said(wanted: Mapping[str, Matcher]) -> str:
-    return ", ".join(f"{name}: {each.said}" for name, each in wanted.items())
+    return ", ".join(f"{name}: {each}" for name, each in wanted.items())
