@@ -87,7 +87,7 @@ run = $(stage) run
 image = .venv/bin/python -m scripts.image
 serve = .venv/bin/python -m scripts.serve
 serve_folder = --folder '$(SCRATCH)/$(PROFILE)/serve'
-serve_plan = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
+serve_options = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
 	--backend '$(BACKEND)' --serve-profile '$(SERVE_PROFILE)' --bind '$(BIND)' --port '$(PORT)' \
 	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(REPLICAS),--replicas '$(REPLICAS)') \
 	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts $(DRAFTS)) $(if $(SET),--set $(SET)) \
@@ -97,7 +97,7 @@ serve_start = $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) $(if $(TIMEOU
 bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
 longest = max-model-len=40960
-bench_plan = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_plan) $(serve_start) --seed '$(SEED)' \
+bench_options = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_options) $(serve_start) --seed '$(SEED)' \
 	$(if $(URL),--url '$(URL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
@@ -206,11 +206,11 @@ shell: env ## A shell in IMAGE with what a stage sees
 
 .PHONY: serve
 serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT; returns when they are ready and probed
-	@$(serve) up $(serve_plan) $(serve_start)
+	@$(serve) up $(serve_options) $(serve_start)
 
 .PHONY: serve-print
 serve-print: env ## The settings with their reasons, and the exact command of each replica
-	@$(serve) print $(serve_plan)
+	@$(serve) print $(serve_options)
 
 .PHONY: serve-status
 serve-status: env ## Replicas, queue, tokens a second, draft acceptance, KV cache
@@ -243,19 +243,19 @@ bench: env ## Everything below about ARTIFACT, served by itself, then the report
 
 .PHONY: bench-speed
 bench-speed: env ## Time a token and tokens a second, with drafts and without, by requests at a time
-	@$(bench) speed $(bench_plan)
+	@$(bench) speed $(bench_options)
 
 .PHONY: bench-draft
 bench-draft: env ## How many drafts are accepted: random tokens, code, chat, prose
-	@$(bench) draft $(bench_plan)
+	@$(bench) draft $(bench_options)
 
 .PHONY: bench-quality
 bench-quality: env ## lm-eval's tasks of the published table; DATASETS=<folder> for local copies
-	@$(bench) quality $(bench_plan) $(if $(DATASETS),--datasets '$(DATASETS)')
+	@$(bench) quality $(bench_options) $(if $(DATASETS),--datasets '$(DATASETS)')
 
 .PHONY: bench-tools
 bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outcomes
-	@$(bench) tools $(bench_plan)
+	@$(bench) tools $(bench_options)
 
 .PHONY: report
 report: env ## One page of what PROFILE's reports hold: index.html, and its tables as benchmarks.md

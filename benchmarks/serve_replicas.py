@@ -26,8 +26,8 @@ from benchmarks.machine import machine
 from scripts.cli import parser_for
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
-from v4forge.serving import deployment, status
-from v4forge.serving.deployment import Plan
+from v4forge.serving import status
+from v4forge.serving.deployment import Deployment
 
 POLL_S = 1.0
 
@@ -39,11 +39,13 @@ def program(command: str, folder: Path, *words: str) -> None:
         raise UserError(f"scripts.serve {command} ended with code {done.returncode}", "see its output above")
 
 
-def loaded(plan: Plan, requests: int, tokens: int, meanwhile: Callable[[], None] | None = None) -> dict[str, Any]:
+def loaded(
+    deployment: Deployment, requests: int, tokens: int, meanwhile: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Chats at once, streamed and whole in turn, and what became of them."""
     asked = [message(f"tale {number}", tokens, stream=number % 2 == 0) for number in range(requests)]
     begun = time.monotonic()
-    outcomes = ask_all(plan.url, asked, plan.key, meanwhile)
+    outcomes = ask_all(deployment.url, asked, deployment.key, meanwhile)
     return {**told(outcomes), "elapsed_s": time.monotonic() - begun, "requests": requests, "tokens": tokens}
 
 
@@ -62,9 +64,9 @@ def told(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def ready(plan: Plan) -> list[bool]:
+def ready(deployment: Deployment) -> list[bool]:
     """Which replicas answer."""
-    return [status.read(plan, number) is not None for number in range(plan.replicas)]
+    return [status.read(deployment, number) is not None for number in range(deployment.replicas)]
 
 
 def arguments() -> argparse.Namespace:
@@ -108,33 +110,33 @@ def main() -> int:
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
-    plan = deployment.load(args.folder)
-    assert plan
-    victim = plan.replicas - 1
+    deployment = Deployment.load(args.folder)
+    assert deployment
+    victim = deployment.replicas - 1
     struck: list[float] = []
 
     def strike() -> None:
         time.sleep(args.strike_after)
-        killed = processes(plan.replica_port(victim))
+        killed = processes(deployment.replica_port(victim))
         kill(killed)
         struck.append(time.monotonic())
         print(f"killed replica {victim}: {len(killed)} processes", flush=True)
 
     found: dict[str, Any] = {
-        "replicas": plan.replicas,
-        "tensor_parallel": plan.serving.tensor_parallel,
-        "drafts": plan.serving.drafts,
-        "gpus": plan.gpus,
-        "before": loaded(plan, args.requests, args.tokens),
+        "replicas": deployment.replicas,
+        "tensor_parallel": deployment.serving.tensor_parallel,
+        "drafts": deployment.serving.drafts,
+        "gpus": deployment.gpus,
+        "before": loaded(deployment, args.requests, args.tokens),
     }
-    found["struck"] = loaded(plan, args.requests, args.tokens, strike)
+    found["struck"] = loaded(deployment, args.requests, args.tokens, strike)
     found["back_after_s"] = None
     while time.monotonic() - struck[0] < args.limit:
-        if all(ready(plan)):
+        if all(ready(deployment)):
             found["back_after_s"] = time.monotonic() - struck[0]
             break
         time.sleep(POLL_S)
-    found["after"] = loaded(plan, args.requests, args.tokens)
+    found["after"] = loaded(deployment, args.requests, args.tokens)
     return found
 
 

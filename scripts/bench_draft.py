@@ -19,14 +19,15 @@ from rich.table import Table
 
 from scripts import benching
 from scripts.cli import steps
-from scripts.serve import say
 from v4forge.bench import acceptance, published_figures, results, workloads
 from v4forge.bench.acceptance import Kept, Sampling
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.session import Session, conclude
 from v4forge.bench.standing import Worth, worth_of
 from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
+from v4forge.serving.launch import say
 
 FEWEST_TOKENS = 8  # of an answer: fewer leave no room for drafts
 ROUGH_TOK_S = 88  # of the published original for one reader: only for how long it may take
@@ -50,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
-    with benching.served(args) as target:
-        return measure(args, target)
+    session = benching.session_of(args)
+    with session.served() as target:
+        return measure(session, args, target)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -80,14 +82,14 @@ def dry_run(args: argparse.Namespace) -> None:
     say(f"{tokens:,} tokens of answers at most, about {minutes:.0f} minutes at the published {ROUGH_TOK_S} tok/s")
 
 
-def measure(args: argparse.Namespace, target: Target) -> int:
+def measure(session: Session, args: argparse.Namespace, target: Target) -> int:
     """Counts the drafts of every workload that is missing, says what they come to; the exit code."""
     k = acceptance.depth(target)
     target.wait_until_idle()
     given = acceptance.offline(target.facts["artifact"], k, args.offline)
     prompts = {name: prompts_of(name, args, target)[:count] for name, count in counts(args).items()}
     sampling = Sampling(args.tokens, args.temperature, args.seed, args.thinking)
-    opened = benching.begin(args, target, settings(args, k), vars(sampling), hashes(prompts))
+    opened = session.begin(target, settings(args, k), vars(sampling), hashes(prompts))
     before = dict(zip(prompts, accumulate(map(len, prompts.values()), initial=0), strict=False))
     with steps("draft", sum(map(len, prompts.values())), "prompts") as progress:
 
@@ -100,7 +102,7 @@ def measure(args: argparse.Namespace, target: Target) -> int:
 
         results.measured(opened, list(prompts), one)
     show(opened, k)
-    return benching.conclude(opened)
+    return conclude(opened)
 
 
 def prompts_of(workload: str, args: argparse.Namespace, target: Target) -> list[Prompt]:

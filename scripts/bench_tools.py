@@ -19,11 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import benching, serve
+from scripts import benching
 from scripts.cli import steps
 from v4forge.bench import results, sandbox
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
+from v4forge.bench.session import Session, conclude
 from v4forge.bench.tools import browser, chat_client, play, scenarios, smoke_prompts
 from v4forge.bench.tools.answer_assertions import CHROMIUM, DOCKER
 from v4forge.bench.tools.chat_client import Speaker
@@ -31,6 +32,7 @@ from v4forge.bench.tools.scenarios import Suite
 from v4forge.bench.tools.smoke_prompts import Prompt
 from v4forge.errors import UserError
 from v4forge.images import definitions
+from v4forge.serving.launch import say
 
 TURN_TOKENS = 1024
 THINKING_TOKENS = 8192  # more, where the model thinks before it answers
@@ -122,17 +124,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         show(arguments, suite, prompts, keys)
         return 0
+    session = benching.session_of(arguments)
     for key in keys:
         warn(arguments, prompts.get(key))
-    with benching.served(arguments) as at:
+    with session.served() as at:
         bench = Bench(arguments, suite, prompts, at)
-        opened = begin(bench, keys)
+        opened = begin(session, bench, keys)
         try:
             with steps("tools", len(keys), "scenarios", resumes=True) as progress:
                 results.measured(opened, keys, bench.part, progress)
         finally:
             summarize(opened, suite, prompts, keys)
-    return benching.conclude(opened)
+    return conclude(opened)
 
 
 def warn(arguments: argparse.Namespace, prompt: Prompt | None) -> None:
@@ -141,10 +144,10 @@ def warn(arguments: argparse.Namespace, prompt: Prompt | None) -> None:
         if prompt:
             check_needs(arguments, prompt)
     except UserError as error:
-        serve.say(f"tools: {prompt.key if prompt else ''} will not be measured: {error.fact}\n  hint: {error.hint}")
+        say(f"tools: {prompt.key if prompt else ''} will not be measured: {error.fact}\n  hint: {error.hint}")
 
 
-def begin(bench: Bench, keys: Sequence[str]) -> Measurement:
+def begin(session: Session, bench: Bench, keys: Sequence[str]) -> Measurement:
     arguments = bench.arguments
     settings = {
         "keys": list(keys),
@@ -159,7 +162,7 @@ def begin(bench: Bench, keys: Sequence[str]) -> Measurement:
     sampling = {name: value for name, value in bench.speaker(TURN_TOKENS).sampling().items() if name != "max_tokens"}
     files = [*bench.suite.files, smoke_prompts.FILE]
     hashes = {str(path.relative_to(scenarios.FOLDER.parent)): sha256_of(path) for path in files}
-    return benching.begin(arguments, bench.target, settings, sampling, hashes)
+    return session.begin(bench.target, settings, sampling, hashes)
 
 
 def show(arguments: argparse.Namespace, suite: Suite, prompts: Mapping[str, Prompt], keys: Sequence[str]) -> None:
@@ -168,18 +171,16 @@ def show(arguments: argparse.Namespace, suite: Suite, prompts: Mapping[str, Prom
     abouts |= {prompt.key: prompt.about for prompt in prompts.values()}
     width = max(map(len, keys))
     for key in keys:
-        serve.say(f"{key:<{width}}  {abouts[key]}")
+        say(f"{key:<{width}}  {abouts[key]}")
     played = [key for key in keys if key not in prompts]
     most = len(played) * suite.max_turns + len(keys) - len(played)
     rough = len(played) * ROUGH_TURNS + len(keys) - len(played)
-    serve.say(
+    say(
         f"tools: {len(played)} scenarios of {play.PASS} points, at most {suite.max_turns} turns of "
         f"{tokens(arguments, TURN_TOKENS)} tokens; {len(keys) - len(played)} conversations"
     )
     minutes = max(1, round(rough * ROUGH_TOKENS / ROUGH_TOK_S / 60))
-    serve.say(
-        f"tools: about {rough} requests, at most {most}; about {minutes} min where a request gets {ROUGH_TOK_S} tok/s"
-    )
+    say(f"tools: about {rough} requests, at most {most}; about {minutes} min where a request gets {ROUGH_TOK_S} tok/s")
 
 
 def summarize(opened: Measurement, suite: Suite, prompts: Mapping[str, Prompt], keys: Sequence[str]) -> None:

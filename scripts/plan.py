@@ -22,44 +22,15 @@ from rich import box
 from rich.table import Table
 
 from scripts.cli import parser_for, table_console
-from v4forge.errors import UserError, run_main
-from v4forge.pipeline import disk_speed, estimate, events, reference_timings, requirements, run_state
-from v4forge.pipeline.estimate import Given, StageTime, Together
+from v4forge.checkpoint.layout import load_config
+from v4forge.errors import run_main
+from v4forge.pipeline import disk_speed, estimate, events, requirements, run_plan, run_state
+from v4forge.pipeline.estimate import Given, StageTime
+from v4forge.pipeline.run_plan import Plan
 from v4forge.pipeline.stages import PROFILES
-from v4forge.units import GB, MB, counted, decimal_size, duration, size
+from v4forge.units import GB, MB, decimal_size, duration, size
 
-MEASURE_BYTES = 1 << 30
 TEXT_WIDTH = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A stage of the plan. Memory in bytes, None where it is not known; seconds with the assumptions of `basis`."""
-
-    step: requirements.Step
-    gpu_bytes: int | None
-    host_bytes: int | None
-    estimate: StageTime
-
-    @property
-    def seconds(self) -> float | None:
-        """For the sum: what the basis assumes, where nothing better is known."""
-        return self.estimate.assumed_s if self.estimate.seconds is None else self.estimate.seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is said. room_bytes: what must be free for it, at least."""
-
-    title: str
-    rows: list[Row]
-    room_bytes: int
-    total: Together
-    disk_basis: str
-
-    @property
-    def fullest(self) -> requirements.Step:
-        return max((row.step for row in self.rows), key=lambda step: step.held_bytes)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -77,67 +48,21 @@ def given_of(arguments: argparse.Namespace) -> Given:
     """What the user says, and what is measured here now."""
     speed, basis = None, "as given"
     if arguments.read_gbps or arguments.write_gbps:
-        known = disk_speed.known(arguments.work) if arguments.work else None
-        other = known or reference_timings.disk()
-        read, write = (other.read_bytes_s, other.write_bytes_s) if other else (0.0, 0.0)
-        speed = disk_speed.Speed((arguments.write_gbps or 0) * GB or write, (arguments.read_gbps or 0) * GB or read)
+        read, write = ((gbps or 0.0) * GB for gbps in (arguments.read_gbps, arguments.write_gbps))
+        speed = run_plan.given_speed(arguments.work, read, write)
     elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk_speed.known(arguments.work):
-        speed, basis = measure(arguments.work), "measured now"
+        speed, basis = run_plan.speed_here(arguments.work), "measured now"
     network = arguments.network_gb_s * GB if arguments.network_gb_s else None
     return Given(speed, basis, network, arguments.layer_seconds)
 
 
-def measure(work: Path) -> disk_speed.Speed | None:
-    """The disk below a folder that may not be there yet; it is not made for this. None where that is not possible."""
-    if requirements.free_bytes(work) < 2 * MEASURE_BYTES:
-        return None
-    try:
-        if work.is_dir():
-            return disk_speed.measured(work)
-        return disk_speed.measure(next(path for path in work.absolute().parents if path.exists()), MEASURE_BYTES)
-    except UserError:
-        return None
-
-
-def made(arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """What the options ask for. Raises UserError for a --source without its config.json."""
     values = settings_of(arguments)
-    work, names = Path(values["work"]), estimate.names_of(values["profile"])
-    config = (
-        requirements.config_of(Path(values["source"]))
-        if not arguments.source
-        else requirements.load_config(arguments.source)
-    )
-    sizes = requirements.sizes_of(config)
-    given = given_of(arguments)
-    steps = requirements.steps(names, config, sizes, values)
-    estimates = estimate.of_run(names, values, work, arguments.gpus, given)
-    share = math.ceil(values["samples"] / arguments.gpus)
-    memory = memory_of(values["profile"])
-    memory["calibrate"] = (
-        None if values["profile"] == "tiny" else requirements.gpu_bytes(config, share, values["seq_len"]),
-        memory.get("calibrate", (None, None))[1]
-        or requirements.host_bytes(config, sizes, values["samples"], values["seq_len"], arguments.gpus),
-    )
-    rows = [Row(step, *memory.get(step.stage, (None, None)), each) for step, each in zip(steps, estimates, strict=True)]
-    model = arguments.source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
-    gpus = f"{counted(arguments.gpus, 'GPUs')}, {share} x {values['seq_len']} tokens each"
-    where = gpus if values["profile"] == "flash" else "on CPUs"
-    return Plan(
-        title=f"{model}, {values['samples']} x {values['seq_len']} tokens, {where}, in {work}",
-        rows=rows,
-        room_bytes=requirements.room_needed(steps, names, config, sizes, values),
-        total=estimate.together({row.step.stage: row.seconds for row in rows}),
-        disk_basis="" if values["profile"] == "tiny" else estimate.disk_of(work, given)[1],
-    )
-
-
-def memory_of(profile: str) -> dict[str, tuple[int | None, int | None]]:
-    """stage -> bytes of a GPU and of the host that were measured."""
-    if profile == "tiny":
-        stages = reference_timings.pipeline().get("stages", {})
-        return {name: (None, found.get("peak_host_bytes")) for name, found in stages.items()}
-    found = reference_timings.verify()
-    return {"verify": (None, found.host_bytes)} if found else {}
+    source = arguments.source
+    config = load_config(source) if source else requirements.config_of(Path(values["source"]))
+    model = source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
+    return run_plan.of_run(values, config, given_of(arguments), str(model))
 
 
 def memory(count: int | None) -> str:
@@ -287,7 +212,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    found = made(arguments)
+    found = plan_of(arguments)
     free = requirements.free_bytes(arguments.work) if arguments.work else None
     if arguments.json:
         print(as_json(found, arguments.price, free))

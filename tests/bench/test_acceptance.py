@@ -248,7 +248,7 @@ def run(server: Server, folder: Path, *more: str) -> int:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    return results.newest(folder / "reports")["draft"].content
+    return results.newest(folder / "reports", ["draft"])["draft"].content
 
 
 def test_every_workload_is_measured_with_its_prompts(server: Server, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import pytest
 import quality_data
 import yaml
 
-from scripts import bench_quality
 from v4forge.bench import lm_eval as lm_eval_harness
-from v4forge.bench import lm_eval_tasks, quality, sandbox
+from v4forge.bench import lm_eval_tasks, prepare_quality, quality, sandbox
 from v4forge.bench.lm_eval import Asked, Environment, Limits
 from v4forge.bench.quality import Output
 from v4forge.checkout import ROOT
@@ -125,21 +124,21 @@ def test_a_group_keeps_its_metrics_and_names_the_parts_that_there_are(lm_eval: P
 
 
 def test_an_unpinned_revision_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_quality.pins, "read", dict)
+    monkeypatch.setattr(prepare_quality.pins, "read", dict)
     with pytest.raises(UserError, match="GSM8K_REVISION"):
-        bench_quality.data_of(quality.table().tasks["gsm8k"], None)
+        prepare_quality.data_of(quality.table().tasks["gsm8k"], None)
 
 
 def test_each_local_file_is_told_by_its_sha256(tmp_path: Path) -> None:
     quality_data.write(tmp_path)
-    about = bench_quality.data_of(quality.table().tasks["mmlu"], tmp_path)
+    about = prepare_quality.data_of(quality.table().tasks["mmlu"], tmp_path)
     assert set(about["sha256"]) == {f"{s}/{split}.jsonl" for s in quality_data.SUBJECTS for split in ("dev", "test")}
 
 
 def test_a_split_without_a_local_file_is_told(tmp_path: Path) -> None:
     (quality_data.write(tmp_path) / "gsm8k/test.jsonl").unlink()
     with pytest.raises(UserError, match=r"there is no .*gsm8k/test.jsonl"):
-        bench_quality.data_of(quality.table().tasks["gsm8k"], tmp_path)
+        prepare_quality.data_of(quality.table().tasks["gsm8k"], tmp_path)
 
 
 # lm-eval's command line.

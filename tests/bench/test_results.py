@@ -12,6 +12,8 @@ from v4forge.bench import results
 from v4forge.bench.results import Measurement
 from v4forge.errors import UserError
 
+BENCHES = ("speed", "draft")
+
 FACTS: dict[str, Any] = {
     "target": {"url": "http://127.0.0.1:8000", "model": "m", "artifact": {"sums_sha256": "a"}},
     "machine": {"gpus": ["NVIDIA H200"]},
@@ -130,13 +132,13 @@ def test_the_newest_whole_measurement_goes_before_unfinished_ones_and_trials(tmp
     begun(tmp_path).keep("code", {})
     results.begin(tmp_path, "draft", FACTS, trial=1).finish()
     results.begin(tmp_path, "draft", FACTS, fresh=True).finish()
-    assert results.newest(tmp_path)["draft"].content["started"] == whole.content["started"]
-    assert results.newest(tmp_path).keys() == {"draft"} and results.newest(tmp_path / "none") == {}
+    assert results.newest(tmp_path, BENCHES)["draft"].content["started"] == whole.content["started"]
+    assert results.newest(tmp_path, BENCHES).keys() == {"draft"} and results.newest(tmp_path / "none", BENCHES) == {}
 
 
 def test_what_was_measured_and_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
     begun(tmp_path).finish()
     (tmp_path / "draft-20270101T000000Z.json").write_text("{torn")
     with pytest.raises(UserError, match=r"draft-20270101T000000Z\.json is not JSON"):
-        results.newest(tmp_path)
+        results.newest(tmp_path, BENCHES)
     assert begun(tmp_path).content["parts"] == {}, "it is no measurement to go on with either"

@@ -16,7 +16,7 @@ import pytest
 from v4forge import checkout
 from v4forge.bench import served_model
 from v4forge.errors import UserError
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import Deployment
 
 MODELS = {"data": [{"id": "m", "root": "/nowhere", "max_model_len": 4096}]}
 
@@ -97,9 +97,9 @@ def test_a_server_is_idle_when_no_replica_runs_or_waits(url: str, pages: dict[st
         busy.wait_until_idle(limit_s=0.1)
 
 
-def test_a_plan_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
-    plan = Plan(str(tmp_path), str(artifact(tmp_path)), "host", backend="cpu", port=1234, overrides={"a": "b"})
-    told = served_model.planned(plan, "9.9", {})
+def test_a_deployment_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
+    deployment = Deployment(str(tmp_path), str(artifact(tmp_path)), "host", "cpu", port=1234, overrides={"a": "b"})
+    told = served_model.planned(deployment, "9.9", {})
     assert told["url"] == "http://127.0.0.1:1234" and told["artifact"]["folder"] == str(tmp_path)
     assert isinstance(told["max_model_len"], int) and told["drafts"] is None and told["options"] == {}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from programs import run_here
 
-from scripts import bench_speed
+from scripts import bench_speed, benching
 from scripts.bench import parse
-from v4forge.bench import speed, vllm_bench, workloads
+from v4forge.bench import measure_speed, speed, vllm_bench, workloads
 from v4forge.bench.speed import Comparison, Point
 from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
@@ -57,15 +58,27 @@ def test_the_client_reads_the_prompts_from_the_file_as_they_are(tmp_path: Path) 
 
 def test_servers_get_the_same_prompts_and_no_two_points_of_one_share_any(tmp_path: Path) -> None:
     bench = bench_of(tmp_path)
-    with_drafts, without = bench.points(2), bench.points(0)
+    with_drafts, without = bench.options.points(2), bench.options.points(0)
     assert [bench.prompts(point) for point in with_drafts] == [bench.prompts(point) for point in without]
     every = [text for point in without for warm_up in (False, True) for text in bench.prompts(point, warm_up=warm_up)]
     assert len(set(every)) == len(every) == (8 + 1) * (1 + 4 + 1 + 4 + 1)
 
 
-def bench_of(folder: Path) -> bench_speed.Bench:
+def bench_of(folder: Path) -> measure_speed.Bench:
     words = ["speed", "--concurrency", "1", "4", "--shapes", "32x16", "64x16", "--reports", str(folder)]
-    return bench_speed.Bench(parse(words), Client("/nowhere"), TINY, WORDS)
+    given = parse(words)
+    return measure_speed.Bench(
+        benching.session_of(given), bench_speed.options_of(given), Client("/nowhere"), TINY, WORDS
+    )
+
+
+def test_the_numbers_of_drafts_are_compared_and_the_key_leaves_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "sesame")
+    given = parse(["speed", "--drafts", "2", "0", "2"])
+    session = benching.session_of(given)
+    assert bench_speed.drafts_of(given) == [0, 2] and session.wanted.drafts is None
+    assert [measure_speed.with_drafts(session, k).drafts for k in (0, 2)] == [0, 2]
+    assert session.key == "sesame" and "API_KEY" not in os.environ
 
 
 def test_the_figures_are_those_that_the_client_itself_computes() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import ranks
+from benchmarks.ranks_figures import layer_walls
 from v4forge.profiling import Span
+from v4forge.verification.reproduce import equal_codes
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def test_a_layer_lasts_until_the_next_one_computes_and_the_last_until_all_is_wri
         Span(1, "decode", "compute", 4.0, 5.0),
         Span(1, "write", "write", 5.0, 7.0),
     ]
-    assert ranks.layer_walls(spans) == {0: 3.0, 1: 3.0}
+    assert layer_walls(spans) == {0: 3.0, 1: 3.0}
 
 
 def test_codes_are_compared_one_by_one(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_codes_are_compared_one_by_one(tmp_path: Path) -> None:
     other[1, 3] = 0x70000000
     save_file({"a.weight_packed": words, "a.weight_scale": torch.ones(2)}, tmp_path / "a")
     save_file({"a.weight_packed": other, "a.weight_scale": torch.zeros(2)}, tmp_path / "b")
-    assert ranks.equal_codes(tmp_path / "a", tmp_path / "b", CPU) == pytest.approx(1 - 3 / 64)
+    assert equal_codes(tmp_path / "a", tmp_path / "b", CPU) == pytest.approx(1 - 3 / 64)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import serve, serve_forward, serve_layers
 from benchmarks.serve_client import Answer, Drafts, events, logged, tpot
+from benchmarks.serve_figures import equal_runs
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import evaluation
@@ -57,7 +58,7 @@ def test_alternatives_fill_up_with_the_written_token() -> None:
 
 
 def test_equal_runs_are_counted_to_the_first_difference() -> None:
-    found = serve.equal_runs([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 0, 7, 8]])
+    found = equal_runs([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 0, 7, 8]])
     assert found == {"answers": 2, "whole": 1, "share_before_differing": 5 / 8}
 
 

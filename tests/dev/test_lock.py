@@ -13,7 +13,7 @@ import pytest
 from dev import lock
 from v4forge import pins
 from v4forge.errors import UserError
-from v4forge.images import locks
+from v4forge.images import lock_update, locks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "0123456789abcdef" * 4
@@ -36,42 +36,42 @@ def test_the_committed_locks_are_in_the_form_that_lock_writes() -> None:
 
 
 def test_a_pin_is_set_on_its_line_and_nothing_else_moves() -> None:
-    text = lock.with_values(VERSIONS, {"TORCH_VERSION": "7.2", "B": r"c\2"})
+    text = lock_update.with_values(VERSIONS, {"TORCH_VERSION": "7.2", "B": r"c\2"})
     assert text == VERSIONS.replace("=7.1", "=7.2").replace(r"=\1", r"=c\2")
 
 
 @pytest.mark.parametrize("key", ["TORCH", "ORCH_VERSION", "TORCH.VERSION"])
 def test_a_key_that_versions_env_lacks_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"versions.env has no {key}"):
-        lock.with_values(VERSIONS, {key: "1"})
+        lock_update.with_values(VERSIONS, {key: "1"})
 
 
 def test_a_wheel_hash_follows_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(PAGE, encoding="utf-8")
-    wheels = [dataclasses.replace(wheel, page=page.as_uri()) for wheel in lock.WHEELS]
-    monkeypatch.setattr(lock, "WHEELS", wheels)
+    wheels = [dataclasses.replace(wheel, page=page.as_uri()) for wheel in lock_update.WHEELS]
+    monkeypatch.setattr(lock_update, "WHEELS", wheels)
     key = "TORCH_CPU_SHA256_CP311_X86_64"
     values = {"TORCH_VERSION": "7.2", key: "old"}
-    assert lock.wheel_hashes(values, {}, OLD) == {key: SHA}
-    assert lock.wheel_hashes(values, {key: "old"}, OLD) == {}
-    assert lock.wheel_hashes(values | {"TORCH_VERSION": "7.1"}, {}, OLD) == {}
+    assert lock_update.wheel_hashes(values, {}, OLD) == {key: SHA}
+    assert lock_update.wheel_hashes(values, {key: "old"}, OLD) == {}
+    assert lock_update.wheel_hashes(values | {"TORCH_VERSION": "7.1"}, {}, OLD) == {}
     with pytest.raises(UserError, match=r"lists 0 files torch-7\.2\+cpu-cp312-cp312"):
-        lock.wheel_hashes({"TORCH_VERSION": "7.2", "TORCH_CPU_SHA256_CP312_X86_64": "old"}, {}, OLD)
+        lock_update.wheel_hashes({"TORCH_VERSION": "7.2", "TORCH_CPU_SHA256_CP312_X86_64": "old"}, {}, OLD)
 
 
 def test_an_index_that_cannot_be_read_is_answered_with_the_command_to_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wheels = [dataclasses.replace(wheel, page=(tmp_path / "none").as_uri()) for wheel in lock.WHEELS]
-    monkeypatch.setattr(lock, "WHEELS", wheels)
+    wheels = [dataclasses.replace(wheel, page=(tmp_path / "none").as_uri()) for wheel in lock_update.WHEELS]
+    monkeypatch.setattr(lock_update, "WHEELS", wheels)
     with pytest.raises(UserError, match="cannot be read") as error:
-        lock.wheel_hashes({"VLLM_VERSION": "0.2", "VLLM_WHEEL_SHA256": ""}, {"VLLM_VERSION": "0.2"}, OLD)
+        lock_update.wheel_hashes({"VLLM_VERSION": "0.2", "VLLM_WHEEL_SHA256": ""}, {"VLLM_VERSION": "0.2"}, OLD)
     assert error.value.hint.endswith('make image-lock SET="VLLM_VERSION=0.2 VLLM_WHEEL_SHA256=…"')
 
 
 def test_every_wheel_has_a_pin_and_a_package_of_its_lock() -> None:
-    for wheel in lock.WHEELS:
+    for wheel in lock_update.WHEELS:
         assert any(re.fullmatch(wheel.key, key) for key in pins.read()), wheel.key
         text = (ROOT / locks.lock_file(wheel.lock)).read_text(encoding="utf-8")
         assert wheel.package in {locks.package_of(line) for line in locks.parse(text)}
@@ -80,10 +80,10 @@ def test_every_wheel_has_a_pin_and_a_package_of_its_lock() -> None:
 def test_a_release_is_not_changed_without_its_commit() -> None:
     values = {"VLLM_VERSION": "0.1", "VLLM_COMMIT": "c", "RUFF_VERSION": "1"}
     with pytest.raises(UserError, match="VLLM_VERSION changes and VLLM_COMMIT would not") as error:
-        lock.check_together(values, {"VLLM_VERSION": "0.2"})
+        lock_update.check_together(values, {"VLLM_VERSION": "0.2"})
     assert error.value.hint == 'make image-lock SET="VLLM_VERSION=0.2 VLLM_COMMIT=…"'
     for given in ({"VLLM_VERSION": "0.2", "VLLM_COMMIT": "d"}, {"VLLM_VERSION": "0.1"}, {"RUFF_VERSION": "2"}):
-        lock.check_together(values, given)
+        lock_update.check_together(values, given)
 
 
 def test_what_changed_is_one_line_a_package() -> None:
@@ -99,13 +99,13 @@ def test_what_changed_is_one_line_a_package() -> None:
 
 
 def test_no_file_is_written_unless_all_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lock, "ROOT", tmp_path)
+    monkeypatch.setattr(lock_update, "ROOT", tmp_path)
     (tmp_path / "versions.env").write_text("old")
     (tmp_path / "docker").write_text("a file where the locks' folder should be")
     with pytest.raises(UserError, match="cannot write"):
-        lock.write_all({"versions.env": "new", "docker/requirements-calib.txt": "new"})
+        lock_update.write_all({"versions.env": "new", "docker/requirements-calib.txt": "new"})
     assert {path.name: path.read_text()[:3] for path in tmp_path.iterdir()} == {"versions.env": "old", "docker": "a f"}
-    lock.write_all({"versions.env": "new", "other/lock.txt": "new"})
+    lock_update.write_all({"versions.env": "new", "other/lock.txt": "new"})
     assert (tmp_path / "versions.env").read_text() == (tmp_path / "other/lock.txt").read_text() == "new"
 
 

@@ -74,7 +74,7 @@ def test_the_perfect_player_wins_all_of_the_bench(image: str, tmp_path: Path) ->
     with stand_in.serving(stand_in.perfect({"calm-spells": GOOD})) as server:
         places = ["--url", server.url, "--reports", str(tmp_path), "--folder", str(tmp_path / "none")]
         assert bench.main(["tools", *places, "--sandbox-image", image]) == 0
-    content = newest(tmp_path)["tools"].content
+    content = newest(tmp_path, ["tools"])["tools"].content
     assert content["complete"] is True
     assert play.points(content["parts"]) == dict.fromkeys(CATEGORIES, (6, 6))
     assert smoke_prompts.counts(content["parts"]) == {"quick": (4, 4), "quality": (4, 4), "coding": (2, 2)}
@@ -86,6 +86,6 @@ def test_without_the_image_the_part_is_not_measured_and_the_model_not_asked(tmp_
         places = ["--url", server.url, "--reports", str(tmp_path), "--folder", str(tmp_path / "none")]
         words = ["tools", *places, "--leave-out", *CATEGORIES, "smoke/quality", "smoke/coding/tide-table"]
         assert bench.main([*words, "--sandbox-image", "v4forge-not-there:0"]) == 1
-    content = newest(tmp_path)["tools"].content
+    content = newest(tmp_path, ["tools"])["tools"].content
     assert content["complete"] is False and len(content["parts"]) == len(server.asked) == 4
     assert "--leave-out smoke/coding/calm-spells" in content["failures"]["smoke/coding/calm-spells"]["hint"]

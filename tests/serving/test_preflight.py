@@ -12,7 +12,7 @@ from nvml_stand_in import Card, NvmlLibrary, Program
 from v4forge.errors import UserError
 from v4forge.gpus import Gpu, Process
 from v4forge.serving import preflight
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import Deployment
 from v4forge.units import GIB
 
 NEEDED = "580.60.1"  # a driver, for tests
@@ -71,7 +71,9 @@ def test_too_few_gpus_are_told_for_how_many_replicas_they_are_enough() -> None:
 
 def guarded(folder: Path, devices: list[list[str]]) -> None:
     """The guard, on an artifact of no bytes."""
-    preflight.check_gpus(Plan(folder=str(folder), artifact=str(folder), runtime="docker", backend="cuda", gpus=devices))
+    preflight.check_gpus(
+        Deployment(folder=str(folder), artifact=str(folder), runtime="docker", backend="cuda", gpus=devices)
+    )
 
 
 def test_the_guard_asks_the_library_for_the_gpus_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

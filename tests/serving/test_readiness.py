@@ -9,7 +9,7 @@ import pytest
 
 from v4forge.errors import UserError
 from v4forge.serving import readiness
-from v4forge.serving.deployment import Plan, Process
+from v4forge.serving.deployment import Deployment, Process
 
 RUNS, OTHER = Process("running", "1"), Process("running", "2")
 LOG = """x WARNING may give OSError: too many files
@@ -22,7 +22,7 @@ class Told:
     """A keeper that says one thing after the other, and the last for ever."""
 
     def __init__(self, *told: Mapping[str, Process]) -> None:
-        self.plan = Plan(folder="/f", artifact="/a", runtime="host", backend="cpu", gpus=[[]])
+        self.deployment = Deployment(folder="/f", artifact="/a", runtime="host", backend="cpu", gpus=[[]])
         self.told = list(told)
 
     def processes(self) -> Mapping[str, Process]:
@@ -47,7 +47,7 @@ def both(replica: Process, router: Process = RUNS) -> dict[str, Process]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "POLL_S", 0.0)
-    monkeypatch.setattr(readiness, "ready", lambda plan, number: False)
+    monkeypatch.setattr(readiness, "ready", lambda deployment, number: False)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_wait_has_an_end() -> None:
 
 def test_a_wait_ends_when_all_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([False, False, True])
-    monkeypatch.setattr(readiness, "ready", lambda plan, number: next(answers))
+    monkeypatch.setattr(readiness, "ready", lambda deployment, number: next(answers))
     shown: list[tuple[int, str]] = []
     readiness.wait(Told(both(Process("starting")), both(RUNS)), 60, lambda done, doing: shown.append((done, doing)))
     assert shown[0] == (0, "replica0: starting") and shown[-1] == (1, "ready")

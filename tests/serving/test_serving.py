@@ -1,4 +1,4 @@
-"""Settings, plans and what is made of them: commands, variables, configurations. Nothing is started."""
+"""Settings, deployments and what is made of them: commands, variables, configurations. Nothing is started."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import pytest
 import yaml
 
 from scripts import serve as program
+from scripts import serve_options
 from v4forge import gpus, pins
 from v4forge.errors import UserError
 from v4forge.images import refusals
-from v4forge.serving import compose, deployment, haproxy, preflight, settings
+from v4forge.serving import compose, haproxy, launch, preflight, settings
 from v4forge.serving.client import PIN
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import STATE, Deployment
 from v4forge.serving.settings import DRAFT_METHOD, DRAFTS
 from v4forge.serving.supervisord import Supervised
 
@@ -32,9 +33,14 @@ SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["
 TOPOLOGY = gpus.Topology({(a, b): "NV18" for b in range(8) for a in range(b)}, {n: str(n // 4) for n in range(8)})
 
 
-def plan(folder: Path, **changes: Any) -> Plan:
+def deployment(folder: Path, **changes: Any) -> Deployment:
     given = {"folder": str(folder), "artifact": "/a/artifact", "runtime": "docker", "image": "v4forge-serve:local"}
-    return Plan(**(given | {"gpus": [["0", "1"], ["2", "3"]]} | changes))
+    return Deployment(**(given | {"gpus": [["0", "1"], ["2", "3"]]} | changes))
+
+
+def asked_for(*arguments: str) -> Deployment:
+    """What `make serve` would start with these options."""
+    return launch.deployment_of(serve_options.wanted(program.parse(["print", *arguments])))
 
 
 # --- settings
@@ -94,7 +100,7 @@ def test_an_unknown_profile_is_told_which_there_are() -> None:
 @pytest.mark.parametrize("affinity", [False, True])
 @pytest.mark.parametrize("runtime", ["docker", "host"])
 def test_haproxy_accepts_the_configuration(tmp_path: Path, runtime: str, affinity: bool) -> None:
-    text = plan(tmp_path, runtime=runtime, affinity=affinity).router_configuration()
+    text = deployment(tmp_path, runtime=runtime, affinity=affinity).router_configuration()
     assert ("stick on" in text) == affinity
     assert text.count("use-server") == 2
     haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
@@ -106,27 +112,27 @@ def test_haproxy_accepts_the_configuration(tmp_path: Path, runtime: str, affinit
 
 
 def test_clients_cannot_choose_a_replica_on_the_public_address(tmp_path: Path) -> None:
-    public = plan(tmp_path).router_configuration().split("frontend public")[1].split("frontend admin")[0]
+    public = deployment(tmp_path).router_configuration().split("frontend public")[1].split("frontend admin")[0]
     assert f"http-request del-header {PIN}" in public
     assert "deny status 404 unless { path_beg /v1/ }" in public
 
 
-# --- plans
+# --- deployments
 
 
-def test_a_plan_is_kept_as_it_was(tmp_path: Path) -> None:
-    kept = plan(tmp_path, overrides={"b": "1", "a": "2"}, gpus=(("0", "1"),))
-    deployment.save(kept)
-    assert deployment.differing(deployment.load(tmp_path) or plan(tmp_path), kept) == []
-    assert deployment.differing(dataclasses.replace(kept, port=9), kept) == ["port"]
-    deployment.forget(kept)
-    assert deployment.load(tmp_path) is None
+def test_a_deployment_is_kept_as_it_was(tmp_path: Path) -> None:
+    kept = deployment(tmp_path, overrides={"b": "1", "a": "2"}, gpus=(("0", "1"),))
+    kept.save()
+    assert kept.differing(Deployment.load(tmp_path) or deployment(tmp_path)) == []
+    assert kept.differing(dataclasses.replace(kept, port=9)) == ["port"]
+    kept.forget()
+    assert Deployment.load(tmp_path) is None
 
 
-def test_a_plan_of_another_version_is_an_error_with_a_way_out(tmp_path: Path) -> None:
-    (tmp_path / deployment.STATE).write_text('{"former": 1}')
+def test_a_deployment_of_another_version_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / STATE).write_text('{"former": 1}')
     with pytest.raises(UserError, match="was written by another version"):
-        deployment.load(tmp_path)
+        Deployment.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,7 @@ def test_replicas_get_pairs_of_gpus(
     arguments: list[str], placed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpus, "topology", lambda: TOPOLOGY)
-    made = program.plan_of(program.parse(["print", *arguments]))
+    made = asked_for(*arguments)
     assert made.gpus == placed
     assert made.runtime == ("host" if "cpu" in arguments else "docker")
 
@@ -160,7 +166,7 @@ def test_replicas_get_pairs_of_gpus(
 )
 def test_what_cannot_be_is_told_with_a_hint(arguments: list[str], fact: str) -> None:
     with pytest.raises(UserError) as error:
-        program.plan_of(program.parse(["print", *arguments]))
+        asked_for(*arguments)
     assert error.value.fact == fact and error.value.hint
 
 
@@ -168,15 +174,15 @@ def test_a_key_is_taken_from_a_file_or_the_environment_and_kept_from_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_KEY", "sesame")
-    assert program.read_key("") == "sesame" and "API_KEY" not in os.environ
+    assert launch.read_key("") == "sesame" and "API_KEY" not in os.environ
     (tmp_path / "mine").write_text("open\n")
-    assert program.read_key(str(tmp_path / "mine")) == "open"
+    assert launch.read_key(str(tmp_path / "mine")) == "open"
     (tmp_path / "empty").write_text("\n")
     for name in ("empty", "missing"):
         with pytest.raises(UserError):
-            program.read_key(str(tmp_path / name))
-    kept = plan(tmp_path, key_file=str(tmp_path / "api_key"))
-    program.write_key(kept, "sesame")
+            launch.read_key(str(tmp_path / name))
+    kept = deployment(tmp_path, key_file=str(tmp_path / "api_key"))
+    launch.write_key(kept, "sesame")
     assert kept.key == "sesame" and Path(kept.key_file).stat().st_mode & 0o777 == 0o600
     assert "sesame" not in repr(kept.endpoints)
 
@@ -187,14 +193,14 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is taken"):
-            preflight.check_ports(plan(tmp_path, port=port))
+            preflight.check_ports(deployment(tmp_path, port=port))
     with pytest.raises(UserError, match=r"cannot listen on 192\.0\.2\.1"):
-        preflight.check_ports(plan(tmp_path, port=port, bind="192.0.2.1"))
+        preflight.check_ports(deployment(tmp_path, port=port, bind="192.0.2.1"))
 
 
 def test_a_guard_may_be_left_out_by_name_and_says_what_it_found(tmp_path: Path) -> None:
     said: list[str] = []
-    nothing = plan(tmp_path, backend="cpu", gpus=[[]])
+    nothing = deployment(tmp_path, backend="cpu", gpus=[[]])
     with pytest.raises(UserError, match="there is no artifact"):
         preflight.check(nothing, [], said.append)
     preflight.check(nothing, ["certificate"], said.append)
@@ -206,7 +212,7 @@ def test_a_guard_may_be_left_out_by_name_and_says_what_it_found(tmp_path: Path) 
 
 def test_every_variable_of_compose_yaml_gets_a_value(tmp_path: Path) -> None:
     text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
-    given = Compose(plan(tmp_path, gpus=[[str(2 * n), str(2 * n + 1)] for n in range(4)])).variables()
+    given = Compose(deployment(tmp_path, gpus=[[str(2 * n), str(2 * n + 1)] for n in range(4)])).variables()
     own = {"PROMETHEUS_PORT", "GRAFANA_PORT"}  # only an operator sets these
     assert set(re.findall(r"\$\{(\w+)", text)) - own <= given.keys()
     assert given["PROMETHEUS_IMAGE"] == pins.read()["PROMETHEUS_IMAGE"]
@@ -232,15 +238,15 @@ def test_no_service_has_more_rights_than_it_needs() -> None:
 
 
 def test_a_command_of_compose_comes_out_as_the_words_that_went_in(tmp_path: Path) -> None:
-    chosen = plan(tmp_path, profile="throughput")
+    chosen = deployment(tmp_path, profile="throughput")
     assert shlex.split(Compose(chosen).variables()["REPLICA_ARGUMENTS"]) == chosen.arguments(0)
 
 
 def test_more_replicas_or_gpus_than_compose_yaml_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"compose\.yaml has 4 replicas, not 5"):
-        Compose(plan(tmp_path, gpus=[["0", "1"]] * 5)).variables()
+        Compose(deployment(tmp_path, gpus=[["0", "1"]] * 5)).variables()
     with pytest.raises(UserError, match=r"compose\.yaml gives a replica 2 GPUs, not 4"):
-        Compose(plan(tmp_path, gpus=[["0", "1", "2", "3"]])).variables()
+        Compose(deployment(tmp_path, gpus=[["0", "1", "2", "3"]])).variables()
 
 
 @pytest.mark.parametrize("refusal", refusals.OF_A_DEPLOYMENT)
@@ -257,9 +263,9 @@ def test_supervisord_gets_each_process_with_its_gpus_and_drains_the_router(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/sbin/{name}")
     config = configparser.RawConfigParser()
-    config.read_string(Supervised(plan(tmp_path, runtime="host", program="/p")).configuration())
+    config.read_string(Supervised(deployment(tmp_path, runtime="host", program="/p")).configuration())
     first, second, balancer = (config[f"program:{name}"] for name in ("replica0", "replica1", "router"))
-    assert first["command"].split()[1:] == plan(tmp_path, runtime="host").arguments(0)
+    assert first["command"].split()[1:] == deployment(tmp_path, runtime="host").arguments(0)
     assert (
         'CUDA_VISIBLE_DEVICES="0,1"' in first["environment"] and 'CUDA_VISIBLE_DEVICES="2,3"' in second["environment"]
     )
@@ -274,12 +280,12 @@ def test_supervisord_gets_each_process_with_its_gpus_and_drains_the_router(
 def test_without_haproxy_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(UserError) as error:
-        Supervised(plan(tmp_path, runtime="host")).configuration()
+        Supervised(deployment(tmp_path, runtime="host")).configuration()
     assert error.value.hint == "apt-get install haproxy"
 
 
 def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFixture[str]) -> None:
-    program.print_plan(program.parse(["--print", "--devices", "0,1,2,3", "--artifact", "/a"]))
+    program.print_commands(program.parse(["--print", "--devices", "0,1,2,3", "--artifact", "/a"]))
     shown = capsys.readouterr().out
     for number, devices in enumerate(("0,1", "2,3")):
         block = shown.split(f"replica{number}:\n")[1].split("\n\n")[0]
@@ -288,6 +294,6 @@ def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFix
 
 
 def test_the_admin_listener_is_never_public(tmp_path: Path) -> None:
-    text = plan(tmp_path, runtime="host", bind="0.0.0.0").router_configuration()
+    text = deployment(tmp_path, runtime="host", bind="0.0.0.0").router_configuration()
     assert "bind 0.0.0.0:8000" in text and "bind 127.0.0.1:8001" in text
     assert haproxy.Addresses("*:8000", "*:8001", []).resolver == ""

@@ -14,8 +14,7 @@ from pathlib import Path
 import dense
 
 from benchmarks.clients import Outcome, ask_all
-from v4forge.serving import deployment
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import Deployment
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
@@ -31,16 +30,16 @@ class Served:
     key: str = ""
 
     @property
-    def plan(self) -> Plan:
-        plan = deployment.load(self.folder)
-        assert plan is not None
-        return plan
+    def deployment(self) -> Deployment:
+        deployment = Deployment.load(self.folder)
+        assert deployment is not None
+        return deployment
 
     def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return serve(command, "--folder", str(self.folder), *arguments)
 
     def ask_all(self, requests: list[dict[str, object]], meanwhile: Callable[[], None] | None = None) -> list[Outcome]:
-        return ask_all(self.plan.url, requests, self.key, meanwhile)
+        return ask_all(self.deployment.url, requests, self.key, meanwhile)
 
     def ask(self, request: dict[str, object]) -> Outcome:
         (outcome,) = self.ask_all([request])

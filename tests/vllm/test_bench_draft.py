@@ -44,11 +44,11 @@ def bench(served: Served, reports: Path, *more: str) -> str:
 
 
 def result(reports: Path) -> dict[str, Any]:
-    return results.newest(reports)["draft"].content
+    return results.newest(reports, ["draft"])["draft"].content
 
 
 def counted(served: Served) -> Counts:
-    return look(served.plan.url, folder=served.folder).counts()
+    return look(served.deployment.url, folder=served.folder).counts()
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ class Measured:
 def measured(tiny: Served, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("draft")
     copy, reports = folder / "artifact", folder / "reports"
-    shutil.copytree(tiny.plan.artifact, copy)
+    shutil.copytree(tiny.deployment.artifact, copy)
     run_module("verify", "--artifact", copy, "--source", TINY, "--no-hash", "--deep", "2048", "--seq-len", "256")
     certificate = copy / "certificate.json"
     before = counted(tiny)
@@ -116,7 +116,7 @@ def test_the_counts_are_those_of_our_forward_on_the_same_tokens(measured: Measur
     """Where the server stood after each step, our forward drafts too: which of its drafts the text then confirms."""
     (file,) = measured.reports.glob("*-random.jsonl")
     text = torch.tensor([row["prompt_token_ids"] + row["token_ids"] for row in lines(file)])
-    artifact = Checkpoint(Path(tiny.plan.artifact), form="artifact")
+    artifact = Checkpoint(Path(tiny.deployment.artifact), form="artifact")
     ours = serve_forward.forward(artifact, text, text[:, PROMPT_TOKENS:, None], torch.device("cpu"))
     expected = serve_forward.acceptance(serve_forward.walk(ours.drafted, text, PROMPT_TOKENS, 2))
     part = result(measured.reports)["parts"]["random"]
@@ -127,7 +127,7 @@ def test_the_counts_are_those_of_our_forward_on_the_same_tokens(measured: Measur
 
 def test_verify_judges_the_tokens_that_are_kept(measured: Measured, tiny: Served, tmp_path: Path) -> None:
     copy = tmp_path / "artifact"
-    shutil.copytree(tiny.plan.artifact, copy)
+    shutil.copytree(tiny.deployment.artifact, copy)
     (file,) = measured.reports.glob("*-chat.jsonl")
     run_module("verify", "--artifact", copy, "--source", TINY, "--no-hash", "--tokens", file)
     deep = json.loads((copy / "certificate.json").read_text())["deep"]
@@ -157,11 +157,11 @@ def test_a_bench_that_is_killed_or_whose_replica_dies_goes_on_in_the_middle_of_a
     running.communicate()
     first = kept()
     assert 2 <= len(first) < 9 and result(tmp_path)["parts"] == {}
-    wait_until(look(tiny.plan.url, folder=tiny.folder).idle, 60)
+    wait_until(look(tiny.deployment.url, folder=tiny.folder).idle, 60)
 
     running = start()
     wait_until(lambda: len(kept()) > len(first), 120)
-    kill(processes(tiny.plan.replica_port(1)))
+    kill(processes(tiny.deployment.replica_port(1)))
     said, _ = running.communicate(timeout=120)
     assert running.returncode == 1
     failure, second = result(tmp_path)["failures"]["chat"], kept()

@@ -101,7 +101,8 @@ def test_the_log_probabilities_of_choices_are_those_of_the_next_token(tiny: Serv
         sample = json.loads(next(iter(lines)))
     arguments = sample["arguments"]["gen_args_0"]
     request = {"prompt": arguments["arg_0"], "max_tokens": 1, "temperature": 0, "logprobs": 20}
-    answer = client.ask(tiny.plan.endpoints[0], "/v1/completions", {"model": tiny.plan.serving.model, **request})
+    request["model"] = tiny.deployment.serving.model
+    answer = client.ask(tiny.deployment.endpoints[0], "/v1/completions", request)
     told = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     assert float(quality.first(sample["resps"])) == pytest.approx(told[arguments["arg_1"]], abs=0.1)
 

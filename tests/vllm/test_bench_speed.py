@@ -25,7 +25,7 @@ from v4forge.bench.speed import Point
 from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
 from v4forge.files import read_json
-from v4forge.serving import deployment
+from v4forge.serving.deployment import Deployment
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
@@ -108,7 +108,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
     assert set(content["failures"]) == {"k2/32x16/c2/again"}
     assert "not measured: k2/32x16/c2/again: " in text and "Traceback" not in text
     assert not content["complete"] and content["trial"] == 3
-    assert not deployment.load(bench.folder.with_name("serve-bench")), "its server is stopped"
+    assert not Deployment.load(bench.folder.with_name("serve-bench")), "its server is stopped"
 
     assert parts["k0/32x16/c2"]["acceptance"] is None and 0 < parts["k2/32x16/c2"]["acceptance"] < 1
     for part in parts.values():
@@ -132,12 +132,12 @@ def test_a_first_server_that_does_not_start_is_the_error_and_no_list_of_points(b
 
 
 def test_what_is_served_already_is_measured_and_not_compared(tiny: Served, tmp_path: Path) -> None:
-    words = ["--url", tiny.plan.url, "--folder", str(tiny.folder), "--backend", "cpu", "--reports", str(tmp_path)]
+    words = ["--url", tiny.deployment.url, "--folder", str(tiny.folder), "--backend", "cpu", "--reports", str(tmp_path)]
     points = ["--shapes", "32x16", "--concurrency", "1", "--limit", "1"]
     command = [sys.executable, "-m", "scripts.bench", "speed", *words, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    content = results.newest(tmp_path)["speed"].content
+    content = results.newest(tmp_path, ["speed"])["speed"].content
     assert content["complete"] and content["settings"]["drafts"] == [2]
     assert set(content["parts"]) == {"k2/32x16/c1", "k2/32x16/c1/again"} and not content["summary"]["comparisons"]
 

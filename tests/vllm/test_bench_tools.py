@@ -32,7 +32,7 @@ def roomy(start: Callable[..., Served], tiny_artifact: Path) -> Served:
 
 
 def words(served: Served, reports: Path, *more: str) -> list[str]:
-    places = ["--url", served.plan.url, "--folder", str(served.folder), "--reports", str(reports)]
+    places = ["--url", served.deployment.url, "--folder", str(served.folder), "--reports", str(reports)]
     return [sys.executable, "-m", "scripts.bench", "tools", *places, *SHORT, *more]
 
 
@@ -41,7 +41,7 @@ def bench(served: Served, reports: Path, *more: str) -> subprocess.CompletedProc
 
 
 def result(reports: Path) -> dict[str, Any]:
-    return newest(reports)["tools"].content
+    return newest(reports, ["tools"])["tools"].content
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured_the_same_as_befo
     roomy: Served, trial: dict[str, Any], tmp_path: Path
 ) -> None:
     running = subprocess.Popen(words(roomy, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: bool((found := newest(tmp_path).get("tools")) and found.content["parts"]), 240)
-    kill(processes(roomy.plan.replica_port(0)))
+    wait_until(lambda: bool((found := newest(tmp_path, ["tools"]).get("tools")) and found.content["parts"]), 240)
+    kill(processes(roomy.deployment.replica_port(0)))
     _, said = running.communicate(timeout=240)
     assert running.returncode == 1 and "error: " in said and "hint: " in said
     assert "Traceback" not in said

@@ -52,14 +52,14 @@ def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
 def prometheus(tiny: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Prometheus with the profile's configuration, but for addresses and intervals."""
     folder = tmp_path_factory.mktemp("prometheus")
-    plan = tiny.plan
+    deployment = tiny.deployment
     config = copy.deepcopy(CONFIG)
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s"}
     replica, router = config["scrape_configs"]
     del replica["dns_sd_configs"]
-    addresses = [f"127.0.0.1:{plan.replica_port(number)}" for number in range(plan.replicas)]
+    addresses = [f"127.0.0.1:{deployment.replica_port(number)}" for number in range(deployment.replicas)]
     replica["static_configs"] = [{"targets": addresses}]
-    router["static_configs"] = [{"targets": [urllib.parse.urlparse(plan.admin_url).netloc]}]
+    router["static_configs"] = [{"targets": [urllib.parse.urlparse(deployment.admin_url).netloc]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,7 +111,7 @@ def told(query: Query, numbers: list[float], replicas: int) -> bool:
 
 
 def test_every_query_of_the_dashboard_gives_numbers(tiny: Served, prometheus: str) -> None:
-    replicas = tiny.plan.replicas
+    replicas = tiny.deployment.replicas
     found: dict[Query, list[float]] = {}
     with load(tiny):
         deadline = time.monotonic() + 180
@@ -126,7 +126,7 @@ def test_every_query_of_the_dashboard_gives_numbers(tiny: Served, prometheus: st
         if query.unit == "percentunit":
             assert max(numbers) <= 1, query
         if "{{position}}" in query.legend:
-            assert len(numbers) == tiny.plan.serving.drafts, query
+            assert len(numbers) == tiny.deployment.serving.drafts, query
         if (query.panel, query.kind) == ("Replicas up", "stat"):
             assert numbers == [replicas]
 
@@ -136,6 +136,6 @@ def test_the_choice_of_replicas_lists_those_that_are_served(tiny: Served, promet
     match = re.fullmatch(r"label_values\((\S+), (\w+)\)", variable["query"]["query"])
     assert match
     deadline = time.monotonic() + 30
-    while len(values(prometheus, f"count by ({match[2]}) ({match[1]})")) < tiny.plan.replicas:
+    while len(values(prometheus, f"count by ({match[2]}) ({match[1]})")) < tiny.deployment.replicas:
         assert time.monotonic() < deadline
         time.sleep(1)

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 
 def test_the_start_ends_with_the_address(pair: Served) -> None:
-    assert pair.said.splitlines()[-1] == f"ready: {pair.plan.url}"
+    assert pair.said.splitlines()[-1] == f"ready: {pair.deployment.url}"
 
 
 def test_a_chat_is_answered(pair: Served) -> None:
@@ -73,14 +73,14 @@ def test_without_the_key_nothing_is_answered_but_health(pair: Served) -> None:
         (outcome,) = Served(pair.folder, "", key).ask_all([message("x", tokens=2)])
         assert outcome.status == 401
     done = subprocess.run(
-        ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", f"{pair.plan.url}/health"], capture_output=True
+        ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", f"{pair.deployment.url}/health"], capture_output=True
     )
     assert done.stdout == b"200"
 
 
 def test_only_the_api_is_on_the_public_address(pair: Served) -> None:
     for path in ("/metrics", "/router/stats", "/router/metrics", "/docs", "/version"):
-        code = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", f"{pair.plan.url}{path}"]
+        code = ["curl", "-s", "-o", os.devnull, "-w", "%{http_code}", f"{pair.deployment.url}{path}"]
         assert subprocess.run(code, capture_output=True).stdout == b"404", path
 
 
@@ -100,21 +100,21 @@ def test_the_status_shows_both_and_what_they_do(pair: Served) -> None:
         assert row["state"] == "ready" and row["model"] == "deepseek-v4-flash-w4a16" and row["uptime_s"] > 0
         assert row["running"] == row["waiting"] == 0 and row["acceptance"] is None
     shown = pair.program("status")
-    assert shown.returncode == 0 and pair.plan.url in shown.stdout
+    assert shown.returncode == 0 and pair.deployment.url in shown.stdout
 
 
 def test_a_second_start_of_the_same_is_no_start(pair: Served) -> None:
-    before = [processes(pair.plan.replica_port(number)).keys() for number in (0, 1)]
-    plan = pair.plan
-    settings = [f"{name}={value}" for name, value in plan.overrides.items() if "speculative" not in name]
-    words = ["--artifact", plan.artifact, "--folder", str(pair.folder), "--port", str(plan.port), "--backend", "cpu"]
-    words += ["--drafts", "0", "--drain", str(plan.drain_s), "--set", *settings]
+    before = [processes(pair.deployment.replica_port(number)).keys() for number in (0, 1)]
+    deployment = pair.deployment
+    settings = [f"{name}={value}" for name, value in deployment.overrides.items() if "speculative" not in name]
+    words = ["--artifact", deployment.artifact, "--folder", str(pair.folder), "--port", str(deployment.port)]
+    words += ["--backend", "cpu", "--drafts", "0", "--drain", str(deployment.drain_s), "--set", *settings]
     done = serve("up", *words, "--allow", "certificate", *dense.CANNOT, key="sesame")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [processes(plan.replica_port(number)).keys() for number in (0, 1)] == before != [set(), set()]
+    assert [processes(deployment.replica_port(number)).keys() for number in (0, 1)] == before != [set(), set()]
     failing = serve("up", *words, key="sesame")  # the probe finds what the dense model cannot do
     assert failing.returncode == 1 and "the probe failed" in failing.stderr
-    assert [processes(plan.replica_port(number)).keys() for number in (0, 1)] == before  # what served goes on
+    assert [processes(deployment.replica_port(number)).keys() for number in (0, 1)] == before  # what served goes on
     other = serve("up", *words, "--affinity", key="sesame")
     assert other.returncode == 1
     assert other.stderr.splitlines() == [
@@ -127,7 +127,7 @@ def test_a_second_start_of_the_same_is_no_start(pair: Served) -> None:
 def test_a_replica_killed_under_load_fails_no_request_that_had_not_begun_to_stream(
     pair: Served, whole_tree: bool
 ) -> None:
-    victim = processes(pair.plan.replica_port(1))
+    victim = processes(pair.deployment.replica_port(1))
     engine = [pid for pid, words in victim.items() if "EngineCore" in words]
     assert engine, "the engine is a process of its own"
 
@@ -142,12 +142,12 @@ def test_a_replica_killed_under_load_fails_no_request_that_had_not_begun_to_stre
     assert all(outcome.replica == "1" for outcome in failed)
     # It comes back by itself.
     wait_until(lambda: pair.program("status", "--json").returncode == 0, 240)
-    assert set(processes(pair.plan.replica_port(1))).isdisjoint(victim)
+    assert set(processes(pair.deployment.replica_port(1))).isdisjoint(victim)
 
 
 def test_a_stop_takes_nothing_new_and_finishes_what_runs(pair: Served) -> None:
     stopped: list[subprocess.CompletedProcess[str]] = []
-    url = pair.plan.url
+    url = pair.deployment.url
 
     def stop() -> None:
         time.sleep(1.5)

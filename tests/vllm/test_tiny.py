@@ -66,9 +66,9 @@ def test_the_status_shows_the_drafts_that_are_accepted(tiny: Served) -> None:
 def test_drafts_are_made_only_while_few_requests_run(tiny: Served) -> None:
     def made(requests: int) -> float:
         """Drafts a token of the answers."""
-        before = [client.metrics(at).counts for at in tiny.plan.endpoints]
+        before = [client.metrics(at).counts for at in tiny.deployment.endpoints]
         assert all(outcome.whole for outcome in tiny.ask_all([message(f"x{n}", tokens=64) for n in range(requests)]))
-        after = [client.metrics(at).counts for at in tiny.plan.endpoints]
+        after = [client.metrics(at).counts for at in tiny.deployment.endpoints]
         added = metrics.total(now.since(then) for now, then in zip(after, before, strict=True))
         return (added.drafts or 0) / (added.generated or 0)
 

@@ -17,9 +17,9 @@ from v4forge.errors import UserError
 from v4forge.files import read_json
 from v4forge.images import containers
 from v4forge.machine import facts
-from v4forge.serving import client, deployment, metrics
+from v4forge.serving import client, metrics
 from v4forge.serving.client import Endpoint, ask
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import Deployment
 from v4forge.serving.metrics import Counts
 from v4forge.units import GIB
 
@@ -74,48 +74,48 @@ def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | N
     with client.form_of(f"{url}/v1/models"):
         served = ask(at, "/v1/models")["data"][0]
         model, root, length = str(served["id"]), str(served.get("root") or ""), served.get("max_model_len")
-    plan = deployment.load(folder) if folder else None
-    if plan and plan.url != url:
-        plan = None
-    place = artifact or (Path(plan.artifact) if plan else Path(root) if root else None)
+    deployment = Deployment.load(folder) if folder else None
+    if deployment and deployment.url != url:
+        deployment = None
+    place = artifact or (Path(deployment.artifact) if deployment else Path(root) if root else None)
     facts = {
         "url": url,
         "model": model,
         "max_model_len": length,
-        "vllm": _version(plan.endpoints[0] if plan else at),
+        "vllm": _version(deployment.endpoints[0] if deployment else at),
         "artifact": artifact_facts(place) if place else None,
-        **_deployment(plan),
+        **_facts(deployment),
     }
-    return Target(url, model, plan.endpoints if plan else [at], facts, key)
+    return Target(url, model, deployment.endpoints if deployment else [at], facts, key)
 
 
-def planned(plan: Plan, vllm: str, options: Mapping[str, str]) -> dict[str, Any]:
+def planned(deployment: Deployment, vllm: str, options: Mapping[str, str]) -> dict[str, Any]:
     """What look() will say of servers that a bench is about to start, one after the other, with other drafts each.
 
     vllm: its version; options: the operator's settings, without the drafts.
     """
     return {
-        "url": plan.url,
-        "model": plan.serving.model,
-        "max_model_len": plan.serving.max_model_len,
+        "url": deployment.url,
+        "model": deployment.serving.model,
+        "max_model_len": deployment.serving.max_model_len,
         "vllm": vllm,
-        "artifact": artifact_facts(Path(plan.artifact)),
-        **_deployment(plan),
+        "artifact": artifact_facts(Path(deployment.artifact)),
+        **_facts(deployment),
         "drafts": None,
         "options": dict(options),
     }
 
 
-def _deployment(plan: Plan | None) -> dict[str, Any]:
+def _facts(deployment: Deployment | None) -> dict[str, Any]:
     """What a deployment is; nothing where it is not known."""
     return {
-        "replicas": plan.replicas if plan else None,
-        "tensor_parallel": plan.serving.tensor_parallel if plan else None,
-        "drafts": plan.serving.drafts if plan else None,
-        "profile": plan.profile if plan else None,
-        "backend": plan.backend if plan else None,
-        "options": plan.overrides if plan else None,
-        "image": _image(plan),
+        "replicas": deployment.replicas if deployment else None,
+        "tensor_parallel": deployment.serving.tensor_parallel if deployment else None,
+        "drafts": deployment.serving.drafts if deployment else None,
+        "profile": deployment.profile if deployment else None,
+        "backend": deployment.backend if deployment else None,
+        "options": deployment.overrides if deployment else None,
+        "image": _image(deployment),
     }
 
 
@@ -144,13 +144,13 @@ def _version(at: Endpoint) -> str | None:
         return None
 
 
-def _image(plan: Plan | None) -> dict[str, Any] | None:
+def _image(deployment: Deployment | None) -> dict[str, Any] | None:
     """The image that a deployment runs in."""
-    if not plan or plan.runtime != "docker":
+    if not deployment or deployment.runtime != "docker":
         return None
-    found = containers.connect().client.images.get(plan.image)
+    found = containers.connect().client.images.get(deployment.image)
     digests: Iterable[str] = found.attrs.get("RepoDigests") or ()
-    return {"reference": plan.image, "id": found.id, "digests": sorted(digests)}
+    return {"reference": deployment.image, "id": found.id, "digests": sorted(digests)}
 
 
 def machine() -> dict[str, Any]:

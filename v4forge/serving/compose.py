@@ -1,4 +1,4 @@
-"""A plan in containers: compose.yaml with the plan's values."""
+"""A deployment in containers: compose.yaml with the deployment's values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import refusals
-from v4forge.serving.deployment import METRICS, ROUTER, Plan, Process
+from v4forge.serving.deployment import METRICS, ROUTER, Deployment, Process
 
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
 PAIR = 2
@@ -42,57 +42,58 @@ def program() -> tuple[str, ...]:
 
 
 class Compose:
-    """Docker compose keeps the processes of a plan: a Runtime."""
+    """Docker compose keeps the processes of a deployment: a Runtime."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.files = [FILE, LIMITS, *map(Path, plan.compose)]
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.files = [FILE, LIMITS, *map(Path, deployment.compose)]
 
     @property
     def project(self) -> str:
-        return f"v4forge-{self.plan.port}"
+        return f"v4forge-{self.deployment.port}"
 
     def variables(self) -> dict[str, str]:
         """The variables of compose.yaml. Raises UserError for what it cannot express."""
-        plan = self.plan
-        if plan.replicas > MOST:
-            raise UserError(f"compose.yaml has {MOST} replicas, not {plan.replicas}", f"make serve REPLICAS={MOST}")
+        deployment = self.deployment
+        if deployment.replicas > MOST:
+            fact = f"compose.yaml has {MOST} replicas, not {deployment.replicas}"
+            raise UserError(fact, f"make serve REPLICAS={MOST}")
         values = {
             "COMPOSE_PROJECT_NAME": self.project,
-            "SERVE_IMAGE": plan.image,
+            "SERVE_IMAGE": deployment.image,
             "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
-            "SERVE_FOLDER": plan.folder,
-            "ARTIFACT": plan.artifact,
-            "REPLICA_ARGUMENTS": " ".join(plan.arguments(0)),
-            "API_KEY_FILE": plan.key_file or os.devnull,
-            "BIND": plan.bind,
-            "PORT": str(plan.port),
-            "ADMIN_PORT": str(plan.port + 1),
+            "SERVE_FOLDER": deployment.folder,
+            "ARTIFACT": deployment.artifact,
+            "REPLICA_ARGUMENTS": " ".join(deployment.arguments(0)),
+            "API_KEY_FILE": deployment.key_file or os.devnull,
+            "BIND": deployment.bind,
+            "PORT": str(deployment.port),
+            "ADMIN_PORT": str(deployment.port + 1),
             **{key: pins.read()[key] for key in ("PROMETHEUS_IMAGE", "GRAFANA_IMAGE")},
         }
-        for number, devices in enumerate(plan.gpus):
-            if plan.backend == "cuda" and len(devices) != PAIR:
+        for number, devices in enumerate(deployment.gpus):
+            if deployment.backend == "cuda" and len(devices) != PAIR:
                 hint = "make serve TP=2, or without docker: RUNTIME=host"
                 raise UserError(f"compose.yaml gives a replica {PAIR} GPUs, not {len(devices)}", hint)
             values |= {f"REPLICA{number}_GPU{place}": device for place, device in enumerate(devices)}
         return values
 
     def write(self) -> None:
-        lines = [f"{name}={value}\n" for name, value in self.plan.variables(0).items()]
-        write_text(Path(self.plan.folder) / "replica.env", "".join(lines))
-        if self.plan.key_file and not os.getuid():
-            os.chown(self.plan.key_file, USER, USER)
+        lines = [f"{name}={value}\n" for name, value in self.deployment.variables(0).items()]
+        write_text(Path(self.deployment.folder) / "replica.env", "".join(lines))
+        if self.deployment.key_file and not os.getuid():
+            os.chown(self.deployment.key_file, USER, USER)
 
     def check_readable(self) -> None:
         """Raises UserError for an artifact that the image's user may not read, where a replica runs as that."""
-        artifact = Path(self.plan.artifact)
+        artifact = Path(self.deployment.artifact)
         closed = [path for path in (artifact, *sorted(artifact.iterdir())) if not path.stat().st_mode & 0o004]
         if closed and not os.getuid():
             fact = f"you are root and the replicas are user {USER}, who may not read {closed[0]}"
             raise UserError(fact, f"chmod -R go+rX {artifact}, or make serve as another user")
 
     def command(self, *words: str) -> list[str]:
-        profiles = [f"replicas-{self.plan.replicas}", *(["metrics"] if self.plan.metrics else [])]
+        profiles = [f"replicas-{self.deployment.replicas}", *(["metrics"] if self.deployment.metrics else [])]
         files = [word for file in self.files for word in ("--file", str(file))]
         return [*program(), *files, *(f"--profile={name}" for name in profiles), *words]
 
@@ -107,7 +108,7 @@ class Compose:
             self._run(*words)
 
     def processes(self) -> Mapping[str, Process]:
-        wanted = [*self.plan.names, ROUTER, *(METRICS if self.plan.metrics else ())]
+        wanted = [*self.deployment.names, ROUTER, *(METRICS if self.deployment.metrics else ())]
         found = dict.fromkeys(wanted, Process())
         if listed := self._containers():
             seen = subprocess.run(["docker", "inspect", *listed], capture_output=True, text=True).stdout
@@ -137,7 +138,7 @@ class Compose:
 
     def stop(self, say: Callable[[str], None]) -> None:
         # The router gets SIGUSR1, ends when its last answer has, and is not started again.
-        self._run("stop", f"--timeout={self.plan.drain_s}", ROUTER)
+        self._run("stop", f"--timeout={self.deployment.drain_s}", ROUTER)
         say("serve: no request is left, stopping the replicas")
         self._run("down", "--timeout=60")
 

@@ -21,10 +21,10 @@ ROUTER, METRICS = "router", ("prometheus", "grafana")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A deployment. `folder` holds its files; `gpus` the devices of each replica, none on a CPU; `overrides` are the
-    operator's settings of vLLM; `key_file` holds the API key, "" for none; `program` is the folder of a host's vllm;
-    `compose` are files on top of compose.yaml."""
+class Deployment:
+    """What `make serve` starts. `folder` holds its files; `gpus` the devices of each replica, none on a CPU;
+    `overrides` are the operator's settings of vLLM; `key_file` holds the API key, "" for none; `program` is the folder
+    of a host's vllm; `compose` are files on top of compose.yaml."""
 
     folder: str
     artifact: str
@@ -105,6 +105,34 @@ class Plan:
             addresses = Addresses(f"{self.bind}:{self.port}", f"127.0.0.1:{self.port + 1}", names)
         return haproxy.configuration(addresses, self.drain_s, self.affinity)
 
+    def save(self) -> None:
+        """Keeps it in its folder, with the router's configuration."""
+        folder = Path(self.folder)
+        make_folder(folder)
+        write_text(folder / "haproxy.cfg", self.router_configuration())
+        write_json(folder / STATE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Deployment | None:
+        """The deployment that was started in this folder and not stopped, None where there is none."""
+        kept = read_json(folder / STATE)
+        if not kept:
+            return None
+        try:
+            return cls(**kept)
+        except TypeError:
+            hint = f"stop what runs by hand (docker ps, supervisorctl), then remove {folder / STATE}"
+            raise UserError(f"{folder / STATE} was written by another version", hint) from None
+
+    def forget(self) -> None:
+        """Takes away what save() kept: it runs no more."""
+        (Path(self.folder) / STATE).unlink(missing_ok=True)
+
+    def differing(self, other: Deployment) -> list[str]:
+        """The names of what another deployment has different."""
+        a, b = (json.loads(json.dumps(asdict(each))) for each in (self, other))  # tuples as lists, as they are kept
+        return [name for name in a if a[name] != b[name]]
+
 
 @dataclass(frozen=True)
 class Process:
@@ -116,9 +144,9 @@ class Process:
 
 
 class Runtime(Protocol):
-    """What keeps the processes of a plan: docker compose, or supervisord. `names` are replicas, or the router's."""
+    """What keeps a deployment's processes: docker compose, or supervisord. `names` are replicas, or the router's."""
 
-    plan: Plan
+    deployment: Deployment
 
     def write(self) -> None:
         """Writes the files that start() reads."""
@@ -137,33 +165,3 @@ class Runtime(Protocol):
 
     def stop(self, say: Callable[[str], None]) -> None:
         """Drains the router, then stops all."""
-
-
-def save(plan: Plan) -> None:
-    """Keeps the plan in its folder, with the router's configuration."""
-    folder = Path(plan.folder)
-    make_folder(folder)
-    write_text(folder / "haproxy.cfg", plan.router_configuration())
-    write_json(folder / STATE, asdict(plan))
-
-
-def load(folder: Path) -> Plan | None:
-    """The plan that was started in this folder and not stopped, None where there is none."""
-    kept = read_json(folder / STATE)
-    if not kept:
-        return None
-    try:
-        return Plan(**kept)
-    except TypeError:
-        hint = f"stop what runs by hand (docker ps, supervisorctl), then remove {folder / STATE}"
-        raise UserError(f"{folder / STATE} was written by another version", hint) from None
-
-
-def forget(plan: Plan) -> None:
-    (Path(plan.folder) / STATE).unlink(missing_ok=True)
-
-
-def differing(one: Plan, other: Plan) -> list[str]:
-    """The names of what two plans have different."""
-    a, b = (json.loads(json.dumps(asdict(plan))) for plan in (one, other))  # tuples as lists, as they are kept
-    return [name for name in a if a[name] != b[name]]

@@ -12,32 +12,34 @@ from pathlib import Path
 from v4forge import artifact_folder, gpus, pins
 from v4forge.errors import UserError
 from v4forge.gpus import BLACKWELL, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
-from v4forge.serving.deployment import Plan
+from v4forge.serving.deployment import Deployment
 from v4forge.units import GIB
 
 
-def check_certificate(plan: Plan) -> None:
+def check_certificate(deployment: Deployment) -> None:
     """Raises UserError unless verify has passed on the artifact as it is, by the digest of its SHA256SUMS."""
-    artifact = Path(plan.artifact)
+    artifact = Path(deployment.artifact)
     if not (artifact / "config.json").is_file():
         raise UserError(f"there is no artifact in {artifact}", "make artifact, or make serve ARTIFACT=<folder>")
     again = f"python -m scripts.verify --artifact {artifact}, or serve it all the same: make serve ALLOW=certificate"
     artifact_folder.check(artifact, again)
 
 
-def check_gpus(plan: Plan) -> None:
-    """Raises UserError unless the GPUs of the plan can hold and run the artifact."""
-    if plan.backend != "cuda":
+def check_gpus(deployment: Deployment) -> None:
+    """Raises UserError unless the GPUs of the deployment can hold and run the artifact."""
+    if deployment.backend != "cuda":
         return
-    chosen = {int(device) for devices in plan.gpus for device in devices}
+    chosen = {int(device) for devices in deployment.gpus for device in devices}
     found = [gpu for gpu in gpus.gpus() if gpu.index in chosen]
     if absent := sorted(chosen - {gpu.index for gpu in found}):
         raise UserError(f"there is no GPU {absent[0]}", "nvidia-smi -L lists them; make serve DEVICES=<some of them>")
-    size = sum(path.stat().st_size for path in Path(plan.artifact).glob("*.safetensors"))
-    share = float(plan.serving.value("gpu-memory-utilization") or 0.9)
+    size = sum(path.stat().st_size for path in Path(deployment.artifact).glob("*.safetensors"))
+    share = float(deployment.serving.value("gpu-memory-utilization") or 0.9)
     minimum = pins.read()["CUDA_DRIVER_MIN"]
     programs = gpus.processes()
-    for line in check_can_serve(found, plan.serving.tensor_parallel, size, share, minimum, programs, plan.replicas):
+    for line in check_can_serve(
+        found, deployment.serving.tensor_parallel, size, share, minimum, programs, deployment.replicas
+    ):
         print(f"serve: {line}", flush=True)
 
 
@@ -108,9 +110,9 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def check_ports(plan: Plan) -> None:
+def check_ports(deployment: Deployment) -> None:
     """Raises UserError for an address that is not this machine's, or a port on it that another program has."""
-    for address, port in plan.ports():
+    for address, port in deployment.ports():
         try:
             family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, kind, protocol) as probe:
@@ -118,7 +120,9 @@ def check_ports(plan: Plan) -> None:
                 probe.bind(where)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise UserError(f"port {port} on {address} is taken", f"make serve PORT={plan.port + 100}") from None
+                raise UserError(
+                    f"port {port} on {address} is taken", f"make serve PORT={deployment.port + 100}"
+                ) from None
             raise UserError(f"cannot listen on {address}:{port}: {error.strerror}", "make serve BIND=0.0.0.0") from None
         except OverflowError:
             raise UserError(f"{port} is no port", "make serve PORT=8000") from None
@@ -129,17 +133,17 @@ class Check:
     """`name` is what ALLOW takes to leave it out."""
 
     name: str
-    function: Callable[[Plan], None]
+    function: Callable[[Deployment], None]
 
 
 GUARDS = (Check("certificate", check_certificate), Check("gpu", check_gpus), Check("ports", check_ports))
 
 
-def check(plan: Plan, allowed: Iterable[str], say: Callable[[str], None]) -> None:
+def check(deployment: Deployment, allowed: Iterable[str], say: Callable[[str], None]) -> None:
     """Runs every guard; one that is allowed to fail says what it found."""
     for guard in GUARDS:
         try:
-            guard.function(plan)
+            guard.function(deployment)
         except UserError as error:
             if guard.name not in allowed:
                 raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from v4forge.errors import UserError
 from v4forge.serving import client
-from v4forge.serving.deployment import Plan, Process, Runtime
+from v4forge.serving.deployment import Deployment, Process, Runtime
 
 POLL_S = 1.0
 ANSWER_S = 10.0
@@ -20,10 +20,10 @@ STEPS = re.compile(
 )
 
 
-def ready(plan: Plan, number: int) -> bool:
+def ready(deployment: Deployment, number: int) -> bool:
     """Whether the router gives requests to this replica, and it answers."""
     try:
-        client.fetch(plan.endpoints[number], "/health", limit_s=ANSWER_S)
+        client.fetch(deployment.endpoints[number], "/health", limit_s=ANSWER_S)
     except UserError:
         return False
     return True
@@ -32,20 +32,20 @@ def ready(plan: Plan, number: int) -> bool:
 def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None]) -> None:
     """Returns when every replica is ready. Raises UserError, with the end of its log on the screen, when a process has
     ended, even if it was started again, and after `timeout_s`."""
-    plan, started = runtime.plan, time.monotonic()
-    waiting = list(range(plan.replicas))
+    deployment, started = runtime.deployment, time.monotonic()
+    waiting = list(range(deployment.replicas))
     first: dict[str, str] = {}
     while waiting:
         for name, process in runtime.processes().items():
             run = first.setdefault(name, process.run) if process.state == "running" else process.run
             if process.state in ("exited", "missing") or process.run != run:
                 raise _ended(runtime, name, process)
-        waiting = [number for number in waiting if not ready(plan, number)]
+        waiting = [number for number in waiting if not ready(deployment, number)]
         if waiting and time.monotonic() - started > timeout_s:
-            name = plan.names[waiting[0]]
+            name = deployment.names[waiting[0]]
             print(_tail(runtime.log(name)), flush=True)
             raise UserError(f"{name} is not ready after {timeout_s:.0f} s (its log above)", "make serve TIMEOUT=7200")
-        progress(plan.replicas - len(waiting), _step(runtime, [plan.names[number] for number in waiting]))
+        progress(deployment.replicas - len(waiting), _step(runtime, [deployment.names[number] for number in waiting]))
         if waiting:
             time.sleep(POLL_S)
 
@@ -77,6 +77,6 @@ def _tail(log: str) -> str:
 
 def show_errors(runtime: Runtime) -> None:
     """Shows the end of the log of every replica that does not answer."""
-    for number, name in enumerate(runtime.plan.names):
-        if not ready(runtime.plan, number):
+    for number, name in enumerate(runtime.deployment.names):
+        if not ready(runtime.deployment, number):
             print(_tail(runtime.log(name)), flush=True)

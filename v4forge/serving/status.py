@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from v4forge.errors import UserError
 from v4forge.serving import client
-from v4forge.serving.deployment import Plan, Process
+from v4forge.serving.deployment import Deployment, Process
 from v4forge.serving.metrics import Reading
 
 BETWEEN_S = 2.0
@@ -35,21 +35,21 @@ class Row:
         return asdict(self)
 
 
-def read(plan: Plan, number: int) -> Reading | None:
+def read(deployment: Deployment, number: int) -> Reading | None:
     """A replica's metrics; None when it does not answer."""
     try:
-        return client.metrics(plan.endpoints[number])
+        return client.metrics(deployment.endpoints[number])
     except UserError:
         return None
 
 
-def rows(plan: Plan, processes: Mapping[str, Process], between_s: float = BETWEEN_S) -> list[Row]:
+def rows(deployment: Deployment, processes: Mapping[str, Process], between_s: float = BETWEEN_S) -> list[Row]:
     """One row a replica, in their order."""
-    earlier = [read(plan, number) for number in range(plan.replicas)]
+    earlier = [read(deployment, number) for number in range(deployment.replicas)]
     time.sleep(between_s)
     found = []
-    for number, name in enumerate(plan.names):
-        before, now = earlier[number], read(plan, number)
+    for number, name in enumerate(deployment.names):
+        before, now = earlier[number], read(deployment, number)
         if now is None:
             state = processes.get(name, Process()).state
             found.append(Row(name, "not ready" if state == "running" else state))

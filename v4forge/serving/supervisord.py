@@ -1,4 +1,4 @@
-"""A plan without containers: the same processes under supervisord, which starts again what ends."""
+"""A deployment without containers: the same processes under supervisord, which starts again what ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.serving.deployment import ROUTER, Plan, Process
+from v4forge.serving.deployment import ROUTER, Deployment, Process
 
 REPLICA = ROOT / "docker" / "serve" / "replica"
 # supervisord's words -> ours; the others are told as they are.
@@ -31,11 +31,11 @@ LOG_BYTES, LOG_FILES = "50MB", 3
 
 
 class Supervised:
-    """supervisord keeps the processes of a plan: a Runtime."""
+    """supervisord keeps the processes of a deployment: a Runtime."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.folder = Path(plan.folder)
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.folder = Path(deployment.folder)
         self.logs = self.folder / "logs"
         # A socket's path has at most 107 characters, and a folder's may have more.
         name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
@@ -61,7 +61,7 @@ class Supervised:
                 "rpcinterface:supervisor",
                 {"supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"},
             ),
-            *(self._program(name, *self.process(name)) for name in (*self.plan.names, ROUTER)),
+            *(self._program(name, *self.process(name)) for name in (*self.deployment.names, ROUTER)),
         ]
         sections = ("\n".join([f"[{name}]", *(f"{k}={v}" for k, v in rows.items())]) for name, rows in parts)
         return "\n\n".join(sections) + "\n"
@@ -73,13 +73,13 @@ class Supervised:
             if haproxy is None:
                 raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
             return [haproxy, "-db", "-f", str(self.folder / "haproxy.cfg")], {}
-        number = self.plan.names.index(name)
-        variables = self.plan.variables(number)
-        variables |= {"PATH": f"{self.plan.program}:{os.environ.get('PATH', os.defpath)}"}
-        variables |= {"API_KEY_FILE": self.plan.key_file or os.devnull}
-        if self.plan.gpus[number]:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.plan.gpus[number])
-        return [str(REPLICA), *self.plan.arguments(number)], variables
+        number = self.deployment.names.index(name)
+        variables = self.deployment.variables(number)
+        variables |= {"PATH": f"{self.deployment.program}:{os.environ.get('PATH', os.defpath)}"}
+        variables |= {"API_KEY_FILE": self.deployment.key_file or os.devnull}
+        if self.deployment.gpus[number]:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.deployment.gpus[number])
+        return [str(REPLICA), *self.deployment.arguments(number)], variables
 
     def _program(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         rows = {
@@ -91,7 +91,7 @@ class Supervised:
             "startsecs": 1 if name == ROUTER else 10,
             "startretries": 1000,
             "stopsignal": "USR1" if name == ROUTER else "TERM",
-            "stopwaitsecs": self.plan.drain_s + 5 if name == ROUTER else 60,
+            "stopwaitsecs": self.deployment.drain_s + 5 if name == ROUTER else 60,
             "killasgroup": "true",
             "redirect_stderr": "true",
             "stdout_logfile": self.logs / f"{name}.log",
@@ -103,7 +103,7 @@ class Supervised:
     def start(self) -> None:
         if self._answers():
             return
-        for name in (*self.plan.names, ROUTER):
+        for name in (*self.deployment.names, ROUTER):
             with suppress(FileNotFoundError):  # what an earlier start said is another story
                 (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")]
@@ -117,7 +117,7 @@ class Supervised:
             time.sleep(0.1)
 
     def processes(self) -> Mapping[str, Process]:
-        found = dict.fromkeys((*self.plan.names, ROUTER), Process())
+        found = dict.fromkeys((*self.deployment.names, ROUTER), Process())
         with suppress(OSError, xmlrpc.client.Error):
             for each in self._server().getAllProcessInfo():
                 state = STATES.get(each["statename"], each["statename"].lower())
@@ -129,7 +129,7 @@ class Supervised:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def follow(self, names: Sequence[str], lines: int) -> NoReturn:
-        files = [str(self.logs / f"{name}.log") for name in names or (*self.plan.names, ROUTER)]
+        files = [str(self.logs / f"{name}.log") for name in names or (*self.deployment.names, ROUTER)]
         os.execvp("tail", ["tail", f"--lines={lines}", "-F", *files])
 
     def stop(self, say: Callable[[str], None]) -> None:

@@ -1,0 +1,80 @@
+"""What serve and the benches share on the command line: which deployment is asked for, and how it is started."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from v4forge.serving import settings
+from v4forge.serving.launch import Start, Wanted
+
+ARTIFACT = "scratch/tiny/artifact"
+FOLDER = Path("scratch/tiny/serve")
+
+
+def add_wanted(command: argparse._ActionsContainer) -> None:
+    """The options that say what is started."""
+    add = command.add_argument
+    add("--artifact", default=ARTIFACT, metavar="DIR", help="default: %(default)s")
+    add("--serve-profile", default=Wanted.profile, metavar="NAME", help=f"one of: {', '.join(settings.profiles())}")
+    add("--runtime", choices=("", "docker", "host"), default="", help="default: docker; host for BACKEND=cpu")
+    add("--backend", choices=("cuda", "cpu"), default=Wanted.backend, help="default: cuda; cpu is for tests")
+    add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")
+    add("--devices", default="", metavar="0,1,…", help="GPUs, replica by replica; default: pairs by their links")
+    add("--drafts", type=int, metavar="K", help="drafts a step, 0 for none; default: the profile's")
+    add("--set", nargs="+", type=setting, default=[], metavar="OPTION=VALUE", help="other options of vllm serve")
+    add("--bind", default=Wanted.bind, metavar="ADDRESS", help="0.0.0.0 opens it to the network; default: %(default)s")
+    add("--port", type=int, default=Wanted.port, help="and the next one, for this machine; default: %(default)s")
+    add("--drain", type=int, default=Wanted.drain_s, metavar="S",
+        help="a stop waits so long for requests; default: %(default)s")  # fmt: skip
+    add("--affinity", action="store_true", help="requests with one X-Session-Id go to one replica")
+    add("--metrics", action="store_true", help="Prometheus and Grafana too")
+    add("--compose-file", nargs="+", default=[], metavar="FILE",
+        help="on top of compose.yaml: more mounts, other limits")  # fmt: skip
+    add("--program", default="", metavar="DIR", help="without docker: the folder of vllm's program")
+
+
+def add_start(command: argparse._ActionsContainer) -> None:
+    """The options that say how it is started."""
+    add = command.add_argument
+    add("--api-key-file", default="", metavar="FILE", help="clients must send the key in it; or the variable API_KEY")
+    add("--timeout", type=float, default=Start.timeout_s, metavar="S",
+        help="until every replica is ready; default: %(default)s")  # fmt: skip
+    add("--min-acceptance", type=float, default=Start.min_acceptance, metavar="SHARE",
+        help="of first drafts, in the probe; default: %(default)s")  # fmt: skip
+    add("--allow", nargs="+", default=[], metavar="GUARD", help="guards and probe checks that may fail")
+    add("--keep", action="store_true", help="leave what was started when the probe fails")
+
+
+def setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
+    return name, value
+
+
+def wanted(arguments: argparse.Namespace) -> Wanted:
+    """What the options of add_wanted(), and --folder, ask for."""
+    return Wanted(
+        folder=arguments.folder,
+        artifact=Path(arguments.artifact),
+        profile=arguments.serve_profile,
+        runtime=arguments.runtime,
+        backend=arguments.backend,
+        replicas=arguments.replicas,
+        devices=arguments.devices,
+        drafts=arguments.drafts,
+        overrides=dict(arguments.set),
+        bind=arguments.bind,
+        port=arguments.port,
+        drain_s=arguments.drain,
+        affinity=arguments.affinity,
+        metrics=arguments.metrics,
+        compose=arguments.compose_file,
+        program=arguments.program,
+    )
+
+
+def start(arguments: argparse.Namespace) -> Start:
+    """What the options of add_start() ask for, besides the key."""
+    return Start(arguments.timeout, arguments.min_acceptance, arguments.allow, arguments.keep)

@@ -1,0 +1,265 @@
+"""Brings a deployment up, until it is ready and has passed the probe, and down: for `make serve` and the benches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from v4forge import gpus, outcomes
+from v4forge.checkout import ROOT
+from v4forge.errors import UserError
+from v4forge.files import write_text
+from v4forge.images import containers, definitions
+from v4forge.outcomes import Outcome
+from v4forge.serving import preflight, probe, readiness, settings
+from v4forge.serving.compose import Compose
+from v4forge.serving.deployment import Deployment, Runtime
+from v4forge.serving.probe import FLOOR, Expected
+from v4forge.serving.supervisord import Supervised
+
+CPU_REPLICAS = 2
+# Where vllm is without docker.
+PROGRAMS = {"cuda": ROOT / ".venv-serve/bin", "cpu": ROOT / ".venv-serve-cpu/bin"}
+NOTHING = "nothing is served from {}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A deployment as it is asked for. deployment_of() decides what is left open: an empty `runtime`, `devices` or
+    `program`, no `replicas`, `drafts` None. `overrides` are the operator's settings of vLLM."""
+
+    folder: Path
+    artifact: Path
+    profile: str = "published"
+    runtime: str = ""
+    backend: str = "cuda"
+    replicas: int = 0
+    devices: str = ""
+    drafts: int | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    bind: str = "127.0.0.1"
+    port: int = 8000
+    drain_s: int = 600
+    affinity: bool = False
+    metrics: bool = False
+    compose: Sequence[str] = ()
+    program: str = ""
+
+    @property
+    def keeper(self) -> str:
+        """The runtime: what is asked for, else docker, and on a CPU the host."""
+        return self.runtime or ("docker" if self.backend == "cuda" else "host")
+
+    @property
+    def programs(self) -> Path:
+        """The folder of vllm's program where there is no container."""
+        return Path(os.path.abspath(self.program or PROGRAMS[self.backend]))
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a deployment is started. timeout_s: until every replica is ready; min_acceptance: of first drafts, in the
+    probe; allow: guards and checks of the probe that may fail; keep: leave what was started when the probe fails."""
+
+    timeout_s: float = 2700
+    min_acceptance: float = FLOOR
+    allow: Sequence[str] = ()
+    keep: bool = False
+
+
+class Steps(Protocol):
+    """Shows progress over `total` steps: what the block gets is called with steps finished, and what comes next."""
+
+    def __call__(
+        self, what: str, total: int, unit: str = "", resumes: bool = False
+    ) -> AbstractContextManager[Callable[[int, str], None]]: ...
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def runtime_of(deployment: Deployment) -> Runtime:
+    return Compose(deployment) if deployment.runtime == "docker" else Supervised(deployment)
+
+
+def deployment_of(wanted: Wanted) -> Deployment:
+    """What is asked for, as this machine has it. Raises UserError for what it has not."""
+    overrides = dict(wanted.overrides)
+    if wanted.drafts is not None:
+        overrides |= {settings.DRAFTS: str(wanted.drafts), settings.DRAFT_METHOD: "mtp"}
+    chosen = settings.serving(wanted.profile, wanted.backend, overrides)
+    deployment = Deployment(
+        folder=os.path.abspath(wanted.folder),
+        artifact=os.path.abspath(wanted.artifact),
+        runtime=wanted.keeper,
+        backend=wanted.backend,
+        profile=wanted.profile,
+        overrides=overrides,
+        gpus=devices(wanted, chosen.tensor_parallel),
+        bind=wanted.bind,
+        port=wanted.port,
+        drain_s=wanted.drain_s,
+        affinity=wanted.affinity,
+        metrics=wanted.metrics,
+        compose=[os.path.abspath(file) for file in wanted.compose],
+    )
+    if deployment.metrics and deployment.runtime == "host":
+        raise UserError("Prometheus and Grafana run in containers", "make serve RUNTIME=docker METRICS=1")
+    if deployment.runtime == "host":
+        return replace(deployment, program=str(wanted.programs))
+    return replace(deployment, image=definitions.resolve("serve"))
+
+
+def devices(wanted: Wanted, tensor_parallel: int) -> list[list[str]]:
+    """The GPUs of each replica, by nvidia-smi's numbers: pairs as they are joined; () each on a CPU."""
+    if wanted.backend == "cpu":
+        return [[] for _ in range(wanted.replicas or CPU_REPLICAS)]
+    given = [device.strip() for device in wanted.devices.split(",") if device.strip()]
+    if any(not device.isdigit() for device in given) or len(set(given)) < len(given):
+        raise UserError(f"DEVICES={wanted.devices} is not a list of GPUs", "make serve DEVICES=0,1,2,3")
+    if given:
+        order = given
+    elif tensor_parallel == 2:
+        order = [str(gpu) for pair in gpus.pairs(gpus.topology()) for gpu in pair]
+    else:
+        order = [str(gpu.index) for gpu in gpus.gpus()]
+    groups = [order[start : start + tensor_parallel] for start in range(0, len(order), tensor_parallel)]
+    whole = [group for group in groups if len(group) == tensor_parallel]
+    count = wanted.replicas or len(whole)
+    if not whole or count > len(whole):
+        fact = f"{count or 1} replicas of {tensor_parallel} GPUs need {(count or 1) * tensor_parallel}, there are"
+        raise UserError(f"{fact} {len(order)}", f"make serve REPLICAS={len(whole)}" if whole else "nvidia-smi -L")
+    return whole[:count]
+
+
+def read_key(file: str) -> str:
+    """The API key in a file, or in the variable API_KEY, which no program that we start shall have; "" for none."""
+    key = os.environ.pop("API_KEY", "").strip()
+    if not file:
+        return key
+    hint = "make serve API_KEY_FILE=<a file of one line>"
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the API key cannot be read: {error}", hint) from None
+    if not key:
+        raise UserError(f"there is no key in {file}", hint)
+    return key
+
+
+def write_key(deployment: Deployment, key: str) -> None:
+    """Keeps the key where only who serves can read it."""
+    previous = os.umask(0o077)
+    try:
+        write_text(Path(deployment.key_file), key + "\n")
+    finally:
+        os.umask(previous)
+
+
+def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployment:
+    """Starts a deployment whose clients send `key`, "" for none, and waits until it is ready and has passed the probe
+    -> as it runs. One that runs already is probed again. Raises UserError where it cannot be, and stops it then."""
+    deployment = replace(deployment, key_file=str(Path(deployment.folder) / "api_key") if key else "")
+    running = Deployment.load(Path(deployment.folder))
+    if running and (other := running.differing(deployment) or ["key"] * (running.key != key)):
+        raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
+    runtime = runtime_of(deployment)
+    if not running:
+        _prepare(runtime, key, start)
+    chosen = deployment.serving
+    say(f"serve: {deployment.replicas} x TP={chosen.tensor_parallel}, k={chosen.drafts}, {deployment.artifact}")
+    if not running:
+        for number, group in enumerate(deployment.gpus):
+            if group:
+                say(f"serve: replica{number} on GPU {','.join(group)}")
+    try:
+        runtime.start()
+        with steps("serve", deployment.replicas, "replicas") as progress:
+            readiness.wait(runtime, start.timeout_s, progress)
+        _probe(runtime, start, steps)
+    except (UserError, KeyboardInterrupt):
+        if not (start.keep or running):
+            say("serve: stopping what was started (KEEP=1 leaves it)")
+            bring_down(runtime)
+        raise
+    say(f"ready: {deployment.url}")
+    return deployment
+
+
+def _prepare(runtime: Runtime, key: str, start: Start) -> None:
+    """Writes what the processes read, after a look at whether they can run."""
+    deployment = runtime.deployment
+    preflight.check(deployment, start.allow, say)
+    if isinstance(runtime, Compose):
+        check_image(deployment)
+        runtime.check_readable()
+    elif not (Path(deployment.program) / "vllm").exists():
+        hint = (
+            "make env-serve-cpu" if deployment.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
+        )
+        raise UserError(f"there is no vllm in {deployment.program}", hint)
+    if key:
+        write_key(deployment, key)
+    runtime.write()
+    deployment.save()
+
+
+def check_image(deployment: Deployment) -> None:
+    """Raises UserError unless the daemon has the image, built from the versions of this checkout."""
+    labels = containers.labels(containers.connect(), deployment.image)
+    for label, value in definitions.expected_labels("serve").items():
+        if labels.get(label) != value:
+            fact = f"the image {deployment.image} was built from other versions ({label})"
+            raise UserError(fact, "make images IMAGE=serve")
+
+
+def _probe(runtime: Runtime, start: Start, steps: Steps) -> None:
+    """Raises UserError where a check fails that may not."""
+    deployment, chosen = runtime.deployment, runtime.deployment.serving
+    expected = Expected(chosen.model, chosen.drafts > 0, chosen.tensor_parallel, start.min_acceptance)
+    with steps("probe", deployment.replicas, "replicas") as progress:
+        checks = probe.probe(
+            deployment.endpoints, expected, lambda number: runtime.log(deployment.names[number]), progress
+        )
+    say("\n".join(outcomes.lines(checks)))
+    failed = [check for check in checks if not check.ok and kind(check) not in start.allow]
+    if failed:
+        readiness.show_errors(runtime)
+        hint = f"make serve-logs says more; serve all the same: make serve ALLOW={kind(failed[0])}"
+        raise UserError(f"the probe failed: {failed[0].name}: {failed[0].detail}", hint)
+
+
+def kind(check: Outcome) -> str:
+    """What ALLOW calls it, whichever replica it is about."""
+    return check.name.rpartition(": ")[2].replace(" ", "-")
+
+
+def bring_down(runtime: Runtime) -> None:
+    runtime.stop(say)
+    runtime.deployment.forget()
+    if runtime.deployment.key_file:
+        Path(runtime.deployment.key_file).unlink(missing_ok=True)
+
+
+def stop(folder: Path) -> None:
+    """Takes no new request, waits for those that run, stops everything that was started in a folder."""
+    deployment = Deployment.load(folder)
+    if deployment is None:
+        say(NOTHING.format(folder))
+        return
+    say(f"serve: draining, for at most {deployment.drain_s} s")
+    bring_down(runtime_of(deployment))
+    say("serve: stopped")
+
+
+def running_in(folder: Path) -> Runtime:
+    """What keeps the deployment of a folder. Raises UserError where there is none."""
+    deployment = Deployment.load(folder)
+    if deployment is None:
+        raise UserError(NOTHING.format(folder), "make serve")
+    return runtime_of(deployment)
