@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from v4forge.checkpoint import codec, layout
-from v4forge.checkpoint.layout import Config, Shape, stored_name
+from v4forge.checkpoint.formats import Shape
+from v4forge.checkpoint.layout import Config, stored_name
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.writer import write_index, write_shard

@@ -12,15 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-from dev.tiny import text as tiny_text
-from dev.tiny import train
-from scripts.cli import parser_for
-from v4forge.checkpoint.reader import Checkpoint
+from dev.tiny.settings import Settings
+from scripts.cli import DEVICE, parser_for, some_device
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
-from v4forge.model.evaluation import evaluate, unigram_perplexity
 
 
 def main() -> None:
@@ -35,8 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, required=True, metavar="FILE", help="training text of dev.make_tiny_text --train-out"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    for field in dataclasses.fields(train.Settings):
+    parser.add_argument("--device", help=DEVICE)
+    for field in dataclasses.fields(Settings):
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
             type=type(field.default),
@@ -48,8 +43,16 @@ def main() -> None:
         raise UserError(
             f"{arguments.text} does not exist", f"python -m dev.make_tiny_text --train-out {arguments.text}"
         )
-    settings = train.Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(train.Settings)})
-    device = torch.device(arguments.device)
+    settings = Settings(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)})
+
+    import torch
+
+    from dev.tiny import text as tiny_text
+    from dev.tiny import train
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.model.evaluation import evaluate, unigram_perplexity
+
+    device = torch.device(arguments.device or some_device())
     text = torch.from_numpy(tiny_text.train_tokens(arguments.out, arguments.text).astype("int64"))
     heldout = torch.from_numpy(tiny_text.heldout_tokens(arguments.out, arguments.out / "heldout.txt").astype("int64"))
     heldout = heldout[: len(heldout) // settings.seq_len * settings.seq_len].view(-1, settings.seq_len)

@@ -7,87 +7,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from scripts.cli import parser_for
-from v4forge.errors import UserError, run_main
-from v4forge.units import GB
-
-LIMIT_S = 90  # NCCL's first connection over NVLink takes seconds, over a broken fabric for ever
-NUMBERS = 16 << 20
-TIMES = 10
-PERIOD = 251  # the numbers repeat after a prime, so that a part sent to the wrong place shows
-
-
-def numbers(rank: int, count: int, device: torch.device) -> Tensor:
-    """A rank's part of the sum: [count] float32, whole numbers, so that the sum is exact."""
-    return (torch.arange(count, device=device) % PERIOD + rank * PERIOD).float()
-
-
-def check(found: Tensor, ranks: int) -> None:
-    """Raises UserError unless `found` is the sum over the ranks' numbers."""
-    expected = sum(numbers(rank, len(found), found.device) for rank in range(ranks))
-    if wrong := int((found != expected).sum()):
-        raise UserError(
-            f"the all-reduce is wrong in {wrong} of {len(found)} numbers", "sudo dmesg | grep -iE 'xid|nvlink'"
-        )
+from v4forge.errors import run_main
 
 
 def main() -> None:
     parser = parser_for("all_reduce", __doc__)
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="default: %(default)s")
     args = parser.parse_args()
-    if "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "one process has nobody to add with",
-            ".venv/bin/torchrun --standalone --nproc-per-node 2 -m scripts.all_reduce",
-        )
-    signal.alarm(LIMIT_S)  # ends a process that hangs in a library, which no timeout of torch's reaches
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if args.backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torch sees {torch.cuda.device_count()} GPUs", "nvidia-smi -L")
-        torch.cuda.set_device(device)
-    bound = device if device.type == "cuda" else None
-    dist.init_process_group(args.backend, timeout=timedelta(seconds=LIMIT_S), device_id=bound)
-    try:
-        ranks = dist.get_world_size()
-        value = numbers(dist.get_rank(), NUMBERS, device)
-        dist.all_reduce(value)
-        check(value, ranks)
-        seconds = timed(device)
-        if dist.get_rank() == 0:
-            size = 4 * NUMBERS
-            bus = 2 * (ranks - 1) / ranks * size / seconds / GB  # as nccl-tests count it
-            print(f"all-reduce: {size >> 20} MiB of {ranks} processes, right; {bus:.1f} GB/s", flush=True)
-    finally:
-        dist.destroy_process_group()
 
+    from v4forge.pipeline import all_reduce
 
-def timed(device: torch.device) -> float:
-    """Seconds of one all-reduce of NUMBERS float32, the mean of TIMES."""
-    value = torch.zeros(NUMBERS, device=device)
-    dist.all_reduce(value)
-    dist.barrier()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(TIMES):
-        dist.all_reduce(value)
-    _wait(device)
-    return (time.perf_counter() - started) / TIMES
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    all_reduce.run(args.backend)
 
 
 if __name__ == "__main__":

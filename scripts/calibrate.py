@@ -12,11 +12,11 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from scripts.cli import parser_for, steps
+from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import digests
 from v4forge.checkpoint.layout import upstream
 from v4forge.checkpoint.reader import Checkpoint
@@ -24,9 +24,14 @@ from v4forge.errors import UserError, run_main
 from v4forge.files import exclusive, read_json, write_text
 from v4forge.model import corpus, distributed
 from v4forge.pipeline import requirements
-from v4forge.quantization import calibrate, experts, layer_files
-from v4forge.reporting import calibration_page
+from v4forge.quantization import calibrate, layer_files
 from v4forge.verification import reproduce
+
+if TYPE_CHECKING:
+    import torch
+
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.model import distributed
 
 
 def main() -> None:
@@ -46,13 +51,13 @@ def main() -> None:
     add("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
     add(
         "--method",
-        choices=("gptq", "rtn"),
+        choices=tuple(layer_files.METHODS),
         default=defaults.method,
         help="rtn: round-to-nearest, without a corpus, to compare with (default: %(default)s)",
     )
     add(
         "--scales",
-        choices=tuple(experts.SCALES),
+        choices=layer_files.SCALES,
         default=defaults.scales,
         help="of GPTQ; absmax is llm-compressor's default rule (default: %(default)s)",
     )
@@ -79,7 +84,7 @@ def main() -> None:
         default=defaults.threads,
         help="CPU threads; they are part of what fixes the bytes (default: %(default)s)",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--device", help=DEVICE)
     add(
         "--on-mismatch",
         choices=("refuse", "move"),
@@ -106,8 +111,13 @@ def main() -> None:
             parser.error(f"argument --{option.replace('_', '-')}: it must be at least {least}")
     if not 0 < arguments.dampening < math.inf:
         parser.error("argument --dampening: it must be a positive number")
+
+    import torch
+
+    from v4forge.model import distributed
+
     try:
-        device = torch.device(arguments.device)
+        device = torch.device(arguments.device or some_device())
     except RuntimeError as error:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -126,6 +136,8 @@ def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.d
         micro_batch=arguments.micro_batch,
         threads=arguments.threads,
     )
+    from v4forge.checkpoint.reader import Checkpoint
+
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
     original = reproduce.load(arguments.compare) if arguments.compare else None
@@ -174,6 +186,7 @@ def calibrated(
     device: torch.device,
     comparison: reproduce.Comparison | None = None,
 ) -> None:
+
     todo = source.config.layers
     if place.rank == 0:
         layer_files.claim(arguments.work, mark, arguments.on_mismatch, print)
@@ -212,6 +225,8 @@ def calibrated(
             finished_layer=finished,
         )
     if place.rank == 0 and settings.method == "gptq" and (lines or not page.exists()):
+        from v4forge.reporting import calibration_page
+
         write_text(page, calibration_page.page([read_json(layer_files.layer_report(arguments.work, i)) for i in todo]))
         print(f"calibration: {page}")
 

@@ -12,7 +12,6 @@ from scripts.cli import parser_for
 from v4forge.artifact_folder import CARD
 from v4forge.errors import run_main
 from v4forge.files import remove_leftovers, write_text
-from v4forge.reporting import card, card_html, card_subject, run_record
 
 PAGE = "reports/card.html"
 
@@ -22,6 +21,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>: layers, reports")
     parser.add_argument("--artifact", type=Path, required=True, metavar="DIR", help="gets README.md and run.json")
     arguments = parser.parse_args()
+
+    from v4forge.reporting import card, card_html, card_subject, run_record
+
     card_subject.require(arguments.artifact)
     remove_leftovers(arguments.artifact)
     run_record.write(arguments.work, arguments.artifact)

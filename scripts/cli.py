@@ -1,4 +1,8 @@
-"""What the programs share on the command line: the parser's form, tables, and progress with rate, ETA and memory."""
+"""What the programs share on the command line: the parser's form, tables, and progress with rate, ETA and memory.
+
+A program imports what takes seconds, such as torch, once its arguments are parsed, within `main` or what `main` calls:
+--help and a mistake in an argument are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from v4forge.errors import UserError
 from v4forge.pipeline import events
 from v4forge.pipeline.progress import Moment, Pace
 
+DEVICE = "default: cuda where there is a GPU, else cpu"  # help of --device
 QUIET_S = 10.0  # without a terminal, a line at most this often
 TOLD_S = 1.0  # an event of progress at most this often
 BAR_WIDTHS = range(10, 31)
@@ -62,6 +67,13 @@ def table_console(file_width: int = FILE_WIDTH) -> Console:
     if not console.is_terminal:
         console.width = file_width
     return console
+
+
+def some_device() -> str:
+    """What --device is by default."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

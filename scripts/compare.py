@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -25,6 +26,9 @@ from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
 from v4forge.files import understood
 from v4forge.reporting.tables import p_value
+
+if TYPE_CHECKING:
+    from v4forge.bench.comparison import Comparison, Delta
 
 SETTING_SHOWN = 60  # characters of it
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from scripts.cli import parser_for, steps
 from v4forge.checkpoint.layout import upstream
-from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import digest_of
 from v4forge.errors import run_main
-from v4forge.quantization.dequant import dequantize
 from v4forge.quantization.layer_files import source_digests
 
 
@@ -23,6 +21,10 @@ def main() -> None:
         "--out", type=Path, required=True, metavar="DIR", help="gets the BF16 files, 3.6 times the size"
     )
     arguments = parser.parse_args()
+
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.quantization.dequant import dequantize
+
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))  # before every byte is read for the digests
     cache = arguments.out.parent / ".stamps" / "digests.json"

@@ -10,22 +10,25 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from scripts.cli import parser_for, steps
+from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge.artifact_folder import sums_sha256
-from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
-from v4forge.model.evaluation import compare, step_count, unigram_perplexity
 from v4forge.model.heldout import tokens as heldout_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from v4forge.checkpoint.reader import Checkpoint
 
 
 def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpoint:
     if not directory.is_dir():
         raise UserError(f"the {what} {directory} does not exist", hint)
+    from v4forge.checkpoint.reader import Checkpoint
+
     return Checkpoint(directory, form=form)
 
 
@@ -33,6 +36,8 @@ def measure(
     models: dict[str, Checkpoint], tokens: torch.Tensor, device: torch.device, progress: Callable[[int, str], None]
 ) -> dict[str, dict[str, Any]]:
     """Quality and bytes of the shards of each model, the first of which is the source; one line each on stderr."""
+    from v4forge.model.evaluation import compare
+
     qualities = compare(list(models.values()), tokens, device, progress, count=1)
     figures: dict[str, dict[str, Any]] = {}
     for (name, checkpoint), quality in zip(models.items(), qualities, strict=True):
@@ -70,12 +75,16 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads: the last digits depend on it (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", help=DEVICE)
     args = parser.parse_args()
     if args.sequences < 1 or args.seq_len < 3 or args.threads < 1:
         parser.error("--sequences and --threads are at least 1, --seq-len at least 3: a draft is two tokens ahead")
-    torch.set_num_threads(args.threads)
 
+    import torch
+
+    from v4forge.model.evaluation import step_count, unigram_perplexity
+
+    torch.set_num_threads(args.threads)
     models = {
         "source": open_checkpoint(args.source, "source", "source", "make fetch PROFILE=flash, or --source models/tiny"),
         "rtn": open_checkpoint(args.baseline, "artifact", "round-to-nearest artifact", "make demo"),
@@ -85,7 +94,7 @@ def main() -> None:
     tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
     total = step_count(list(models.values()))
     with steps("evaluate", total, "parts") as progress:
-        figures = measure(models, tokens, torch.device(args.device), progress)
+        figures = measure(models, tokens, torch.device(args.device or some_device()), progress)
     heldout = {
         "file": args.heldout.name,
         "sha256": hashlib.sha256(args.heldout.read_bytes()).hexdigest(),

@@ -11,10 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.cli import parser_for, steps
-from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
-from v4forge.quantization.from_hf import repair
-from v4forge.quantization.postprocess import assemble
 from v4forge.units import GB
 
 
@@ -32,11 +29,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the artifact's folder")
     arguments = parser.parse_args()
+
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.quantization.postprocess import assemble
+
     source = Checkpoint(arguments.source)
     with steps("postprocess", source.config.num_hidden_layers + 2, "shards") as advance:
         if arguments.work:
             assemble(source, arguments.work, arguments.out, advance)
         else:
+            from v4forge.quantization.from_hf import repair  # with compressed-tensors, which only this needs
+
             repair(source, arguments.from_hf, arguments.out, advance)
     size = sum(path.stat().st_size for path in arguments.out.glob("*.safetensors"))
     print(f"{arguments.out}: {size / GB:.3f} GB")

@@ -20,8 +20,6 @@ from rich.text import Text
 from scripts.cli import parser_for, steps
 from v4forge.errors import run_main
 from v4forge.outcomes import OK, Outcome
-from v4forge.pipeline import release_check
-from v4forge.pipeline.release_check import Release
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)
+
+    from v4forge.pipeline import release_check
+
     with steps("release-check", len(release_check.CHECKS), "checks") as advance:
-        rows = release_check.rows(Release(args.work), advance)
+        rows = release_check.rows(release_check.Release(args.work), advance)
     failed = [row for row in rows if not row.ok]
     if args.json:
         print(json.dumps({"checks": [row.record() for row in rows]}, indent=1))

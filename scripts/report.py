@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -19,13 +19,13 @@ from rich.table import Table
 
 from scripts.cli import parser_for
 from v4forge import artifact_folder
-from v4forge.bench.results import Result
 from v4forge.errors import run_main
 from v4forge.files import write_text
-from v4forge.reporting import page as report_page
 from v4forge.reporting import run_sections
-from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
-from v4forge.reporting.inputs import Inputs
+
+if TYPE_CHECKING:
+    from v4forge.bench.results import Result
+    from v4forge.reporting.inputs import Inputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,15 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
     args = parser.parse_args(argv)
 
+    from v4forge.reporting import page
+    from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
+
     inputs, measured = gathered(args.work)
     write_text(args.work / MARKDOWN, markdown(inputs))
-    write_text(args.work / PAGE, report_page.page(inputs))
+    write_text(args.work / PAGE, page.page(inputs))
     show(inputs, measured, args.work / PAGE)
     return 0 if inputs.certificate is None or artifact_folder.verdict(inputs.certificate).ok else 1
 
 
 def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     """What there is, in a terminal."""
+    from v4forge.reporting import page as report_page
+
     console = Console(highlight=False)
     verdict = artifact_folder.verdict(inputs.certificate) if inputs.certificate is not None else None
     if inputs.evaluation:

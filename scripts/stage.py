@@ -21,7 +21,7 @@ from typing import Any
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable, exclusive
-from v4forge.pipeline import estimate, events, run_state
+from v4forge.pipeline import estimate, events, explain, run_state
 from v4forge.pipeline.run_state import lock_file
 from v4forge.pipeline.runner import READ_ONLY, Runner, StageFailed, say
 from v4forge.pipeline.stages import PROFILES, STAGES, Stage
@@ -123,7 +123,9 @@ def main(
     runner = Runner(settings_of(args), table, root)
     if args.action == "why" or args.dry_run:
         lines = (
-            runner.dry_run(args.stages) if args.dry_run else [line for name in args.stages for line in runner.why(name)]
+            explain.dry_run(runner, args.stages)
+            if args.dry_run
+            else [line for name in args.stages for line in explain.why(runner, name)]
         )
         print("\n".join(lines))
         if runner.work.is_dir():

@@ -13,21 +13,28 @@ import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.cli import parser_for, steps
+from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder
+from v4forge.artifact_folder import CERTIFICATE
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.model import evaluation, heldout
 from v4forge.model.heldout import FORMS, SHORTEST
+from v4forge.quantization.layer_files import METHODS
 from v4forge.verification import certificate
-from v4forge.verification import checks as certificate_checks
+
+if TYPE_CHECKING:
+    import torch
+
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.model import evaluation
 
 
 def chosen_tokens(arguments: argparse.Namespace, source: Checkpoint) -> Sequence[torch.Tensor]:
@@ -55,7 +62,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--expect",
-        choices=tuple(certificate_checks.METHODS),
+        choices=tuple(METHODS),
         default="",
         help="how the routed experts must have been quantized; needs --source (default: all layers alike)",
     )
@@ -83,7 +90,7 @@ def main() -> int:
         help="text that nothing was fitted to, .txt or .jsonl (default: heldout.txt of the source, if it has one)",
     )
     deep.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence of --deep (default: %(default)s)")
-    deep.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    deep.add_argument("--device", help=DEVICE)
     arguments = parser.parse_args()
     for option in ("expect", "deep", "tokens"):
         if getattr(arguments, option) and not arguments.source:
@@ -91,9 +98,15 @@ def main() -> int:
     if arguments.seq_len < SHORTEST or (arguments.deep is not None and arguments.deep < arguments.seq_len):
         parser.error(f"--seq-len is at least {SHORTEST}, --deep at least one sequence")
     with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
-        (arguments.artifact / certificate.CERTIFICATE).unlink()
+        (arguments.artifact / CERTIFICATE).unlink()
     if not arguments.artifact.is_dir():
         raise UserError(f"{arguments.artifact} does not exist", "pass the folder of an artifact: make postprocess")
+
+    import torch
+
+    from v4forge.checkpoint.reader import Checkpoint
+    from v4forge.model import evaluation
+
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
@@ -103,7 +116,7 @@ def main() -> int:
 
         def compare(source: Checkpoint, artifact: Checkpoint) -> list[evaluation.Quality]:
             count = evaluation.step_count([source, artifact])
-            device = torch.device(arguments.device)
+            device = torch.device(arguments.device or some_device())
             return evaluation.compare(
                 [source, artifact],
                 tokens,

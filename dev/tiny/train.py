@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
+from dev.tiny.settings import Settings
 from v4forge.checkpoint import codec, layout
+from v4forge.checkpoint.formats import FP4_GROUP, FP8_BLOCK
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.files import write_json
 from v4forge.model import deepseek_v4
+from v4forge.model.layer_classes import hf
+from v4forge.model.mtp import MTPBlock
 
 # Every field of the upstream config.json, at sizes inside vLLM's kernel limits.
 CONFIG: dict[str, Any] = {
@@ -90,22 +93,6 @@ CONFIG: dict[str, Any] = {
 SHARD_BYTES = 11 << 20  # two shards, each well under 16 MiB
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of the training; the defaults made models/tiny."""
-
-    steps: int = 1400
-    batch: int = 32
-    seq_len: int = 512
-    learning_rate: float = 2.5e-3
-    weight_decay: float = 0.4
-    warmup: int = 150
-    mtp_weight: float = 0.5
-    quantized_from: float = 0.5  # share of the steps after which weights are rounded to FP4 and FP8
-    bias_step: float = 2e-3  # of the router bias, towards equal load (DeepSeek-V3 report, section 2.1.2)
-    seed: int = 0
-
-
 class TinyModel(nn.Module):
     """All blocks at once, with transformers' decoder layers and the MTP block of v4forge.model.deepseek_v4."""
 
@@ -117,7 +104,7 @@ class TinyModel(nn.Module):
         with device:
             self.layers = nn.ModuleList(hf.DeepseekV4DecoderLayer(self.hf_config, i) for i in config.layers)
             self.final = deepseek_v4.Head(self.hf_config)
-            self.mtp = deepseek_v4.MTPBlock(self.hf_config)
+            self.mtp = MTPBlock(self.hf_config)
         self.rotary = deepseek_v4.Rotary(self.hf_config, device, torch.bfloat16)
         self.context: deepseek_v4.Context | None = None
 
@@ -219,7 +206,7 @@ def initialize(tiny: TinyModel, config: layout.Config, seed: int) -> None:
 def rounded(tensor: Tensor, fmt: str) -> Tensor:
     """A weight as it reads back from upstream format `fmt`; the last two dimensions are [out, in]. No host sync."""
     if fmt == "fp4":
-        groups = tensor.unflatten(-1, (-1, codec.FP4_GROUP))
+        groups = tensor.unflatten(-1, (-1, FP4_GROUP))
         scale = codec.e8m0_to_f32(codec.power_of_two_scale(groups.abs().amax(-1), codec.E2M1_MAX, codec.FP4_SCALES))
         code = codec.round_to_e2m1(groups / scale.unsqueeze(-1))
         return (codec.e2m1_values(tensor.device)[code.int()] * scale.unsqueeze(-1)).flatten(-2)
@@ -227,7 +214,7 @@ def rounded(tensor: Tensor, fmt: str) -> Tensor:
         stored = codec.encode_fp8(tensor)
         scale = codec.e8m0_to_f32(stored["scale"])
         out, inp = tensor.shape
-        full = scale.repeat_interleave(codec.FP8_BLOCK, 0)[:out].repeat_interleave(codec.FP8_BLOCK, 1)[:, :inp]
+        full = scale.repeat_interleave(FP8_BLOCK, 0)[:out].repeat_interleave(FP8_BLOCK, 1)[:, :inp]
         return stored["weight"].float() * full
     return tensor
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4forge.checkpoint import codec
+from v4forge.checkpoint import codec, formats
 
 FP4_EXACT, FP8_EXACT = range(0, 253), range(3, 247)
+
+
+def test_every_dtype_has_the_bytes_that_torch_gives_it() -> None:
+    assert {name: dtype.itemsize for name, dtype in codec.DTYPES.items()} == formats.ITEM_BYTES
 
 
 def e2m1(code: int) -> float:
@@ -130,13 +134,14 @@ def test_int4_codes_are_nibbles_offset_by_8_lowest_first(rows: int, groups: int,
     codes[-1, -2:] = [-8, 7]  # the sign bit of a word
     scale = torch.tensor(rng.uniform(1e-4, 1, (rows, groups)), dtype=torch.bfloat16)
     parts = codec.encode_int4(torch.tensor(codes), scale)
-    assert {k: (v.dtype, tuple(v.shape)) for k, v in parts.items()} == dict(codec.FORMATS["int4"].parts(codes.shape))
+    assert {k: codec.spec_of(v) for k, v in parts.items()} == dict(formats.PARTS["int4"](codes.shape))
     words = parts["weight_packed"].numpy().view(np.uint32)
     unpacked = np.array(
         [[(int(words[r, c // 8]) >> 4 * (c % 8) & 15) - 8 for c in range(codes.shape[1])] for r in range(rows)]
     )
     np.testing.assert_array_equal(unpacked, codes)
-    np.testing.assert_array_equal(codec.unpack_int4(parts["weight_packed"], parts["weight_shape"]).numpy(), codes)
+    for unpack in (codec.unpack_int4, lambda packed, shape: unpack_from_int32(packed, 4, torch.Size(shape.tolist()))):
+        np.testing.assert_array_equal(unpack(parts["weight_packed"], parts["weight_shape"]).numpy(), codes)
     product = codes * scale.double().numpy().repeat(128, axis=1)
     expected = torch.tensor(product).to(torch.bfloat16)  # 4 x 8 bits of product fit F32: one rounding
     assert torch.equal(codec.decode_int4(**parts), expected)

@@ -21,7 +21,8 @@ from tensors import METADATA, every_dtype, refusal
 from torch import Tensor
 
 from v4forge.checkpoint import prefetch, writer
-from v4forge.checkpoint.layout import TensorSpec
+from v4forge.checkpoint.codec import spec_of
+from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.prefetch import Group, Reader, done
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.writer import SharedShard, tensor_bytes, write_shard
@@ -106,7 +107,7 @@ def test_tensors_of_one_form_are_stacked_without_a_copy(pristine: Path) -> None:
 
 
 def test_a_stack_leaves_out_what_aligns_its_tensors() -> None:
-    spec = TensorSpec(torch.int16, (1, 3))  # 6 bytes, and the next tensor is 64 behind
+    spec = TensorSpec("I16", (1, 3))  # 6 bytes, and the next tensor is 64 behind
     buffer = torch.arange(96, dtype=torch.int16)
     group = Group(buffer.view(torch.uint8), {"a": (0, spec), "b": (64, spec), "c": (126, spec)})
     assert group.stacked(["a", "b"]).tolist() == [[[0, 1, 2]], [[32, 33, 34]]]
@@ -229,7 +230,7 @@ def test_the_first_error_of_the_jobs_comes_from_done() -> None:
 
 
 def specs_of(tensors: Tensors) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: spec_of(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -36,7 +36,7 @@ from v4forge.checkpoint.prefetch import Reader
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.writer import write_shard
 from v4forge.quantization import calibrate as calibrate_stage
-from v4forge.quantization import layer_files
+from v4forge.quantization import experts
 
 
 @dataclass
@@ -367,7 +367,7 @@ def layers_read(
 
     monkeypatch.setattr(calibrate_stage, "Reader", noted)
     if refuse_finished:
-        monkeypatch.setattr(layer_files, "read_experts", refused)
+        monkeypatch.setattr(experts, "read_experts", refused)
     assert run_here("calibrate", *keeping(workshop, folder)) == 0
     return sorted(set(map(int, read)))
 

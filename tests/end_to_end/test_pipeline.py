@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from v4forge.checkpoint import layout
+from v4forge.checkpoint.codec import spec_of
 from v4forge.checkpoint.layout import Config
 
 SAMPLES = {"small": 12, "other": 24}  # x 64 tokens: most experts see more tokens than their width, some fewer
@@ -170,7 +171,7 @@ def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path, capsys: pytest.Captu
 def test_the_artifact_holds_exactly_the_layout(run: Run) -> None:
     stored = stored_in(run.folder / "artifact")
     expected = layout.artifact(run.config)
-    found = {name: layout.TensorSpec(t.dtype, tuple(t.shape)) for name, t in stored.items()}
+    found = {name: spec_of(t) for name, t in stored.items()}
     assert found == expected
 
 

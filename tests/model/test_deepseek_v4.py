@@ -20,6 +20,7 @@ from v4forge.checkpoint import layout
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.model import deepseek_v4
+from v4forge.model import mtp as model_mtp
 
 CPU = torch.device("cpu")
 SEQ_LEN = 300  # two windows of HCA, 75 of CSA of which index_topk are seen, and more than one sliding window
@@ -123,7 +124,7 @@ def test_f32_parameters_stay_f32_and_the_others_are_bf16(opened: Opened, block: 
     weights = deepseek_v4.Weights(opened.checkpoint, CPU)
     modules = {
         "layers": lambda: [deepseek_v4.load_layer(weights, opened.config, i) for i in opened.checkpoint.config.layers],
-        "mtp": lambda: [deepseek_v4.load_mtp(weights, opened.config)],
+        "mtp": lambda: [model_mtp.load_mtp(weights, opened.config)],
         "root": lambda: [deepseek_v4.load_root(weights, opened.config).final],
     }[block]()
     for module in modules:
@@ -184,7 +185,7 @@ def test_routed_experts_equal_a_sum_over_each_tokens_choices(opened: Opened) -> 
 
 @torch.no_grad()
 def test_the_mtp_block_equals_its_definition_in_float64(opened: Opened) -> None:
-    mtp = deepseek_v4.load_mtp(opened.weights, opened.config)
+    mtp = model_mtp.load_mtp(opened.weights, opened.config)
     following = deepseek_v4.Rotary(opened.config, CPU, torch.float32).context(opened.tokens[:, 1:])
     embeds = opened.root.embed[following.input_ids]
     streams = mtp(opened.streams[-1][:, :-1], embeds, following)

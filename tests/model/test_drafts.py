@@ -14,6 +14,7 @@ from torch import Tensor
 
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import deepseek_v4, drafts
+from v4forge.model import mtp as model_mtp
 
 CPU = torch.device("cpu")
 WINDOW, SEQ_LEN, COUNT = 8, 23, 4
@@ -27,7 +28,7 @@ class Case:
     checkpoint: Checkpoint
     root: deepseek_v4.Root
     rotary: deepseek_v4.Rotary
-    mtp: deepseek_v4.MTPBlock
+    mtp: model_mtp.MTPBlock
     tokens: Tensor
     streams: Tensor
 
@@ -47,7 +48,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         checkpoint,
         deepseek_v4.load_root(weights, hf_config),
         deepseek_v4.Rotary(hf_config, CPU, torch.float32),
-        deepseek_v4.load_mtp(weights, hf_config),
+        model_mtp.load_mtp(weights, hf_config),
         torch.randint(config.vocab_size, (2, SEQ_LEN), generator=generator),
         torch.randn(2, SEQ_LEN, config.hc_mult, config.hidden_size, generator=generator),
     )

@@ -20,6 +20,7 @@ from v4forge.checkpoint.prefetch import Reader
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError
 from v4forge.model import deepseek_v4, drafts, evaluation, experts, forward
+from v4forge.model import mtp as model_mtp
 from v4forge.model.evaluation import Quality, compare, divergence
 from v4forge.profiling import Watch, seconds
 from v4forge.quantization import calibrate, layer_files
@@ -80,7 +81,7 @@ def alone(checkpoint: Checkpoint, tokens: Tensor) -> tuple[Tensor, Tensor]:
     streams = deepseek_v4.embed(root, config, tokens)
     for index in checkpoint.config.layers:
         streams = deepseek_v4.run_layer(deepseek_v4.load_layer(weights, config, index), streams, rotary.context(tokens))
-    mtp, following = deepseek_v4.load_mtp(weights, config), rotary.context(tokens[:, 1:])
+    mtp, following = model_mtp.load_mtp(weights, config), rotary.context(tokens[:, 1:])
     drafted = mtp(streams[:, :-1], root.embed[following.input_ids], following)
     return root.final(streams, root.head), mtp.head(drafted, root.head).argmax(-1)
 

@@ -194,7 +194,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     nvml_stand_in.put(monkeypatch, None)
-    monkeypatch.setattr(doctor_host.torch.version, "cuda", None)
+    monkeypatch.setattr(doctor_host, "torch_cuda", lambda: None)
     return tmp_path / "scratch/tiny"
 
 

@@ -13,14 +13,14 @@ from doctored import Machine, says
 from nvml_stand_in import DRIVER, MIB, Program
 from programs import run_here
 
-from scripts import all_reduce
 from v4forge import gpus, pins
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, OK, WARNING, NotChecked
+from v4forge.pipeline import all_reduce
 from v4forge.pipeline.doctor import driver
 from v4forge.pipeline.doctor import gpu as doctor_gpu
 from v4forge.pipeline.doctor.driver import Cuda
-from v4forge.pipeline.doctor.host import Host, Ran, named_gpus
+from v4forge.pipeline.doctor.host import Host, Ran, named_gpus, torch_cuda
 from v4forge.units import GIB
 
 LIBRARY = """
@@ -368,6 +368,10 @@ def test_an_all_reduce_that_fails(
 ) -> None:
     monkeypatch.setattr(Host, "python", lambda *_, **__: Ran(1, "", said))
     says(doctor_gpu.all_reduce(machine.host()), FAILED, fact, fix)
+
+
+def test_what_torch_is_built_for_is_read_without_importing_it() -> None:
+    assert torch_cuda() == torch.version.cuda
 
 
 def test_a_wrong_sum_is_found() -> None:

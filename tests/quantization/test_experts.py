@@ -222,3 +222,7 @@ def test_what_the_report_says_is_lost_is_what_the_codes_lose(calibrated: Calibra
             for method, q in (("gptq", found), ("rtn", nearest)):
                 exact = weighted_error(wanted, q.dequantized(), hessian)
                 assert errors[method][expert] == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_the_rules_for_scales_that_calibrate_offers_are_those_there_are() -> None:
+    assert tuple(experts.SCALES) == layer_files.SCALES

@@ -83,7 +83,7 @@ def said_of(folder: Path) -> str:
 def test_a_real_save_is_recognized_and_each_of_its_faults_is_named(saves: Path, form: str, naming: str) -> None:
     source = Checkpoint(TINY)
     mtp = sum(name.startswith("mtp.") and not name.endswith(".scale") for name in source.weight_map)
-    f32 = [n for n in source.weight_map if source.spec(n).dtype == torch.float32 and not n.startswith("mtp.")]
+    f32 = [n for n in source.weight_map if source.spec(n).dtype == "F32" and not n.startswith("mtp.")]
     attention = sum(rule_for(n).kind == "attention projections" for n, _ in layout.parameters(source.config))
     prefix, (gate, _, _) = EXPERTS[form]
     expected = [

@@ -18,6 +18,7 @@ from programs import run_here
 from synthetic import OTHER, artifact_shard, config_dict
 
 from v4forge.checkpoint import layout
+from v4forge.checkpoint.codec import DTYPES
 from v4forge.errors import UserError
 from v4forge.pipeline import disk_speed, estimate, events, requirements
 
@@ -89,7 +90,7 @@ def test_the_sizes_are_those_of_the_layout(changed: dict[str, Any]) -> None:
     for found, specs in ((sizes.upstream, layout.upstream(config)), (sizes.artifact, layout.artifact(config))):
         by_hand: Counter[str] = Counter()
         for name, spec in specs.items():
-            by_hand[artifact_shard(name)] += math.prod(spec.shape) * spec.dtype.itemsize
+            by_hand[artifact_shard(name)] += math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
         assert found == by_hand
 
 

@@ -255,6 +255,8 @@ def _die_at(moment: str, name: str, count: int) -> None:
 
 
 def _serve() -> None:
+    from v4forge.verification import certificate  # noqa: F401, what the programs import by and by
+
     for stage in ("calibrate", "postprocess", "verify", "dequant"):
         importlib.import_module(f"scripts.{stage}")
     answers = os.fdopen(os.dup(1), "w")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dev.tiny import train
 from v4forge.checkpoint import codec, layout
+from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.checkpoint.writer import write_index, write_shard
 
@@ -68,7 +69,7 @@ def config_dict(**overrides: Any) -> dict[str, Any]:
     return raw | {"num_hidden_layers": overrides.get("num_hidden_layers", len(raw["compress_ratios"]) - 1)}
 
 
-def random_tensor(name: str, shape: layout.Shape, config: layout.Config, generator: torch.Generator) -> Tensor:
+def random_tensor(name: str, shape: Shape, config: layout.Config, generator: torch.Generator) -> Tensor:
     """A logical tensor under which a forward pass stays of order one, and in which no two parameters are alike."""
     if name.endswith("tid2eid"):
         rows = [torch.randperm(config.n_routed_experts, generator=generator)[: shape[1]] for _ in range(shape[0])]

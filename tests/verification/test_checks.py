@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,7 +230,7 @@ def test_a_fault_in_postprocess_s_own_decoding_is_seen(
     out = tmp_path / "artifact"
     work = Path(shutil.copytree(pristine / "layers", tmp_path / "layers"))
     with monkeypatch.context() as patched:
-        patched.setitem(codec.FORMATS, fmt, replace(codec.FORMATS[fmt], decode=decode))
+        patched.setitem(codec.DECODERS, fmt, decode)
         if fmt == "fp8":  # lies in the layer files, which calibrate writes
             shutil.rmtree(work)
             arguments = calibrate_arguments(pristine / "source", work, pristine / "corpus.txt")

@@ -1,26 +1,41 @@
 """Number formats of DeepSeek-V4 checkpoints: FP4, FP8 and INT4 weights to BF16 and back.
 
-A `Format` says how one logical weight is stored: which tensors (suffix, dtype, shape), and how they decode. Every
-decode to BF16 here is exact, or refused: an FP4 or FP8 value times a power of two has at most 4 significant bits, so
-only the exponent range of BF16 can lose something, and the E8M0 bytes for which it would are errors.
+formats.py says which tensors store a weight. Every decode to BF16 here is exact, or refused: an FP4 or FP8 value times
+a power of two has at most 4 significant bits, so only the exponent range of BF16 can lose something, and the E8M0 bytes
+for which it would are errors.
 
 OCP Microscaling Formats (MX) v1.0 defines E2M1, E4M3 and E8M0; INT4 is compressed-tensors' `pack-quantized`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
-from math import ceil
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from torch import Tensor
 
-FP4_GROUP = 32  # inputs that share one E8M0 scale
-FP8_BLOCK = 128  # rows and columns of a block that share one scale
-INT4_GROUP = 128  # inputs that share one BF16 scale
+from v4forge.checkpoint.formats import FP4_GROUP, FP8_BLOCK, INT4_GROUP, TensorSpec
+
+DTYPES = {
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by the low three bits of a code; bit 3 is the sign
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 # E8M0 bytes b (scale 2^(b - 127)) for which every finite value of the format is exact in BF16: its largest finite
@@ -31,6 +46,11 @@ FP4_SCALES, FP8_SCALES = (0, 252), (3, 246)
 
 class CodecError(ValueError):
     """A stored tensor that does not decode exactly; the message says which byte or value."""
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """How the tensor is stored as it is."""
+    return TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 def e8m0_to_f32(scale: Tensor) -> Tensor:
@@ -119,8 +139,9 @@ def decode_int4_stack(weight_packed: Tensor, weight_scale: Tensor, weight_shape:
 
 def unpack_int4(weight_packed: Tensor, weight_shape: Tensor) -> Tensor:
     """The signed codes -8..7, [out, in] i8."""
-    shape = torch.Size(weight_shape.tolist())
-    return unpack_from_int32(weight_packed, 4, shape)
+    byte = weight_packed.view(torch.uint8)
+    nibbles = torch.stack((byte & 15, byte >> 4), dim=-1).flatten(-2)
+    return nibbles.view(torch.int8)[:, : int(weight_shape[1])] - 8
 
 
 def dequantize_int4(codes: Tensor, scale: Tensor) -> Tensor:
@@ -180,51 +201,11 @@ def encode_fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": scaled.flatten(2).flatten(0, 1)[:out, :inp].to(torch.float8_e4m3fn), "scale": scale}
 
 
-Shape = tuple[int, ...]
-Parts = Mapping[str, tuple[torch.dtype, Shape]]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a logical weight is stored. `parts`: logical shape -> {suffix: (dtype, shape)}; `decode`: parts -> tensor."""
-
-    parts: Callable[[Shape], Parts]
-    decode: Callable[..., Tensor]
-
-
-def _fp8_parts(suffix: str, dtype: torch.dtype) -> Callable[[Shape], Parts]:
-    return lambda s: {
-        "weight": (torch.float8_e4m3fn, s),
-        suffix: (dtype, (ceil(s[0] / FP8_BLOCK), ceil(s[1] / FP8_BLOCK))),
-    }
-
-
-def _plain(dtype: torch.dtype) -> Format:
-    return Format(lambda s: {"": (dtype, s)}, lambda tensor: tensor)
-
-
-# A part named "" is the logical tensor itself, under its own name.
-FORMATS: dict[str, Format] = {
-    "fp4": Format(
-        lambda s: {
-            "weight": (torch.int8, (s[0], s[1] // 2)),
-            "scale": (torch.float8_e8m0fnu, (s[0], s[1] // FP4_GROUP)),
-        },
-        decode_fp4,
-    ),
-    "fp8": Format(_fp8_parts("scale", torch.float8_e8m0fnu), decode_fp8),
-    "fp8-ct": Format(
-        _fp8_parts("weight_scale", torch.float32), lambda weight, weight_scale: decode_fp8(weight, weight_scale)
-    ),
-    "int4": Format(
-        lambda s: {
-            "weight_packed": (torch.int32, (s[0], s[1] // 8)),
-            "weight_scale": (torch.bfloat16, (s[0], s[1] // INT4_GROUP)),
-            "weight_shape": (torch.int64, (2,)),
-        },
-        decode_int4,
-    ),
-    "bf16": _plain(torch.bfloat16),
-    "f32": _plain(torch.float32),
-    "int": _plain(torch.int64),
+# By format of the recipe: the stored tensors of formats.PARTS -> the logical one.
+DECODERS: dict[str, Callable[..., Tensor]] = {
+    "fp4": decode_fp4,
+    "fp8": decode_fp8,
+    "fp8-ct": decode_fp8,
+    "int4": decode_int4,
+    **dict.fromkeys(("bf16", "f32", "int"), lambda tensor: tensor),
 }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from v4forge.checkpoint.codec import e8m0_to_f32
-from v4forge.checkpoint.layout import Shape, stored_name
+from v4forge.checkpoint.formats import Shape
+from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 

@@ -12,41 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from v4forge.checkpoint.codec import FORMATS, FP4_GROUP, INT4_GROUP, Shape
+from v4forge.checkpoint.formats import FP4_GROUP, INT4_GROUP, PARTS, Shape, TensorSpec
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.errors import UserError
 
-# Names of the safetensors format, https://github.com/huggingface/safetensors#format
-DTYPES = {
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F64": torch.float64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMPRESS_RATIOS = {0: "sliding window", 4: "CSA", 128: "HCA"}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A stored tensor: its dtype and shape."""
-
-    dtype: torch.dtype
-    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -235,9 +205,8 @@ def stored_name(logical: str, part: str) -> str:
 
 
 def stored(logical: str, shape: Shape, fmt: str) -> dict[str, TensorSpec]:
-    """The stored tensors of a logical one in a format of codec.FORMATS."""
-    parts = FORMATS[fmt].parts(shape)
-    return {stored_name(logical, part): TensorSpec(dtype, s) for part, (dtype, s) in parts.items()}
+    """The stored tensors of a logical one in a format of formats.PARTS."""
+    return {stored_name(logical, part): spec for part, spec in PARTS[fmt](shape).items()}
 
 
 def upstream(c: Config) -> dict[str, TensorSpec]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from v4forge.checkpoint import incoming
-from v4forge.checkpoint.layout import TensorSpec
+from v4forge.checkpoint.codec import DTYPES
+from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError
 from v4forge.profiling import Watch
@@ -47,19 +48,12 @@ class Group:
             if self.slots[name] != (start + i * pitch, spec):
                 raise ValueError(f"{name} does not lie behind {names[0]} in its group")
         part = self.buffer[start : start + len(names) * pitch].view(len(names), pitch)
-        return part[:, : _bytes(spec)].view(spec.dtype).view(len(names), *spec.shape)
-
-
-def _bytes(spec: TensorSpec) -> int:
-    size = spec.dtype.itemsize
-    for length in spec.shape:
-        size *= length
-    return size
+        return part[:, : spec.bytes].view(DTYPES[spec.dtype]).view(len(names), *spec.shape)
 
 
 def _aligned(spec: TensorSpec) -> int:
     """Bytes from one tensor of a buffer to the next."""
-    return -(-_bytes(spec) // ALIGNMENT) * ALIGNMENT
+    return -(-spec.bytes // ALIGNMENT) * ALIGNMENT
 
 
 class Reader:
@@ -157,7 +151,7 @@ class Reader:
             path, start = self._checkpoint.place(name)
             if path not in self._files:
                 self._files[path] = open_file(path)
-            size = _bytes(spec)
+            size = spec.bytes
             for done in range(0, size, READ_BYTES):
                 end = min(done + READ_BYTES, size)
                 target = view[slot + done : slot + end]

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4forge.checkpoint import incoming, safetensors_header
-from v4forge.checkpoint.codec import FORMATS, CodecError
+from v4forge.checkpoint.codec import DECODERS, CodecError, spec_of
+from v4forge.checkpoint.formats import ITEM_BYTES, PARTS, TensorSpec
 from v4forge.checkpoint.incoming import INDEX
-from v4forge.checkpoint.layout import DTYPE_NAMES, DTYPES, Config, TensorSpec, load_config, stored_name
+from v4forge.checkpoint.layout import Config, load_config, stored_name
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.errors import UserError
 
-INTEGER_TABLES = (torch.int32, torch.int64)  # tid2eid keeps whichever its source has
+INTEGER_TABLES = ("I32", "I64")  # tid2eid keeps whichever its source has
 
 
 class Checkpoint:
@@ -90,9 +91,9 @@ class Checkpoint:
         """dtype and shape from the shard's header; KeyError when there is no such tensor."""
         piece = self._shards[self.weight_map[name]].get_slice(name)
         dtype = piece.get_dtype()
-        if dtype not in DTYPES:
+        if dtype not in ITEM_BYTES:
             raise UserError(f"{name} in {self.directory} has dtype {dtype}, which no DeepSeek-V4 file uses", self._hint)
-        return TensorSpec(DTYPES[dtype], tuple(piece.get_shape()))
+        return TensorSpec(dtype, tuple(piece.get_shape()))
 
     def place(self, name: str) -> tuple[str, int]:
         """The shard that holds a stored tensor, and at which byte of it the tensor starts."""
@@ -147,12 +148,11 @@ class Checkpoint:
 
     def parts(self, logical: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The stored tensors of a logical one by part name, checked by dtype and shape."""
-        wanted = FORMATS[getattr(rule_for(logical), self.form)].parts(shape)
         parts = {}
-        for part, (dtype, part_shape) in wanted.items():
+        for part, spec in PARTS[getattr(rule_for(logical), self.form)](shape).items():
             name = stored_name(logical, part)
             tensor = self.raw(name)
-            self.check(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), TensorSpec(dtype, part_shape))
+            self.check(name, spec_of(tensor), spec)
             parts[part] = tensor
         return parts
 
@@ -160,8 +160,8 @@ class Checkpoint:
         """Raises UserError when a stored tensor is not what the layout asks for."""
         if not matches(found, expected):
             raise UserError(
-                f"{name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)}, config.json asks for"
-                f" {DTYPE_NAMES[expected.dtype]} {list(expected.shape)}",
+                f"{name} is {found.dtype} {list(found.shape)}, config.json asks for"
+                f" {expected.dtype} {list(expected.shape)}",
                 "use the config.json that belongs to these shards",
             )
 
@@ -174,7 +174,7 @@ class Checkpoint:
 
     def decoded(self, logical: str, parts: Mapping[str, Tensor]) -> Tensor:
         """What `load` returns; UserError for NaN or Inf, a scale outside BF16's range, or an expert out of range."""
-        decode = FORMATS[getattr(rule_for(logical), self.form)].decode
+        decode = DECODERS[getattr(rule_for(logical), self.form)]
         try:
             tensor = decode(*parts.values())
         except CodecError as error:
@@ -211,6 +211,6 @@ def _block(name: str) -> str:
 
 def matches(found: TensorSpec, expected: TensorSpec) -> bool:
     """Whether a stored tensor is what the layout asks for; an integer table may have either width."""
-    if expected.dtype == torch.int64 and len(expected.shape) == 2:
+    if expected.dtype == "I64" and len(expected.shape) == 2:
         return found.shape == expected.shape and found.dtype in INTEGER_TABLES
     return found == expected

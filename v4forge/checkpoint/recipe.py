@@ -1,7 +1,7 @@
 """THE table: which tensor of a DeepSeek-V4 checkpoint gets which precision, and why.
 
 Calibrate, postprocess, verify and the model card read it; no other file repeats a tensor-name pattern. A name here is
-*logical*: the weight, not how it is stored (`layers.3.attn.wq_a.weight`, whatever tensors hold it; see codec.FORMATS).
+*logical*: the weight, not how it is stored (`layers.3.attn.wq_a.weight`, whatever tensors hold it; see formats.PARTS).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from v4forge.checkpoint.codec import FP8_BLOCK, INT4_GROUP
+from v4forge.checkpoint.formats import FP8_BLOCK, INT4_GROUP
 
 
 @dataclass(frozen=True)

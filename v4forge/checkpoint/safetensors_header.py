@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -71,3 +73,12 @@ def parsed(head: bytes, size: int | None) -> dict[str, Any]:
     if size is not None and len(head) + ends[-1] != size:
         raise ValueError(f"its header describes {len(head) + ends[-1]} bytes, it has {size}")
     return header
+
+
+def carries(path: Path, fingerprint: str) -> bool:
+    """Whether a safetensors file is there, whole, and of the run with this fingerprint."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return (file.metadata() or {}).get("fingerprint") == fingerprint
+    except (OSError, SafetensorError):
+        return False

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.utils.match import match_name
-
 from v4forge.checkpoint.layout import Config
+from v4forge.lean_imports import lean_transformers
+
+with lean_transformers():  # which compressed-tensors imports
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
 
 KINDS = {"attention": ("float", 8, "block"), "experts": ("int", 4, "group")}  # type, bits, strategy of the weights
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from v4forge.checkpoint.codec import spec_of
+from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.incoming import INDEX
-from v4forge.checkpoint.layout import DTYPE_NAMES, TensorSpec
 from v4forge.files import atomic_path, sync_folder, write_json, writing
 
 
@@ -25,12 +25,12 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | Non
     The library's own writer orders more than one metadata entry at random, so the header is made here.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
-    order = sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n))  # wide types first: all data aligned
+    order = sorted(specs, key=lambda n: (-specs[n].item_bytes, n))  # wide types first: all data aligned
     starts, offset = {}, 0
     for name in order:
-        dtype, shape = specs[name].dtype, specs[name].shape
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        spec = specs[name]
+        end = offset + spec.bytes
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
         starts[name], offset = offset, end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -40,7 +40,7 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | Non
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
-    head, starts, _ = header_of({n: TensorSpec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
+    head, starts, _ = header_of({n: spec_of(t) for n, t in tensors.items()}, metadata)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(head)
         for name in starts:
@@ -83,7 +83,7 @@ class SharedShard:
         """Puts tensors in their places and waits until the disk has them."""
         with writing(self.path):
             for name, tensor in tensors.items():
-                if TensorSpec(tensor.dtype, tuple(tensor.shape)) != self._specs[name]:
+                if spec_of(tensor) != self._specs[name]:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._specs[name]}")
                 data, offset = tensor_bytes(tensor), self._starts[name]
                 while len(data):
@@ -109,15 +109,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def matrix_digest(packed: Tensor, scale: Tensor) -> str:
+    """The first 64 bits of the SHA-256 of an INT4 matrix's codes and scales, in hex: what the report keeps of it."""
+    digest = hashlib.sha256(tensor_bytes(packed))
+    digest.update(tensor_bytes(scale))
+    return digest.hexdigest()[:16]
+
+
 def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
     """Writes model.safetensors.index.json: tensor name -> shard."""
     write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
-
-
-def carries(path: Path, fingerprint: str) -> bool:
-    """Whether a safetensors file is there, whole, and of the run with this fingerprint."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint") == fingerprint
-    except (OSError, SafetensorError):
-        return False

@@ -12,14 +12,16 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import Tokenizer
 
 from v4forge import pins
 from v4forge.errors import UserError
 from v4forge.model import chat_format
+
+if TYPE_CHECKING:
+    import torch
 
 DOCUMENT_BREAK = "\f\n"  # between the documents of a .txt file
 
@@ -73,6 +75,8 @@ def load(tokenizer_dir: Path, corpus: Path | None, samples: int, seq_len: int, s
             f"pass {fits} or a larger --corpus",
         )
     check_vocabulary(max(stream), vocab_size, tokenizer_dir)
+    import torch  # here, because what only asks for a text's origin has no use for it
+
     tokens = torch.tensor(stream[:wanted], dtype=torch.int64).reshape(samples, seq_len)
     settings = {"samples": samples, "seq_len": seq_len, "seed": seed, "vocab_size": vocab_size}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

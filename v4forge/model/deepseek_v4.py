@@ -1,8 +1,8 @@
-"""DeepSeek-V4 one block at a time: a decoder layer, the MTP block and the head, filled from a Checkpoint.
+"""DeepSeek-V4 one block at a time: a decoder layer and the head, filled from a Checkpoint.
 
 The layers are transformers' own classes. A decoder layer runs in two halves, because calibration needs what lies
 between them and can reuse the first half after only the experts have changed: `attend` ends with the routed experts'
-input and routing, `combine` adds the routed experts' output. transformers has no MTP module; `MTPBlock` is ours.
+input and routing, `combine` adds the routed experts' output.
 
 Weights and activations are in one compute dtype (BF16 unless asked otherwise), while the parameters that a checkpoint
 keeps in F32 stay F32, and so does everything computed from them in the layer classes.
@@ -19,54 +19,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DeepseekV4Config
-from transformers.masking_utils import create_sliding_window_causal_mask
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-from v4forge.checkpoint.layout import Config, Shape, layer_parameters, mtp_parameters, root_parameters
+from v4forge.checkpoint.formats import Shape
+from v4forge.checkpoint.layout import Config, layer_parameters, root_parameters
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
+from v4forge.model.layer_classes import DeepseekV4Config, create_sliding_window_causal_mask, hf, unfilled
+from v4forge.model.names import renamed
 
-# Upstream names inside a block -> names in transformers' DeepseekV4DecoderLayer, first match wins.
-RENAMES = (
-    (r"^attn\.indexer\.compressor\.norm\.", "self_attn.compressor.indexer.kv_norm."),
-    (r"^attn\.indexer\.compressor\.wkv\.", "self_attn.compressor.indexer.kv_proj."),
-    (r"^attn\.indexer\.compressor\.wgate\.", "self_attn.compressor.indexer.gate_proj."),
-    (r"^attn\.indexer\.compressor\.ape$", "self_attn.compressor.indexer.position_bias"),
-    (r"^attn\.indexer\.wq_b\.", "self_attn.compressor.indexer.q_b_proj."),
-    (r"^attn\.indexer\.weights_proj\.", "self_attn.compressor.indexer.scorer.weights_proj."),
-    (r"^attn\.compressor\.norm\.", "self_attn.compressor.kv_norm."),
-    (r"^attn\.compressor\.wkv\.", "self_attn.compressor.kv_proj."),
-    (r"^attn\.compressor\.wgate\.", "self_attn.compressor.gate_proj."),
-    (r"^attn\.compressor\.ape$", "self_attn.compressor.position_bias"),
-    (r"^attn\.attn_sink$", "self_attn.sinks"),
-    (r"^attn\.q_norm\.", "self_attn.q_a_norm."),
-    (r"^attn\.kv_norm\.", "self_attn.kv_norm."),
-    (r"^attn\.wq_a\.", "self_attn.q_a_proj."),
-    (r"^attn\.wq_b\.", "self_attn.q_b_proj."),
-    (r"^attn\.wkv\.", "self_attn.kv_proj."),
-    (r"^attn\.wo_a\.", "self_attn.o_a_proj."),
-    (r"^attn\.wo_b\.", "self_attn.o_b_proj."),
-    (r"^attn_norm\.", "input_layernorm."),
-    (r"^ffn_norm\.", "post_attention_layernorm."),
-    (r"^hc_(attn|ffn)_(fn|base|scale)$", r"\1_hc.\2"),
-    (r"^ffn\.gate\.bias$", "mlp.gate.e_score_correction_bias"),
-    (r"^ffn\.gate\.", "mlp.gate."),
-    (r"^ffn\.shared_experts\.w1\.", "mlp.shared_experts.gate_proj."),
-    (r"^ffn\.shared_experts\.w2\.", "mlp.shared_experts.down_proj."),
-    (r"^ffn\.shared_experts\.w3\.", "mlp.shared_experts.up_proj."),
-)
 EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.weight$")
 Parameters = Iterator[tuple[str, Shape]]
-
-
-def renamed(name: str) -> str:
-    """A block's upstream name (without `layers.N.`) under transformers' name."""
-    for pattern, replacement in RENAMES:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
-    raise KeyError(name)
 
 
 def hf_config(config: Config) -> DeepseekV4Config:
@@ -115,7 +77,7 @@ class Rotary:
         return {kind: self.tables(like, position_ids=position_ids, layer_type=kind) for kind in ("main", "compress")}
 
 
-def _materialize(module: nn.Module, state: dict[str, Tensor], config: DeepseekV4Config, device: torch.device) -> None:
+def materialize(module: nn.Module, state: dict[str, Tensor], config: DeepseekV4Config, device: torch.device) -> None:
     """Fills a module made on the meta device: `state` for its parameters and buffers, rope tables made anew."""
     module.load_state_dict(state, strict=True, assign=True)
     for name, child in list(module.named_modules()):
@@ -167,12 +129,12 @@ def load_layer(
     weights: Weights, config: DeepseekV4Config, layer: int, experts: bool = True
 ) -> hf.DeepseekV4DecoderLayer:
     """Decoder layer `layer`, on weights.device; without its routed experts it can only `attend`."""
-    with torch.device("meta"):
+    with unfilled():
         module = hf.DeepseekV4DecoderLayer(config, layer)
     if not experts:
         module.mlp.experts = nn.Module()
     state = weights.block(f"layers.{layer}.", layer_parameters(weights.checkpoint.config, layer), experts)
-    _materialize(module, state, config, weights.device)
+    materialize(module, state, config, weights.device)
     return module
 
 
@@ -200,60 +162,15 @@ class Root:
 
 def load_root(weights: Weights, config: DeepseekV4Config) -> Root:
     """Embedding, output head, final norm and stream collapse."""
-    with torch.device("meta"):
+    with unfilled():
         final = Head(config)
     tensors = {n: weights(n, s) for n, s in root_parameters(weights.checkpoint.config)}
     state = {
         "norm.weight": tensors["norm.weight"],
         **{f"hc_head.hc_{k}": tensors[f"hc_head_{k}"] for k in ("fn", "base", "scale")},
     }
-    _materialize(final, state, config, weights.device)
+    materialize(final, state, config, weights.device)
     return Root(tensors["embed.weight"], tensors["head.weight"].to(weights.dtype), final)
-
-
-class MTPBlock(nn.Module):
-    """The Multi-Token Prediction block: from the streams at t and the token t+1 to a prediction of token t+2.
-
-    DeepSeek-V3 report (arXiv 2412.19437) section 2.2, with V4's two separate projections and its own stream collapse
-    and norm; embedding and output head are the main model's. Like vLLM it reads no embedding at position 0.
-    """
-
-    def __init__(self, config: DeepseekV4Config) -> None:
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = hf.DeepseekV4RMSNorm(hidden, eps=eps)
-        self.hnorm = hf.DeepseekV4RMSNorm(hidden, eps=eps)
-        self.e_proj = nn.Linear(hidden, hidden, bias=False)
-        self.h_proj = nn.Linear(hidden, hidden, bias=False)
-        self.block = hf.DeepseekV4DecoderLayer(config, config.num_hidden_layers - 1)
-        self.head = Head(config)
-
-    def forward(self, streams: Tensor, embeds: Tensor, context: Context) -> Tensor:
-        """streams: [batch, seq, hc_mult, hidden] of the main model; embeds: [batch, seq, hidden] of the next tokens,
-        whose ids context.input_ids holds -> streams of the same shape, for `head` and for the next draft."""
-        embeds = embeds.masked_fill((context.position_ids == 0).unsqueeze(-1), 0.0)
-        mixed = self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(embeds)).unsqueeze(2)
-        return run_layer(self.block, mixed, context)
-
-
-def load_mtp(weights: Weights, config: DeepseekV4Config, experts: tuple[Tensor, Tensor] | None = None) -> MTPBlock:
-    """The MTP block, on weights.device; its routed experts' gate_up and down are read where they are not given."""
-    with torch.device("meta"):
-        module = MTPBlock(config)
-    own = re.compile(r"mtp\.0\.(enorm|hnorm|e_proj|h_proj|norm|hc_head_(fn|base|scale))(\.weight)?$")
-    everything = list(mtp_parameters(weights.checkpoint.config))
-    block = weights.block("mtp.0.", ((n, s) for n, s in everything if not own.match(n)), experts is None)
-    if experts is not None:
-        block |= dict(zip(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), experts, strict=True))
-    state = {f"block.{name}": tensor for name, tensor in block.items()}
-    for name, shape in everything:
-        if own.match(name):
-            local = name.removeprefix("mtp.0.")
-            if local == "norm.weight":
-                local = "head.norm.weight"
-            state[local.replace("hc_head_", "head.hc_head.hc_")] = weights(name, shape)
-    _materialize(module, state, config, weights.device)
-    return module
 
 
 def embed(root: Root, config: DeepseekV4Config, input_ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from v4forge.model import deepseek_v4
+from v4forge.model.mtp import MTPBlock
 
 ROWS = 1024  # of logits at a time: 129,280 wide they take 0.5 GB in f32
 
@@ -53,12 +54,7 @@ def greedy(head: deepseek_v4.Head, streams: Tensor, weight: Tensor) -> Tensor:
 
 
 def propose(
-    mtp: deepseek_v4.MTPBlock,
-    root: deepseek_v4.Root,
-    rotary: deepseek_v4.Rotary,
-    streams: Tensor,
-    tokens: Tensor,
-    count: int,
+    mtp: MTPBlock, root: deepseek_v4.Root, rotary: deepseek_v4.Rotary, streams: Tensor, tokens: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """Drafts of `count` steps from every position but the last, [count, batch, seq - 1] int64, and the last streams.
 

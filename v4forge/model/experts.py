@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from v4forge.checkpoint.codec import FORMATS, CodecError, decode_fp4, decode_int4_stack
-from v4forge.checkpoint.layout import Shape, stored_name
+from v4forge.checkpoint.codec import CodecError, decode_fp4, decode_int4_stack
+from v4forge.checkpoint.formats import PARTS, Shape
+from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.prefetch import Group
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
@@ -39,7 +40,7 @@ def stored_order(checkpoint: Checkpoint, prefix: str, numbers: Sequence[int]) ->
     return [
         stored_name(name, part)
         for names, shape, form in _matrices(checkpoint, prefix, numbers)
-        for part in FORMATS[form].parts(shape)
+        for part in PARTS[form](shape)
         for name in names
     ]
 
@@ -51,7 +52,7 @@ def decoded(checkpoint: Checkpoint, prefix: str, numbers: Sequence[int], group: 
     """
     both = []
     for names, shape, form in _matrices(checkpoint, prefix, numbers):
-        stacks = [group.stacked([stored_name(n, part) for n in names]) for part in FORMATS[form].parts(shape)]
+        stacks = [group.stacked([stored_name(n, part) for n in names]) for part in PARTS[form](shape)]
         try:
             weights = DECODERS[form](*stacks)
         except CodecError:

@@ -14,6 +14,7 @@ from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.errors import UserError
 from v4forge.model import deepseek_v4, experts
+from v4forge.model import mtp as model_mtp
 from v4forge.model.distributed import Ranks
 from v4forge.model.expert_dispatch import Dispatch
 from v4forge.profiling import Watch
@@ -79,7 +80,7 @@ class Forward:
         count = self.checkpoint.config.n_routed_experts
         names = experts.stored_order(self.checkpoint, prefix, [0])
         specs = [self.checkpoint.spec(name) for name in names]
-        step = max(1, GROUP_BYTES // sum(spec.dtype.itemsize * torch.Size(spec.shape).numel() for spec in specs))
+        step = max(1, GROUP_BYTES // sum(spec.bytes for spec in specs))
         return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _weights(self, groups: int = 1) -> deepseek_v4.Weights:
@@ -122,7 +123,7 @@ class Forward:
                 each.carried = each.x  # frees the streams that have been used
         self.refuse_nan(self.streams, f"layer {index}")
 
-    def mtp(self) -> deepseek_v4.MTPBlock:
+    def mtp(self) -> model_mtp.MTPBlock:
         """The MTP block, with all its experts."""
         c = self.checkpoint.config
         with self.watch.compute("decode"):
@@ -132,7 +133,7 @@ class Forward:
         down = torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, **new)
         for numbers, both in self._experts("mtp.0."):
             gate_up[numbers.start : numbers.stop], down[numbers.start : numbers.stop] = both
-        return deepseek_v4.load_mtp(weights, self.config, (gate_up, down))
+        return model_mtp.load_mtp(weights, self.config, (gate_up, down))
 
     def refuse_nan(self, tensors: Sequence[Tensor], what: str) -> None:
         """Raises UserError when what a part of the model puts out is not finite."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4forge.errors import UserError
 from v4forge.model.corpus import check_vocabulary, encode_documents, load_tokenizer, read_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHORTEST = 5  # tokens: three drafts are judged on it
 KEYS = (("tokens",), ("prompt_token_ids", "token_ids"), ("token_ids",))  # of a line's object, whose lists are joined
@@ -25,7 +25,7 @@ def tokens(tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: int, voc
     if not heldout.is_file():
         raise UserError(f"the held-out text {heldout} does not exist", "pass --heldout a .txt or .jsonl file")
     encoded = encode_documents(load_tokenizer(tokenizer_dir), read_documents(heldout))
-    stream = torch.tensor([token for document in encoded for token in document], dtype=torch.int64)
+    stream = _as_tensor([token for document in encoded for token in document])
     wanted = sequences * seq_len
     if len(stream) < wanted:
         rows = len(stream) // seq_len
@@ -52,7 +52,7 @@ def read_tokens(path: Path, vocab_size: int) -> list[Tensor]:
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"{path} holds no tokens", f"write {FORMS}")
-    return [torch.tensor(_sequence(f"{path}:{number}", line, vocab_size)) for number, line in numbered]
+    return [_as_tensor(_sequence(f"{path}:{number}", line, vocab_size)) for number, line in numbered]
 
 
 def prompt_lengths(path: Path) -> list[int]:
@@ -61,6 +61,12 @@ def prompt_lengths(path: Path) -> list[int]:
     lines = path.read_text(encoding="utf-8").split("\n")
     found = [json.loads(line) for line in lines if line.strip()]
     return [len(each.get("prompt_token_ids", ())) if isinstance(each, dict) else 0 for each in found]
+
+
+def _as_tensor(ids: list[int]) -> Tensor:
+    import torch  # not for who only asks which forms there are
+
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _sequence(where: str, line: str, vocab_size: int) -> list[int]:

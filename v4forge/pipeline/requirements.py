@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from v4forge.checkpoint import layout
-from v4forge.checkpoint.codec import Shape
-from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config, TensorSpec, load_config
+from v4forge.checkpoint.formats import Shape, TensorSpec
+from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config, load_config
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.errors import UserError
-from v4forge.quantization import hidden_states
-from v4forge.quantization.layer_files import layer_file
+from v4forge.quantization.layer_files import HIDDEN_STATES, layer_file
 from v4forge.units import GB
 
 # config.json of deepseek-ai/DeepSeek-V4-Flash's first release
@@ -77,7 +75,7 @@ def stored_bytes(parameters: Iterable[tuple[str, Shape]]) -> tuple[int, int]:
 
 def spec_bytes(specs: Mapping[str, TensorSpec]) -> int:
     """Bytes of stored tensors, without headers."""
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+    return sum(spec.bytes for spec in specs.values())
 
 
 def config_of(source: Path) -> Config:
@@ -144,7 +142,7 @@ def calibration_parts(config: Config, folder: Path | None, samples: int, seq_len
 
 def _kept_bytes(folder: Path) -> int:
     """Hidden states that an interrupted calibration has left."""
-    return _present_bytes([*(folder / hidden_states.FOLDER).glob("layer-*/*.safetensors")])
+    return _present_bytes([*(folder / HIDDEN_STATES).glob("layer-*/*.safetensors")])
 
 
 def _present_bytes(files: Sequence[Path]) -> int:

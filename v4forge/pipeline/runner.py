@@ -6,10 +6,7 @@ A stage that may read a source that is still being downloaded starts while `fetc
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +25,7 @@ from v4forge.images.archive import layer_sizes, step_of
 from v4forge.images.jobs import Job
 from v4forge.pipeline import events, stamps
 from v4forge.pipeline.background_fetch import STOPPED, Fetch, wait_until_ended
+from v4forge.pipeline.process import execute, killed
 from v4forge.pipeline.run_state import lock_file
 from v4forge.pipeline.stages import FILES, TARGETS, Stage
 from v4forge.pipeline.stamps import Files
@@ -97,47 +95,9 @@ class Runner:
         outputs = self.files(self.table[name].outputs)
         return stamps.differences(read_json(self.stamp_file(name)), now, outputs, self.digests)
 
-    def why(self, name: str) -> list[str]:
-        """Lines that say whether the stage would run and why, after the first earlier stage that would."""
-        for earlier in self.table[name].after:
-            lines = self.why(earlier)
-            if not lines[-1].endswith(" is up to date"):
-                last = f"{name} would run after {lines[-1].split(' would run')[0]}"
-                return [*lines, last] if not self._own_reasons(name) else [*lines, self._own_line(name)]
-        return [self._own_line(name)]
-
-    def _own_reasons(self, name: str) -> list[str]:
+    def own_reasons(self, name: str) -> list[str]:
+        """Why the stage would run, whatever the stages before it do."""
         return [] if self.skipped(name) else self.reasons(name, self.record(name))
-
-    def _own_line(self, name: str) -> str:
-        reasons = self._own_reasons(name)
-        return f"{name} would run: {listed(reasons)}" if reasons else f"{name} is up to date"
-
-    def dry_run(self, names: Sequence[str]) -> list[str]:
-        """Lines that say what a run of these stages would do, in order: each stage, why, and its command."""
-        lines: list[str] = []
-        before = ""  # the last stage that would run
-        for name in names:
-            if skipped := self.skipped(name):
-                lines.append(f"{name}: {skipped}")
-                continue
-            stage = self.table[name]
-            groups = [group for group in self.files(stage.inputs) if group.name not in stage.optional]
-            missing = [group.path for group in groups if not group.members()]
-            reasons = [] if missing else self.reasons(name, self.record(name))
-            if before and stage.after:
-                reasons = reasons or [f"after {before}"]
-            if missing and not before:
-                reasons = [f"it needs {missing[0]}: {self._maker_of(missing[0])}"]
-            if not reasons:
-                lines.append(f"{name}: up to date")
-                continue
-            before = name
-            lines += [f"{name}: would run ({listed(reasons)})", f"    {self.shown_command(name)}"]
-        return lines
-
-    def _maker_of(self, path: Path) -> str:
-        return next(self._maker(group.name) for group in self.files(list(FILES)) if group.path == path)
 
     def command(self, name: str) -> list[str]:
         stage = self.table[name]
@@ -222,7 +182,7 @@ class Runner:
         begin on its first files, or it has ended -> whether there was. `options`: this run's own, for the process that
         downloads. Raises StageFailed."""
         source = Path(self.values["source"])
-        if not incoming.live(source) and (self.skipped("fetch") or not self._own_reasons("fetch")):
+        if not incoming.live(source) and (self.skipped("fetch") or not self.own_reasons("fetch")):
             return False
         self.say_unsaid()
         log = self.work / "logs" / "fetch.log"
@@ -267,7 +227,7 @@ class Runner:
         inputs = [group for group in self.files(stage.inputs) if not (arrives and group.name == "source")]
         for group in inputs:
             if group.name not in stage.optional and not group.members():
-                raise UserError(f"{name} needs {group.path}", self._maker(group.name))
+                raise UserError(f"{name} needs {group.path}", self.maker(group.name))
         now = self.record(name, inputs)
         reasons = ["its source is arriving"] if arrives else self.reasons(name, now)
         if not reasons:
@@ -335,7 +295,7 @@ class Runner:
         """What a command of make needs for this profile."""
         return "" if self.values["profile"] == "tiny" else f" PROFILE={self.values['profile']}"
 
-    def _maker(self, name: str) -> str:
+    def maker(self, name: str) -> str:
         """What to do about missing files of this name."""
         profile = self.profile_word
         if name == "source":
@@ -346,16 +306,6 @@ class Runner:
         return f"make … {name.upper()}=<file>"
 
 
-def killed(name: str, number: int) -> UserError:
-    """The error of a stage whose program a signal has ended."""
-    try:
-        by = signal.Signals(number).name
-    except ValueError:
-        by = f"signal {number}"
-    why = "sudo dmesg | tail says whether memory ran out; then the same command again"
-    return UserError(f"{name} was ended by {by}", why)
-
-
 def listed(reasons: Sequence[str]) -> str:
     more = len(reasons) - REASONS_SHOWN
     return "; ".join(reasons[:REASONS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -363,19 +313,3 @@ def listed(reasons: Sequence[str]) -> str:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
-    """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
-    while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
-    environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
-    with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
-        previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
-        try:
-            code = program.wait()
-        except KeyboardInterrupt:
-            program.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-    return code if code >= 0 else 128 - code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from v4forge.checkpoint import layout
-from v4forge.checkpoint.layout import TensorSpec
+from v4forge.checkpoint.codec import spec_of
+from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.reader import INDEX, Checkpoint, matches
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.writer import write_index, write_shard
@@ -57,11 +57,11 @@ def dequantize(
         if _whole(out / name, {n for n, _ in group}, mark):
             continue
         tensors = {n: source.load(n, shape) for n, shape in group}
-        assert all(matches(TensorSpec(t.dtype, tuple(t.shape)), specs[n]) for n, t in tensors.items())
+        assert all(matches(spec_of(t), specs[n]) for n, t in tensors.items())
         write_shard(out / name, tensors, {"source": mark})
         del tensors
     weight_map = {n: name for name, group in zip(names, groups, strict=True) for n, _ in group}
-    write_index(out, weight_map, sum(math.prod(s.shape) * s.dtype.itemsize for s in specs.values()))
+    write_index(out, weight_map, sum(spec.bytes for spec in specs.values()))
     # expert_dtype says "fp4", which is no longer true
     plain = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "expert_dtype")}
     write_json(out / "config.json", plain | {"torch_dtype": str(torch.bfloat16).removeprefix("torch.")})

@@ -1,20 +1,23 @@
-"""A few routed experts of one layer: Hessians of their inputs, quantization, and what it loses."""
+"""A few routed experts of one layer: Hessians of their inputs, quantization, what it loses, and how they are served."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
-from v4forge.checkpoint.codec import encode_int4
+from v4forge.checkpoint.codec import decode_int4, encode_int4
+from v4forge.checkpoint.layout import Config
 from v4forge.model import deepseek_v4
 from v4forge.profiling import Watch
 from v4forge.quantization import gptq
-from v4forge.quantization.layer_files import Settings
+from v4forge.quantization.layer_files import Settings, layer_file
 
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "searched": gptq.searched_scales,
@@ -155,3 +158,21 @@ def quantize(
                 for method in ("gptq", "rtn")
             }
     return Experts(results[0], results[1], error, fallback)
+
+
+def read_experts(
+    work: Path, config: Config, layer: int, experts: Iterable[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Some of a finished layer's experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
+    gate_up, down = [], []
+    with safe_open(layer_file(work, layer), framework="pt") as file:
+
+        def decoded(expert: int, which: str) -> Tensor:
+            base = f"layers.{layer}.ffn.experts.{expert}.{which}"
+            packed, scale = (file.get_tensor(f"{base}.{part}").to(device) for part in ("weight_packed", "weight_scale"))
+            return decode_int4(packed, scale, file.get_tensor(f"{base}.weight_shape"))
+
+        for e in experts:
+            gate_up.append(torch.cat((decoded(e, "w1"), decoded(e, "w3"))))
+            down.append(decoded(e, "w2"))
+    return torch.stack(gate_up), torch.stack(down)

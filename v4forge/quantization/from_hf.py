@@ -11,10 +11,12 @@ from torch import Tensor
 
 from v4forge import digests
 from v4forge.checkpoint import layout
+from v4forge.checkpoint.codec import spec_of
 from v4forge.checkpoint.conversion import converted
-from v4forge.checkpoint.layout import DTYPE_NAMES, Config
+from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint
-from v4forge.checkpoint.writer import carries, write_shard
+from v4forge.checkpoint.safetensors_header import carries
+from v4forge.checkpoint.writer import matrix_digest, write_shard
 from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.quantization import layer_files
@@ -24,11 +26,13 @@ from v4forge.quantization.postprocess import Origin, build, tokenizer_files
 DETERMINING_MODULES = (
     "checkpoint/codec",
     "checkpoint/conversion",
+    "checkpoint/formats",
     "checkpoint/layout",
     "checkpoint/reader",
     "checkpoint/recipe",
     "checkpoint/safetensors_header",
     "checkpoint/writer",
+    "model/names",
     "quantization/from_hf",
     "quantization/hf_folder",
 )
@@ -40,7 +44,7 @@ def exact_scale(scale: Tensor, name: str) -> Tensor:
         return scale
     rounded = scale.to(torch.bfloat16)
     if not torch.equal(rounded.float(), scale.float()):
-        fact = f"{name} is {DTYPE_NAMES[scale.dtype]} and not exact in BF16, which the artifact has"
+        fact = f"{name} is {spec_of(scale).dtype} and not exact in BF16, which the artifact has"
         raise UserError(fact, QUANTIZE_AGAIN)
     return rounded
 
@@ -97,7 +101,7 @@ def repair(
                 parts = {ours: foreign.read(theirs) for ours, theirs in taken[logical].items()}
                 packed, scale, _ = parts
                 parts[scale] = exact_scale(parts[scale], scale)
-                codes[logical.split(".")[-2]].append(layer_files.matrix_digest(parts[packed], parts[scale]))
+                codes[logical.split(".")[-2]].append(matrix_digest(parts[packed], parts[scale]))
                 tensors |= parts
             elif not done:
                 tensors |= converted(source, logical, shape)

@@ -19,11 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from v4forge.checkpoint.codec import INT4_GROUP, dequantize_int4
+from v4forge.checkpoint.codec import dequantize_int4
+from v4forge.checkpoint.formats import INT4_GROUP
+from v4forge.lean_imports import lean_transformers
+
+with lean_transformers():  # which compressed-tensors imports
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
 
 QUANT_ARGS = QuantizationArgs(
     num_bits=4, type="int", strategy="group", group_size=INT4_GROUP, symmetric=True, actorder="static"

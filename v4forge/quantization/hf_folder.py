@@ -19,18 +19,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from v4forge.checkpoint import layout
-from v4forge.checkpoint.codec import INT4_GROUP
-from v4forge.checkpoint.layout import DTYPE_NAMES, DTYPES, Config, Shape, TensorSpec
+from v4forge.checkpoint.formats import INT4_GROUP, Shape, TensorSpec
+from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint, matches
 from v4forge.checkpoint.recipe import ALIASES, Rule, rule_for
 from v4forge.checkpoint.vllm_schemes import unresolved
 from v4forge.errors import UserError
 from v4forge.files import read_json
+from v4forge.model import names
 
 SINGLE = "model.safetensors"  # what transformers writes when one shard holds everything, without an index
 # Whose a tensor name is, the first that matches; what most names say holds for the folder.
@@ -59,7 +59,7 @@ REFUSED_PARTS = {
     "weight_zero_point": "asymmetric, and the artifact has no zero points",
     "weight_g_idx": "permuted (actorder 'group'), and the artifact has no permutation",
 }
-SCALES = (torch.bfloat16, torch.float32, torch.float16)  # F32 and F16 only where BF16 holds the same value
+SCALES = ("BF16", "F32", "F16")  # F32 and F16 only where BF16 holds the same value
 QUANTIZE_AGAIN = (
     "quantize the experts again, symmetric INT4 in groups of 128, actorder static or none;"
     " or python -m scripts.calibrate --source DIR --work DIR"
@@ -83,12 +83,8 @@ def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def _in_transformers(name: str) -> str:
-    from v4forge.model.deepseek_v4 import (
-        renamed,  # its transformers takes seconds to import, and only a foreign folder needs it
-    )
-
     block = re.match(r"layers\.\d+\.", name)
-    return block[0] + renamed(name[block.end() :]) if block else name
+    return block[0] + names.renamed(name[block.end() :]) if block else name
 
 
 def _shown(name: object) -> str:
@@ -263,8 +259,8 @@ def _wrong_tensors(foreign: Foreign, config: Config) -> Iterator[str]:
             continue
         known[theirs] = ours
         dtype, shape = foreign.spec(theirs)
-        if dtype and not (dtype in DTYPES and matches(TensorSpec(DTYPES[dtype], shape), spec)):
-            example = f"{theirs} is {dtype} {list(shape)}, not {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+        if dtype and not matches(TensorSpec(dtype, shape), spec):
+            example = f"{theirs} is {dtype} {list(shape)}, not {spec.dtype} {list(spec.shape)}"
             faults.setdefault(_cause(ours, dtype, rule), []).append(example)
     for theirs in foreign.weight_map.keys() - known.keys():
         faults.setdefault(_unknown(theirs), []).append(_shown(theirs))
@@ -326,8 +322,8 @@ def _check_parts(foreign: Foreign, module: str, found: set[str], wanted: Mapping
         raise UserError(f"{module}.{_shown(part)} {why}", QUANTIZE_AGAIN)
     for part, spec in wanted.items():
         dtype, shape = foreign.spec(f"{module}.{part}")
-        if DTYPES.get(dtype) not in (SCALES if part == "weight_scale" else (spec.dtype,)) or shape != spec.shape:
-            needed = f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+        if dtype not in (SCALES if part == "weight_scale" else (spec.dtype,)) or shape != spec.shape:
+            needed = f"{spec.dtype} {list(spec.shape)}"
             fact = f"{module}.{part} is {dtype} {list(shape)}, INT4 in groups of {INT4_GROUP} is {needed}"
             raise UserError(fact, QUANTIZE_AGAIN)
 

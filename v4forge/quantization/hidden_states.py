@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from v4forge.checkpoint.writer import carries, write_shard
+from v4forge.checkpoint.safetensors_header import carries
+from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
-
-FOLDER = "streams"
+from v4forge.quantization.layer_files import HIDDEN_STATES
 
 
 def _file(work: Path, layer: int, number: int) -> Path:
-    return work / FOLDER / f"layer-{layer:03}" / f"{number:05}.safetensors"
+    return work / HIDDEN_STATES / f"layer-{layer:03}" / f"{number:05}.safetensors"
 
 
 def save(work: Path, layer: int, number: int, streams: Tensor, digest: str) -> None:
@@ -50,8 +50,8 @@ def latest(work: Path, upto: int, batches: int, digest: str) -> int:
 def keep(work: Path, layers: Sequence[int]) -> None:
     """Removes the hidden states that are not before one of these layers."""
     wanted = {_file(work, layer, 0).parent for layer in layers}
-    for folder in (work / FOLDER).glob("layer-[0-9][0-9][0-9]"):
+    for folder in (work / HIDDEN_STATES).glob("layer-[0-9][0-9][0-9]"):
         if folder not in wanted:
             shutil.rmtree(folder)
     with suppress(OSError):  # it is not there, or not empty
-        (work / FOLDER).rmdir()
+        (work / HIDDEN_STATES).rmdir()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from v4forge.checkpoint.codec import INT4_GROUP
+from v4forge.checkpoint.formats import INT4_GROUP
 
 ROUNDER = tl.constexpr(1.5 * 2**23)  # added and taken away again it rounds to the nearest integer, ties to even
 SEARCH_ROWS = 32

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.conversion import converted
+from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.prefetch import Group, Reader, done, on_host
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
-from v4forge.checkpoint.writer import SharedShard
+from v4forge.checkpoint.writer import SharedShard, matrix_digest
 from v4forge.errors import UserError
 from v4forge.files import write_json
 from v4forge.model import deepseek_v4
@@ -64,7 +65,7 @@ class Run:
         return [step[self.ranks.rank] for step in self.steps()]
 
 
-def stored_parts(name: str, shape: layout.Shape) -> list[str]:
+def stored_parts(name: str, shape: Shape) -> list[str]:
     """The names under which upstream stores a logical tensor."""
     return list(layout.stored(name, shape, rule_for(name).source))
 
@@ -151,7 +152,7 @@ class Layer:
             for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
         }
         for name, spec in specs.items():  # an integer table keeps its source's width
-            if spec.dtype == torch.int64 and name in source.weight_map:
+            if spec.dtype == "I64" and name in source.weight_map:
                 specs[name] = source.spec(name)
         self.shard = SharedShard(layer_files.layer_file(run.work, self.index), specs, {"fingerprint": run.digest})
         if run.ranks.rank == 0:
@@ -218,7 +219,7 @@ class Layer:
                 group = next(reader)
                 served = self._quantized(own, group, rows, limit, shared) if own else None
             else:
-                served = layer_files.read_experts(run.work, config, self.index, own, run.device) if own else None
+                served = experts.read_experts(run.work, config, self.index, own, run.device) if own else None
             if dispatch is None:
                 continue
             with watch.compute("forward 2"):
@@ -294,7 +295,7 @@ class Layer:
         for e in own:
             names = {which: _expert(self.index, e, which).removesuffix("weight") for which in ("w1", "w2", "w3")}
             self.notes[e]["codes"] = {
-                which: layer_files.matrix_digest(tensors[f"{name}weight_packed"], tensors[f"{name}weight_scale"])
+                which: matrix_digest(tensors[f"{name}weight_packed"], tensors[f"{name}weight_scale"])
                 for which, name in names.items()
             }
         return tensors

@@ -7,32 +7,33 @@ digest of a fingerprint: the source, the corpus, the settings, the code, the lib
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from v4forge import machine
 from v4forge.checkout import ROOT
 from v4forge.checkpoint import incoming
-from v4forge.checkpoint.codec import decode_int4
+from v4forge.checkpoint.incoming import INDEX
 from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config
-from v4forge.checkpoint.reader import INDEX
-from v4forge.checkpoint.writer import carries, tensor_bytes
+from v4forge.checkpoint.safetensors_header import carries
 from v4forge.digests import Digests, changed
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, remove_leftovers, write_json
-from v4forge.model.corpus import Corpus
+
+if TYPE_CHECKING:
+    import torch
+
+    from v4forge.model.corpus import Corpus
 
 FINGERPRINT = "fingerprint.json"
+HIDDEN_STATES = "streams"  # the folder that hidden_states.py keeps
 DETERMINING_MODULES = (
     "checkpoint/codec",
     "checkpoint/conversion",
+    "checkpoint/formats",
     "checkpoint/layout",
     "checkpoint/reader",
     "checkpoint/recipe",
@@ -45,6 +46,8 @@ DETERMINING_MODULES = (
     "model/expert_dispatch",
     "model/experts",
     "model/kernels",
+    "model/layer_classes",
+    "model/names",
     "quantization/calibrate",
     "quantization/experts",
     "quantization/gptq",
@@ -53,6 +56,8 @@ DETERMINING_MODULES = (
     "quantization/layer_files",
 )
 DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
+METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
+SCALES = ("searched", "absmax")  # how GPTQ's are chosen, by experts.SCALES
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,11 @@ def fingerprint(
     source: Mapping[str, str], corpus: Corpus | None, settings: Settings, device: torch.device
 ) -> dict[str, Any]:
     """All that determines the bytes of the layer files, as JSON data."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_identity()
+    hardware = machine.cpu_identity()
+    if device.type == "cuda":
+        import torch  # only who has made a device of it needs it: plan and replay read this module too
+
+        hardware = torch.cuda.get_device_name(device)
     return {
         "source": dict(source),
         "corpus": None if corpus is None else _described(corpus),
@@ -143,31 +152,6 @@ def claim(work: Path, mark: Mapping[str, Any], on_mismatch: str, say: Callable[[
 def finished(work: Path, layer: int, mark: str) -> bool:
     """Whether the layer's file and report are there, whole and of this fingerprint."""
     return carries(layer_file(work, layer), mark) and layer_report(work, layer).is_file()
-
-
-def matrix_digest(packed: Tensor, scale: Tensor) -> str:
-    """The first 64 bits of the SHA-256 of an INT4 matrix's codes and scales, in hex: what the report keeps of it."""
-    digest = hashlib.sha256(tensor_bytes(packed))
-    digest.update(tensor_bytes(scale))
-    return digest.hexdigest()[:16]
-
-
-def read_experts(
-    work: Path, config: Config, layer: int, experts: Iterable[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Some of a finished layer's experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
-    gate_up, down = [], []
-    with safe_open(layer_file(work, layer), framework="pt") as file:
-
-        def decoded(expert: int, which: str) -> Tensor:
-            base = f"layers.{layer}.ffn.experts.{expert}.{which}"
-            packed, scale = (file.get_tensor(f"{base}.{part}").to(device) for part in ("weight_packed", "weight_scale"))
-            return decode_int4(packed, scale, file.get_tensor(f"{base}.weight_shape"))
-
-        for e in experts:
-            gate_up.append(torch.cat((decoded(e, "w1"), decoded(e, "w3"))))
-            down.append(decoded(e, "w2"))
-    return torch.stack(gate_up), torch.stack(down)
 
 
 def report(

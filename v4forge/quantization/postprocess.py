@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -147,7 +146,7 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
         odd = sorted(set(weight_map) ^ set(expected))[0]
         fact = f"{odd} is in the layer files or in the layout, but not in both"
         raise UserError(fact, f"remove {origin.folder} and calibrate again")
-    write_index(out, weight_map, sum(math.prod(s.shape) * s.dtype.itemsize for s in expected.values()))
+    write_index(out, weight_map, sum(spec.bytes for spec in expected.values()))
     write_json(out / "config.json", config_json(config))
     for path in side_files:
         copy(path, out / path.name)

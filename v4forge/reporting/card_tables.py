@@ -41,7 +41,7 @@ def bytes_by_kind(config: Config) -> Counter[str]:
         rule = rule_for(name)
         copies = 1 + sum(original == name for original in ALIASES.values())
         for spec in layout.stored(name, shape, rule.artifact).values():
-            sizes[rule.kind] += copies * math.prod(spec.shape) * spec.dtype.itemsize
+            sizes[rule.kind] += copies * spec.bytes
     return sizes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from v4forge.artifact_folder import SUMS
+from v4forge.artifact_folder import CERTIFICATE, SUMS
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError
@@ -19,7 +19,6 @@ from v4forge.outcomes import Outcome, failed, ok
 from v4forge.verification.checks import CHECKS, Check
 from v4forge.verification.subject import Subject
 
-CERTIFICATE = "certificate.json"
 # what a check lacked -> why it was not run
 LACKING = {
     "layout": "another tool's layout",

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from v4forge.artifact_folder import MANIFEST, SUMS, members
 from v4forge.checkpoint import layout, recipe
-from v4forge.checkpoint.layout import DTYPE_NAMES, TensorSpec
+from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.reader import matches
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.vllm_schemes import unresolved
@@ -24,6 +22,7 @@ from v4forge.errors import UserError
 from v4forge.model.corpus import check_vocabulary, load_tokenizer
 from v4forge.model.evaluation import agreement, mean, perplexity_change
 from v4forge.quantization import hf_folder
+from v4forge.quantization.layer_files import METHODS
 from v4forge.quantization.postprocess import TOKENIZER_FILES
 from v4forge.verification.subject import Subject
 from v4forge.verification.tolerances import (
@@ -38,7 +37,6 @@ from v4forge.verification.tolerances import (
 )
 
 SHOWN = 5  # failures of one check that the certificate spells out
-METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 # By kind of the recipe's rule: why a tensor that passes through may differ.
 CAUSES = {
     "attention projections": "attention quantized anew?",
@@ -135,13 +133,13 @@ def tensors(s: Subject) -> Failures:
         yield f"{name} is not part of the layout" + (" (C10: the MTP block was quantized)" if quantized else "")
     for name, spec in expected.items():
         if name in s.artifact.weight_map and not matches(found := s.artifact.spec(name), spec):
-            rounded = spec.dtype == torch.float32 and found.dtype == torch.bfloat16
+            rounded = spec.dtype == "F32" and found.dtype == "BF16"
             cause = " (C13: an F32 tensor was rounded)" if rounded else ""
             yield f"{name} is {_described(found)}, expected {_described(spec)}{cause}"
 
 
 def _described(spec: TensorSpec) -> str:
-    return f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+    return f"{spec.dtype} {list(spec.shape)}"
 
 
 def finite(s: Subject) -> Failures:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from v4forge.checkpoint.layout import Shape, stored_name
+from v4forge.checkpoint.formats import Shape
+from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.recipe import rule_for
 
 Parts = Mapping[str, Tensor]

@@ -13,20 +13,22 @@ import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from v4forge import digests
 from v4forge.artifact_folder import FORMAT, MANIFEST, RUN
-from v4forge.checkpoint.reader import INDEX
+from v4forge.checkpoint.incoming import INDEX
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, make_folder, read, read_json, understood
 from v4forge.model import corpus
 from v4forge.quantization import layer_files
 from v4forge.quantization.manifest import layer_entry
 from v4forge.verification.tolerances import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
+
+if TYPE_CHECKING:
+    import torch
 
 Json = Mapping[str, Any]
 
@@ -211,6 +213,8 @@ def _short(digest: str | None) -> str:
 
 def equal_codes(one: Path, other: Path, device: torch.device) -> float:
     """The share of two layer files' INT4 codes that are equal, over all experts."""
+    import torch  # who has a device to compare on has it; a manifest can be read without
+
     equal = count = 0
     with safe_open(one, framework="pt") as a, safe_open(other, framework="pt") as b:
         for name in a.keys():  # noqa: SIM118, not a dict

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from v4forge.checkpoint import layout
-from v4forge.checkpoint.layout import Shape, TensorSpec
+from v4forge.checkpoint.codec import DTYPES
+from v4forge.checkpoint.formats import Shape, TensorSpec
 from v4forge.checkpoint.prefetch import open_file, read_into
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.checkpoint.writer import matrix_digest
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.quantization.layer_files import matrix_digest
 from v4forge.verification import reference
 
 THREADS = min(16, os.cpu_count() or 1)
@@ -92,12 +93,12 @@ class _Bytes:
             path, offset = self.checkpoint.place(name)
             if path not in self._files:
                 self._files[path] = open_file(path)
-        size = spec.dtype.itemsize
+        size = spec.item_bytes
         start, stop = (0, math.prod(spec.shape)) if piece.is_whole else (piece.start, piece.stop)
         stop = min(stop, math.prod(spec.shape))
         buffer = torch.empty(max(stop - start, 0) * size, dtype=torch.uint8)
         read_into(self._files[path], path, buffer.numpy().data, offset + start * size)
-        tensor = buffer.view(spec.dtype)
+        tensor = buffer.view(DTYPES[spec.dtype])
         return tensor.view(spec.shape) if piece.is_whole else tensor
 
 
@@ -157,8 +158,8 @@ def _size(piece: Piece) -> int:
     """Bytes of the artifact."""
     specs = layout.stored(piece.name, piece.shape, rule_for(piece.name).artifact)
     if not piece.is_whole:
-        return (piece.stop - piece.start) * next(iter(specs.values())).dtype.itemsize
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
+        return (piece.stop - piece.start) * next(iter(specs.values())).item_bytes
+    return sum(spec.bytes for spec in specs.values())
 
 
 def _stored(piece: Piece, form: str) -> dict[str, TensorSpec]:

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from playwright.sync_api import Error, Locator, Page, Route, sync_playwright
+from typing import TYPE_CHECKING, Any
 
 from v4forge.errors import UserError
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page, Route
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
@@ -121,6 +122,8 @@ class Opened:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Around what asks the page: no answer is the page's fault."""
+        from playwright.sync_api import Error
+
         try:
             yield
         except Error as error:
@@ -156,6 +159,8 @@ def open_page(source: str | Path, width: int = 1280, height: int = 900, limit_s:
     limit_s: for the block and all in it, once Chromium has started. Raises UserError when there is no Chromium, or it
     does not start; PageError when the page does not come to an end of loading.
     """
+    from playwright.sync_api import Error, sync_playwright  # only who opens a page has it
+
     executable = program()
     try:
         html = source.read_text(encoding="utf-8") if isinstance(source, Path) else source

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -18,10 +19,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from v4forge import gpus
 from v4forge.checkout import ROOT
@@ -80,7 +80,7 @@ class Host:
     clock: Callable[[], float] = time.time
     nvml: Library = gpus.library
     user: int = field(default_factory=os.geteuid)
-    torch_cuda: str | None = field(default_factory=lambda: torch.version.cuda)
+    torch_cuda: str | None = field(default_factory=lambda: torch_cuda())
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _made: dict[str, Future[Any]] = field(default_factory=dict, repr=False)
 
@@ -285,6 +285,15 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     for stream in filter(None, (process.stdout, process.stderr)):
         stream.close()
+
+
+def torch_cuda() -> str | None:
+    """The CUDA that this environment's torch is a build for, None for a build for the CPU: in a file of its own, since
+    importing torch takes seconds."""
+    torch = find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    cuda: str | None = runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"]
+    return cuda
 
 
 def numbers(version: str) -> tuple[int, ...]:

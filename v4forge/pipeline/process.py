@@ -1,0 +1,37 @@
+"""A stage's program as a process of its run: it holds the run's lock, ends with the run, and its end is explained."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from v4forge.errors import UserError
+
+
+def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
+    """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
+    while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
+    environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
+        previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+        try:
+            code = program.wait()
+        except KeyboardInterrupt:
+            program.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    return code if code >= 0 else 128 - code
+
+
+def killed(name: str, number: int) -> UserError:
+    """The error of a stage whose program a signal has ended."""
+    try:
+        by = signal.Signals(number).name
+    except ValueError:
+        by = f"signal {number}"
+    why = "sudo dmesg | tail says whether memory ran out; then the same command again"
+    return UserError(f"{name} was ended by {by}", why)
