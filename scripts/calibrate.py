@@ -14,17 +14,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import digests
 from v4forge.checkpoint.layout import upstream
-from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import exclusive, read_json, write_text
-from v4forge.model import corpus, distributed
+from v4forge.model import corpus
 from v4forge.pipeline import requirements
-from v4forge.quantization import calibrate, layer_files
+from v4forge.quantization import layer_files
 from v4forge.verification import reproduce
 
 if TYPE_CHECKING:
@@ -186,6 +183,7 @@ def calibrated(
     device: torch.device,
     comparison: reproduce.Comparison | None = None,
 ) -> None:
+    from v4forge.quantization import calibrate
 
     todo = source.config.layers
     if place.rank == 0:

@@ -22,13 +22,11 @@ from rich.table import Table
 from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder
 from v4forge.artifact_folder import CERTIFICATE
-from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.model import evaluation, heldout
+from v4forge.model import heldout
 from v4forge.model.heldout import FORMS, SHORTEST
 from v4forge.quantization.layer_files import METHODS
-from v4forge.verification import certificate
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +104,7 @@ def main() -> int:
 
     from v4forge.checkpoint.reader import Checkpoint
     from v4forge.model import evaluation
+    from v4forge.verification import certificate
 
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")

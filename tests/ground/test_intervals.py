@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
+from v4forge.checkout import ROOT
 from v4forge.intervals import NORMAL, quantile, ratio, share, wilson
 
 SEQUENCES = 60
@@ -101,8 +101,10 @@ def test_one_sequence_or_no_token_has_no_interval(counts: list[int]) -> None:
     assert math.isnan(share(hits, counts).high)
 
 
-@pytest.mark.parametrize("module", ["intervals", "bench.statistics", "acceptance", "comparison", "speed"])
+@pytest.mark.parametrize(
+    "module", ["intervals", "bench.statistics", "bench.acceptance", "bench.comparison", "bench.speed"]
+)
 def test_figures_load_without_torch_and_without_scipy(module: str) -> None:
     """Torch takes seconds to import, scipy.stats one: who only reads figures needs neither."""
     code = f"import sys, v4forge.{module}; sys.exit(bool({{'torch', 'scipy.stats'}} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -22,6 +22,7 @@ from scripts import report as program
 from v4forge import artifact_folder
 from v4forge.bench import published_figures, results
 from v4forge.bench.standing import worth_of
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import (
@@ -459,6 +460,6 @@ def test_a_fifth_bench_is_one_module_and_one_line(tmp_path: Path, monkeypatch: p
 
 
 def test_tables_of_the_benches_are_made_without_matplotlib() -> None:
-    code = "import sys; from v4forge import card, report; from v4forge.reporting import calibration_page; "
+    code = "import sys; from v4forge.reporting import calibration_page, card, page; "
     code += "sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -31,18 +31,20 @@ for line in sys.stdin.read().splitlines():
 PROBE = """
 import sys
 import torch
-from v4forge import gptq, model, model_mtp, resolution
+from v4forge.checkpoint import vllm_schemes
 from v4forge.checkpoint.reader import Checkpoint
+from v4forge.model import deepseek_v4, mtp
+from v4forge.quantization import gptq
 print(len(sys.modules))
 source = Checkpoint("models/tiny")
-weights, config = model.Weights(source, torch.device("cpu")), model.hf_config(source.config)
-root = model.load_root(weights, config)
+weights, config = deepseek_v4.Weights(source, torch.device("cpu")), deepseek_v4.hf_config(source.config)
+root = deepseek_v4.load_root(weights, config)
 tokens = torch.arange(256)[None]
-context = model.Rotary(config, weights.device, weights.dtype).context(tokens)
-streams = model.embed(root, config, tokens)
+context = deepseek_v4.Rotary(config, weights.device, weights.dtype).context(tokens)
+streams = deepseek_v4.embed(root, config, tokens)
 for number in source.config.layers:
-    streams = model.run_layer(model.load_layer(weights, config, number), streams, context)
-model_mtp.load_mtp(weights, config)(streams, root.embed[tokens], context)
+    streams = deepseek_v4.run_layer(deepseek_v4.load_layer(weights, config, number), streams, context)
+mtp.load_mtp(weights, config)(streams, root.embed[tokens], context)
 print(*[name for name in sys.argv[1:] if name in sys.modules])
 """
 WHOLE_MODELS = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "scipy.optimize")
@@ -60,7 +62,7 @@ def run(*command_lines: tuple[str, ...]) -> list[list[str]]:
 
 def test_help_and_a_wrong_argument_load_nothing_heavy() -> None:
     commands = [(name, "--help") for name in PROGRAMS] + [("bench", bench, "--help") for bench in BENCHES]
-    assert len(PROGRAMS) > 25
+    assert len(PROGRAMS) > 20
     for command, found in zip(commands, run(*commands), strict=True):
         assert found == ["0"], command
     for command, found in zip(commands, run(*[(*words[:-1], "--no-such-option") for words in commands]), strict=True):

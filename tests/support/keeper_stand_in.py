@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from v4forge.serving import launch, preflight, probe
+from v4forge.serving import launch, preflight, probe, readiness
 from v4forge.serving.deployment import Deployment, Process
 from v4forge.serving.launch import Wanted
 
@@ -59,8 +59,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
     noted: list[Noted] = []
     monkeypatch.setattr(launch, "runtime_of", lambda deployment: Keeper(deployment, noted))
     monkeypatch.setattr(preflight, "check", lambda *_: None)
-    monkeypatch.setattr(preflight, "wait", lambda *_: None)
-    monkeypatch.setattr(preflight, "show_errors", lambda *_: None)
+    monkeypatch.setattr(readiness, "wait", lambda *_: None)
+    monkeypatch.setattr(readiness, "show_errors", lambda *_: None)
     monkeypatch.setattr(probe, "probe", lambda *_: [])
     return noted
 
