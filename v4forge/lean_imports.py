@@ -1,10 +1,11 @@
 """transformers imported without what only whole models need of it: to be sharded, compiled, trained, served in FP8.
 
 A decoder layer uses none of that, and it is half of what importing transformers' modeling files loads:
-torch.distributed.tensor, torch._dynamo with sympy, scipy.optimize. Within `lean_transformers()` names of the modules in
-LAZY are imported on first use, which Python 3.15 calls a lazy import (https://peps.python.org/pep-0810/). Nothing is
-left out: who uses such a name, whenever, uses the real one. Where another version of transformers uses one while it is
-imported, it is imported as usual from there on, and tests/test_startup.py fails.
+torch.distributed.tensor, torch._dynamo with sympy, scipy.optimize. Within `lean(module)` names of the modules in LAZY
+are imported on first use, which Python 3.15 calls a lazy import (https://peps.python.org/pep-0810/). Nothing is left
+out: who uses such a name, whenever, uses the real one. Where another version of transformers uses one while it is
+imported, it is imported as usual from there on, and tests/scripts/test_startup.py fails. Where the import fails so,
+because some package wants more of a module in LAZY than names, everything is imported as usual.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 
 # What is imported from these is called, looked into or subclassed; none is a package that others import modules of.
 LAZY = (
-    "scipy.optimize",  # for the losses of object detection
     "torch._dynamo._trace_wrapped_higher_order_op",  # for masks that vmap makes
     "transformers.distributed.fsdp",
     "transformers.distributed.sharding_utils",
@@ -33,13 +33,36 @@ LAZY = (
     "transformers.integrations.flash_paged",
     "transformers.integrations.flex_attention",
     "transformers.integrations.sonicmoe",
+    # losses of object detection, with scipy.optimize
+    *(f"transformers.loss.loss_{name}" for name in ("d_fine", "deformable_detr", "deimv2", "for_object_detection")),
+    *(f"transformers.loss.loss_{name}" for name in ("grounding_dino", "lw_detr", "rf_detr", "rt_detr")),
 )
 COMPILER = "torch._dynamo"
 
 
 @contextmanager
-def lean_transformers() -> Iterator[None]:
-    """Within the block, names imported from the modules of LAZY that are not loaded wait until they are used."""
+def lean(module: str) -> Iterator[None]:
+    """Loads `module` for the imports of the block; names that it imports from the modules of LAZY wait until they are
+    used, if those are not loaded yet. Raises nothing: what the plain import raises, the block's imports do."""
+    before = set(sys.modules)
+    with _stand_ins():
+        try:
+            import_module(module)
+        except Exception:
+            failed = True
+        else:
+            failed = False
+            yield
+    if failed:
+        roots = {name.partition(".")[0] for name in (module, *LAZY)} - {"torch"}
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in roots:  # half of them may be there
+                del sys.modules[name]
+        yield
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
     sys.modules.update({name: _StandIn(name) for name in LAZY if name not in sys.modules})
     mark = torch.compiler.allow_in_graph  # imports COMPILER, and transformers' base class of all models calls it
     if COMPILER not in sys.modules:

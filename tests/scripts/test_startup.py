@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,12 +98,10 @@ def test_layers_come_and_run_without_what_only_whole_models_need() -> None:
 LAZY = """
 import sys
 import v4forge.model.deepseek_v4
-import transformers.loss.loss_for_object_detection
-from transformers import loss, masking_utils, modeling_utils
+from transformers import masking_utils, modeling_utils
 from v4forge.lean_imports import _Name
 marked = modeling_utils.PreTrainedModel.can_record_outputs.fget
-solve = loss.loss_for_object_detection.linear_sum_assignment
-names = [masking_utils.TransformGetItemToIndex, modeling_utils.flex_attention_forward, solve]
+names = [masking_utils.TransformGetItemToIndex, modeling_utils.flex_attention_forward]
 assert all(type(name) is _Name for name in names)
 assert "torch._dynamo" not in sys.modules
 
@@ -115,10 +114,28 @@ class Own(masking_utils.TransformGetItemToIndex):
     pass
 assert issubclass(Own, real)
 assert trace_rules.is_callable_allowed(marked)  # what was marked before torch._dynamo was there
-assert [index.tolist() for index in solve([[2, 1], [1, 2]])] == [[0, 1], [1, 0]] and "scipy.optimize" in sys.modules
 """
 
 
 def test_what_is_left_for_later_is_the_real_thing_then() -> None:
     done = subprocess.run([sys.executable, "-c", LAZY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+WANTS_MORE = """
+import sys
+from v4forge import lean_imports
+lean_imports.LAZY += ("scipy.optimize",)
+with lean_imports.lean("wants_more"):
+    import wants_more
+assert wants_more.find_root.__module__ == "scipy.optimize.elementwise" or callable(wants_more.find_root)
+assert not any(isinstance(module, lean_imports._StandIn) for module in sys.modules.values())
+"""
+
+
+def test_a_package_that_wants_more_than_names_is_imported_as_usual(tmp_path: Path) -> None:
+    """As scikit-learn does, which transformers imports where it is installed, of scipy.optimize."""
+    (tmp_path / "wants_more.py").write_text("from scipy.optimize.elementwise import find_root\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", WANTS_MORE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

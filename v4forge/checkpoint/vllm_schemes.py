@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from v4forge.checkpoint.layout import Config
-from v4forge.lean_imports import lean_transformers
+from v4forge.lean_imports import lean
 
-with lean_transformers():  # which compressed-tensors imports
+with lean("compressed_tensors.quantization"):  # which imports transformers
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 

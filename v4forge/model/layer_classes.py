@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from v4forge.lean_imports import lean_transformers
+from v4forge.lean_imports import lean
 
-with lean_transformers():
+with lean("transformers.models.deepseek_v4.modeling_deepseek_v4"):
     from transformers import DeepseekV4Config
     from transformers.masking_utils import create_sliding_window_causal_mask
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf

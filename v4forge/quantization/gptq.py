@@ -23,9 +23,9 @@ from torch import Tensor
 
 from v4forge.checkpoint.codec import dequantize_int4
 from v4forge.checkpoint.formats import INT4_GROUP
-from v4forge.lean_imports import lean_transformers
+from v4forge.lean_imports import lean
 
-with lean_transformers():  # which compressed-tensors imports
+with lean("compressed_tensors.quantization"):  # which imports transformers
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
 
