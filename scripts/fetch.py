@@ -20,7 +20,7 @@ from v4forge.hub.fetch import Fetch
 from v4forge.hub.folder_source import FolderSource
 from v4forge.hub.hub_source import Hub
 from v4forge.hub.partial_file import path_of
-from v4forge.hub.todo import Todo, looked_over
+from v4forge.hub.pending import Pending, looked_over
 from v4forge.units import MIB, decimal_size
 
 FORMS = {
@@ -41,13 +41,13 @@ def described(source: Hub | FolderSource) -> str:
     return f"{source.folder} ({FORMS[source.form]})"
 
 
-def listing_lines(todo: Todo, out: Path) -> list[str]:
+def listing_lines(pending: Pending, out: Path) -> list[str]:
     """What is there and what would come, a line a file."""
-    state = {each.name: "is here" for each in todo.here}
-    state |= {each.name: "is here, to be checked" for each in todo.unsure}
-    state |= {each.name: "is another file here, to be replaced" for each in todo.wrong}
+    state = {each.name: "is here" for each in pending.here}
+    state |= {each.name: "is here, to be checked" for each in pending.unsure}
+    state |= {each.name: "is another file here, to be replaced" for each in pending.wrong}
     lines = []
-    for name, each in todo.listing.files.items():
+    for name, each in pending.listing.files.items():
         path = path_of(out, each)
         part = f"{shown(path.stat().st_size)} of it are here" if path.is_file() else "to come"
         lines.append(f"  {name:<44} {shown(each.bytes):>10}  {state.get(name, part)}")
@@ -82,26 +82,26 @@ def main() -> None:
         source = folder_source.looked_at(args.folder, args.repo, args.revision)
     digests = Digests(args.out.parent / ".stamps" / "digests.json")
     if args.dry_run:
-        todo = looked_over(source, args.out, digests)
-        print("\n".join([summary(source, todo), *listing_lines(todo, args.out)]))
+        pending = looked_over(source, args.out, digests)
+        print("\n".join([summary(source, pending), *listing_lines(pending, args.out)]))
         return
     check_writable(args.out)
     with incoming.marked(args.out) as mark_ready:
-        todo = looked_over(source, args.out, digests)
-        print(summary(source, todo), flush=True)
+        pending = looked_over(source, args.out, digests)
+        print(summary(source, pending), flush=True)
         run = Fetch(source, args.out, args.workers, digests, lambda line: print(line, flush=True))
-        with steps("fetch", todo.total_bytes // MIB, "MiB", resumes=True) as progress:
-            run.run(todo, progress, mark_ready)
+        with steps("fetch", pending.total_bytes // MIB, "MiB", resumes=True) as progress:
+            run.run(pending, progress, mark_ready)
     checked = "" if isinstance(source, FolderSource) and source.form == "plain" else ", each with the hub's hash"
-    print(f"{len(todo.listing.files)} files, {shown(todo.total_bytes)}{checked}: {args.out}")
+    print(f"{len(pending.listing.files)} files, {shown(pending.total_bytes)}{checked}: {args.out}")
 
 
-def summary(source: Hub | FolderSource, todo: Todo) -> str:
+def summary(source: Hub | FolderSource, pending: Pending) -> str:
     """One line: what, how much of it is there, what is not wanted."""
-    coming = sum(each.bytes for each in todo.missing)
-    count = len(todo.listing.files)
-    line = f"{described(source)}: {count} files, {shown(todo.total_bytes)}, of which {shown(coming)} to come"
-    return f"{line}; not needed: {', '.join(todo.skipped)}" if todo.skipped else line
+    coming = sum(each.bytes for each in pending.missing)
+    count = len(pending.listing.files)
+    line = f"{described(source)}: {count} files, {shown(pending.total_bytes)}, of which {shown(coming)} to come"
+    return f"{line}; not needed: {', '.join(pending.skipped)}" if pending.skipped else line
 
 
 if __name__ == "__main__":

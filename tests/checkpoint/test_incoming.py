@@ -32,7 +32,7 @@ from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.hub import fetch as hub_fetch
 from v4forge.hub.hub_source import Hub
-from v4forge.hub.todo import looked_over
+from v4forge.hub.pending import looked_over
 from v4forge.profiling import Watch
 from v4forge.quantization import layer_files
 
@@ -358,8 +358,8 @@ def test_layers_are_finished_before_the_last_shard_is_here_and_have_the_same_byt
         digests = Digests(out.parent / ".stamps" / "digests.json")
         with incoming.marked(out) as mark_ready:
             source = Hub(REPO, MAIN)
-            todo = looked_over(source, out, digests)
-            hub_fetch.Fetch(source, out, 4, digests, print).run(todo, lambda *_: None, mark_ready)
+            pending = looked_over(source, out, digests)
+            hub_fetch.Fetch(source, out, 4, digests, print).run(pending, lambda *_: None, mark_ready)
 
     def watch() -> None:
         wait_until(layer_files.layer_file(work, 0).exists)

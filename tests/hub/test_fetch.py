@@ -36,7 +36,7 @@ from v4forge.checkpoint import incoming as incoming_folder
 from v4forge.checkpoint.reader import INDEX
 from v4forge.digests import Digests
 from v4forge.hub import fetch, partial_file
-from v4forge.hub.todo import in_order
+from v4forge.hub.pending import in_order
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from v4forge.hub import partial_file
 from v4forge.hub.folder_source import FolderSource
 from v4forge.hub.hub_source import Hub
 from v4forge.hub.partial_file import Partial
-from v4forge.hub.todo import SHARD_SUFFIX, Todo, in_order, is_wanted
+from v4forge.hub.pending import SHARD_SUFFIX, Pending, in_order, is_wanted
 from v4forge.units import GB, MIB
 
 HEADER_BYTES = 1 << 19  # asked for first of a shard; one of 1,600 tensors has a header of 200 KB
@@ -47,20 +47,20 @@ class Fetch:
     finished: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, todo: Todo, progress: Progress, mark_ready: Callable[[], None]) -> None:
+    def run(self, pending: Pending, progress: Progress, mark_ready: Callable[[], None]) -> None:
         """Brings what is missing. Calls mark_ready once a checkpoint can be opened. Raises UserError, and then or when
         killed leaves what came so far, from which the next run goes on."""
-        self._count(todo)
-        self._check(todo, progress)
-        self._remove_former(todo)
-        self._check_space(todo)
-        incoming.write_listing(self.out, todo.listing)
-        self._all([each for each in todo.missing if not each.name.endswith(SHARD_SUFFIX)], self._bring, progress)
-        shards = in_order(self._index(todo))
-        if absent := [name for name in shards if name not in todo.listing.files]:
+        self._count(pending)
+        self._check(pending, progress)
+        self._remove_former(pending)
+        self._check_space(pending)
+        incoming.write_listing(self.out, pending.listing)
+        self._all([each for each in pending.missing if not each.name.endswith(SHARD_SUFFIX)], self._bring, progress)
+        shards = in_order(self._index(pending))
+        if absent := [name for name in shards if name not in pending.listing.files]:
             hint = "complete the folder, or leave out FROM= and download"
             raise UserError(f"{self._origin()} lacks {absent[0]}, which its index names", hint)
-        missing = {each.name: each for each in todo.missing}
+        missing = {each.name: each for each in pending.missing}
         coming = [missing[name] for name in shards if name in missing]
         self._all(coming, self._bring_header, progress)
         self._check_layout()
@@ -82,43 +82,43 @@ class Fetch:
             shutil.rmtree(incoming.incoming(self.out), ignore_errors=True)  # should a header have come damaged
             raise
 
-    def _index(self, todo: Todo) -> Mapping[str, str]:
+    def _index(self, pending: Pending) -> Mapping[str, str]:
         """The weight map; shards that it does not name leave the listing, which is written anew."""
         try:
             weight_map = json.loads((self.out / INDEX).read_text(encoding="utf-8"))["weight_map"]
             named = set(weight_map.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.out / INDEX} is not a safetensors index", "correct FROM=, or FLASH_REPO") from None
-        extra = [name for name in todo.listing.files if name.endswith(SHARD_SUFFIX) and name not in named]
+        extra = [name for name in pending.listing.files if name.endswith(SHARD_SUFFIX) and name not in named]
         for name in extra:
-            del todo.listing.files[name]
+            del pending.listing.files[name]
         if extra:
-            incoming.write_listing(self.out, todo.listing)
+            incoming.write_listing(self.out, pending.listing)
             self.say(f"skipped, not in the index: {', '.join(extra)}")
         return weight_map
 
-    def _count(self, todo: Todo) -> None:
+    def _count(self, pending: Pending) -> None:
         """What an earlier run has brought."""
-        for each in (*todo.here, *todo.unsure):
+        for each in (*pending.here, *pending.unsure):
             self.took[each.name] = each.bytes
-        for each in todo.missing:
+        for each in pending.missing:
             path = partial_file.path_of(self.out, each)
             self.took[each.name] = min(path.stat().st_size, each.bytes) if path.exists() else 0
 
-    def _check(self, todo: Todo, progress: Progress) -> None:
+    def _check(self, pending: Pending, progress: Progress) -> None:
         """Reads what is there and unsure; removes what is not what the source has."""
 
         def check(file: Expected) -> None:
             is_right = self._fault(self.out / file.name, file) == ""
-            (todo.here if is_right else todo.wrong).append(file)
+            (pending.here if is_right else pending.wrong).append(file)
 
-        self._all(todo.unsure, check, progress, "checking what is there")
-        todo.unsure.clear()
-        for each in todo.wrong:
+        self._all(pending.unsure, check, progress, "checking what is there")
+        pending.unsure.clear()
+        for each in pending.wrong:
             self.say(f"{self.out / each.name} is not what {self._origin()} has: replaced")
             (self.out / each.name).unlink(missing_ok=True)
             self.took[each.name] = 0
-        self.finished = len(todo.here)
+        self.finished = len(pending.here)
 
     def _fault(self, path: Path, file: Expected) -> str:
         """What is wrong with a file; hashes it where its digest is not known."""
@@ -131,22 +131,22 @@ class Fetch:
         blob.update(path.read_bytes())
         return "" if blob.hexdigest() == file.git_sha1 else f"git sha1 {blob.hexdigest()}, not {file.git_sha1}"
 
-    def _remove_former(self, todo: Todo) -> None:
+    def _remove_former(self, pending: Pending) -> None:
         """Removes what an earlier fetch brought, or had begun to bring, of another revision, and this one does not
         have: a stage would take a small file for this revision's, and a shard takes its gigabytes."""
         before = incoming.listing(self.out)
-        for name in sorted(before.files.keys() - todo.listing.files.keys() if before else ()):
+        for name in sorted(before.files.keys() - pending.listing.files.keys() if before else ()):
             path = self.out / name
             if is_wanted(name) and path.is_file():
                 self.say(f"{path} is of an earlier fetch, {self._origin()} has none: removed")
                 path.unlink()
-        begun = {partial_file.path_of(self.out, each) for each in todo.missing}
+        begun = {partial_file.path_of(self.out, each) for each in pending.missing}
         for path in incoming.incoming(self.out).glob("*"):
             if path not in begun:
                 path.unlink()
 
-    def _check_space(self, todo: Todo) -> None:
-        needed = sum(each.bytes - self.took[each.name] for each in todo.missing)
+    def _check_space(self, pending: Pending) -> None:
+        needed = sum(each.bytes - self.took[each.name] for each in pending.missing)
         if isinstance(self.source, FolderSource) and self._links(self.source):
             return
         free = shutil.disk_usage(self.out).free

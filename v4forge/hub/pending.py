@@ -19,7 +19,7 @@ FOR_EYES = (".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
 
 
 @dataclass
-class Todo:
+class Pending:
     """What is to be done. here: files that are there and right; wrong: that are there, but are others."""
 
     listing: Listing
@@ -38,7 +38,7 @@ class Todo:
         return sum(each.bytes for each in self.listing.files.values())
 
 
-def looked_over(source: Hub | FolderSource, out: Path, digests: Digests) -> Todo:
+def looked_over(source: Hub | FolderSource, out: Path, digests: Digests) -> Pending:
     """What `source` has that belongs to a checkpoint, and what of it is in `out`; reads none of the files there."""
     files: dict[str, Expected] = {}
     skipped = []
@@ -50,20 +50,20 @@ def looked_over(source: Hub | FolderSource, out: Path, digests: Digests) -> Todo
     if INDEX not in files:
         where = source.folder if isinstance(source, FolderSource) else source.repo
         raise UserError(f"{where} has no {INDEX}: it is no checkpoint of this kind", "correct FROM=, or FLASH_REPO")
-    todo = Todo(Listing(source.repo, source.revision, files), skipped)
+    pending = Pending(Listing(source.repo, source.revision, files), skipped)
     for each in files.values():
         path = out / each.name
         if not path.is_file():
             continue
         if path.stat().st_size != each.bytes:
-            todo.wrong.append(each)
+            pending.wrong.append(each)
         elif each.sha256 is None and each.git_sha1 is None:
-            (todo.here if _is_copy(source, path, each.name) else todo.wrong).append(each)
+            (pending.here if _is_copy(source, path, each.name) else pending.wrong).append(each)
         elif each.sha256 is not None and (known := digests.known(path)) is not None:
-            (todo.here if known == each.sha256 else todo.wrong).append(each)
+            (pending.here if known == each.sha256 else pending.wrong).append(each)
         else:
-            todo.unsure.append(each)
-    return todo
+            pending.unsure.append(each)
+    return pending
 
 
 def is_wanted(name: str) -> bool:
