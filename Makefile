@@ -65,8 +65,11 @@ DATASETS :=
 WITH :=
 A :=
 B :=
-# What pytest runs besides its options in pyproject.toml.
-TESTS := -m "not images and not gpu and not serve"
+# What pytest runs besides its options in pyproject.toml: everything that needs no more than this machine, on all cores.
+# Soak is what repeats: `make ci` has the first few of each.
+parallel = -n auto --dist loadgroup
+TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
+SOAK := soak or (hypothesis and not images and not gpu and not serve)
 
 # A name on PATH may be a shim of a version that is not installed: only running it tells.
 PYTHON = $(shell for python in python3.12 python3.11 python3; do \
@@ -275,11 +278,15 @@ test: env ## Tests that need neither GPU nor docker; TESTS=tests/ground/test_pin
 
 .PHONY: test-images
 test-images: env ## Tests that need docker: builds, registry, stages in containers
-	@.venv/bin/python -m pytest -m images tests/docker
+	@.venv/bin/python -m pytest -m "images and not soak" tests/docker
 
 .PHONY: test-serve
 test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
-	@.venv/bin/python -m pytest -m serve
+	@.venv/bin/python -m pytest -m "serve and not soak"
+
+.PHONY: soak
+soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours
+	@.venv/bin/python -m pytest -m '$(SOAK)' --hypothesis-profile soak
 
 .PHONY: docs-check
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
@@ -295,7 +302,8 @@ lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions
 	@$(PYTHON) -m dev.lock_check
 
 .PHONY: ci
-ci: lint lock-check test docs-check test-images test-serve ## What CI runs; needs docker
+ci: env ## What CI runs: lint, lock-check, docs-check and all tests, then the seconds of each; needs docker
+	@.venv/bin/python -m dev.ci
 
 .PHONY: env
 env: ## Build .venv from the locks when they changed; other targets do it by themselves

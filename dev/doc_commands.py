@@ -119,7 +119,7 @@ RULES = (
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(USAGE, r"make (?:serve-(?:status|logs|stop|pairs)|bench|compare)(?: .*)?", "what is served or was measured"),
     Rule(USAGE, r"make (?:env|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
-    Rule(USAGE, r"make (?:ci|lint|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
+    Rule(USAGE, r"make (?:ci|soak|lint|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
     Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help"),
     Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL),
@@ -137,7 +137,7 @@ RULES = (
     Rule(RUN, r"PYTHONPATH=\. \S*python tests/support/corruptions\.py"),
     Rule(RUN, r"\.venv/bin/python docs/upstream/\w+\.py"),
     Rule(USAGE, r"\.venv\S*/bin/python docs/upstream/\w+\.py.*", "another environment, or a folder of the reader's"),
-    Rule(DRY, r"\.ci/run", "a machine of its own", ((r"^", "bash -n "),)),
+    Rule(DRY, r"\.ci/run(?: soak)?", "a machine of its own", ((r"^", "bash -n "),)),
     Rule(SYNTAX, r"(?:curl|tr|kubectl|\.|sudo|docker|export|nvidia-smi) .*", "a server, a cluster, root or a GPU"),
 )
 

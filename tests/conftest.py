@@ -1,9 +1,59 @@
-"""Loaded before the tests' modules, and so before torch: v4forge says how torch's threads wait."""
+"""Loaded before the tests' modules, and so before torch: v4forge says how torch's threads wait.
 
+Also what every run of tests has: a seed for all that is drawn, and which tests stay together when they run in parallel.
+"""
+
+from __future__ import annotations
+
+import os
+import random
 import signal
+
+import hypothesis
+import pytest
 
 import v4forge  # noqa: F401
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and stop with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What repeats a run's random draws: its seed is told in the first lines, and on the workers of a parallel run the same.
+SEED = "V4FORGE_TEST_SEED"
+
+# No example has a deadline, which beside other tests is noise. `make soak`: twenty times the examples, where a test
+# does not say how many it needs.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    seed = os.environ.setdefault(SEED, str(random.SystemRandom().randrange(10**6)))
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = seed
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED}={os.environ[SEED]}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what is made once for their file run in one worker, so that it is made once there too."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def _shares(item: pytest.Item) -> bool:
+    info = getattr(item, "_fixtureinfo", None)
+    definitions = [each for found in info.name2fixturedefs.values() for each in found] if info else []
+    return any(each.scope == "module" for each in definitions)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Draws of one test, others in every run, the same with the same seed."""
+    return random.Random(f"{os.environ[SEED]} {request.node.name}")

@@ -233,15 +233,22 @@ def calibrate(workshop: Workshop, folder: Path, size: int = 0, delay_s: float | 
     return set(statuses) == {0}
 
 
-@pytest.mark.parametrize(("size", "moments"), [(0, 20), (2, 8)], ids=["one process", "two ranks"])
+@pytest.mark.parametrize(
+    ("size", "moments"),
+    [
+        pytest.param(0, 6, id="one process"),
+        pytest.param(2, 3, id="two ranks"),
+        pytest.param(0, 20, id="one process, soak", marks=pytest.mark.soak),
+        pytest.param(2, 8, id="two ranks, soak", marks=pytest.mark.soak),
+    ],
+)
 def test_calibration_killed_at_random_moments_ends_with_the_same_bytes(
-    workshop: Workshop, tmp_path: Path, size: int, moments: int
+    workshop: Workshop, tmp_path: Path, rng: random.Random, size: int, moments: int
 ) -> None:
     start = time.monotonic()
     assert calibrate(workshop, tmp_path / "whole", size)
     took_s = time.monotonic() - start
     assert_ended(workshop, tmp_path / "whole")
-    rng = random.Random(size)
     for moment in range(moments):
         folder = tmp_path / str(moment)
         ended = calibrate(workshop, folder, size, delay_s=took_s * (moment + rng.random()) / moments)

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with the programs above, in which processes of ours run `scripts.stage` with this table."""
+    """A project with the programs above, in which processes of ours run `scripts.stage` with this table. An estimate
+    for Flash imports torch, which takes longer than the runs: only a project with a file `estimated` has one."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "v4forge").symlink_to(ROOT / "v4forge")
     (tmp_path / "scripts/fake_fetch.py").write_text(FETCH)
@@ -41,6 +42,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "spec.loader.exec_module(real)\n"
         "from pathlib import Path\n"
         "from streamed import TABLE\n"
+        "from v4forge.pipeline import estimate\n"
+        "if not Path('estimated').exists():\n"
+        "    estimate.of_run = lambda names, *_: [estimate.StageTime(each, None, 'not asked') for each in names]\n"
         "real.run_main(lambda: real.main(table=TABLE, root=Path.cwd()))\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -83,6 +87,7 @@ def stages_of(project: Path) -> list[tuple[str, str]]:
 
 
 def test_a_stage_that_streams_begins_while_fetch_still_downloads(project: Path) -> None:
+    (project / "estimated").write_text("")
     run = started("fetch", "calibrate", "--title", "artifact")
     wait_for(project / "began")
     assert not (project / "scratch/flash/upstream/shard.safetensors").exists()
