@@ -71,8 +71,9 @@ parallel = -n auto --dist loadgroup
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
 SOAK := soak or (hypothesis and not images and not gpu and not serve)
 
-# A name on PATH may be a shim of a version that is not installed: only running it tells.
-PYTHON = $(shell for python in python3.12 python3.11 python3; do \
+# A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once.
+PYTHON = $(eval PYTHON := $(found_python))$(PYTHON)
+found_python = $(shell for python in python3.12 python3.11 python3; do \
 	if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 

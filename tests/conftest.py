@@ -43,14 +43,20 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what is made once for their file run in one worker, so that it is made once there too."""
     for item in items:
-        if item.get_closest_marker("xdist_group") is None and _shares(item):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        if item.get_closest_marker("xdist_group") is None and (group := _group(item)):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
-def _shares(item: pytest.Item) -> bool:
+def _group(item: pytest.Item) -> str:
+    """The file of a test that uses a fixture of its module, with that fixture's parameters; "" for any other test."""
     info = getattr(item, "_fixtureinfo", None)
-    definitions = [each for found in info.name2fixturedefs.values() for each in found] if info else []
-    return any(each.scope == "module" for each in definitions)
+    found = info.name2fixturedefs if info else {}
+    shared = [name for name, definitions in found.items() if definitions[-1].scope == "module"]
+    if not shared:
+        return ""
+    given = getattr(item, "callspec", None)
+    drawn = [f"{name}={given.indices[name]}" for name in sorted(shared) if given and name in given.indices]
+    return " ".join([item.nodeid.partition("::")[0], *drawn])
 
 
 @pytest.fixture

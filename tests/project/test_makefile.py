@@ -26,9 +26,8 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 
 def test_the_recipes_of_every_target_expand() -> None:
-    for target in TARGETS:
-        done = make("-n", target)
-        assert done.returncode == 0, f"{target}: {done.stderr}"
+    done = make("-n", *TARGETS)
+    assert done.returncode == 0, done.stderr  # which names the target
 
 
 def test_every_stage_target_has_a_program_row() -> None:

@@ -1,0 +1,48 @@
+"""What is made once and read by many tests, in whichever worker of a parallel run they are.
+
+`in_session` makes a folder for one run of pytest; `kept` one that later runs find again, in pytest's cache, by a key of
+all that determines it. Nobody may write into either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from programs import run_here
+from synthetic import TINY
+
+CPU_SAMPLES = ("--samples", "64", "--seq-len", "256", "--seed", "42")  # as `make demo`
+
+
+def in_session(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of this run, which `make` has filled."""
+    base = factory.getbasetemp()
+    return _made((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name, make)
+
+
+def kept(cache: pytest.Cache, name: str, parts: list[bytes], make: Callable[[Path], None]) -> Path:
+    """The folder `name` of these `parts` in pytest's cache; those of other parts are removed."""
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    folder = cache.mkdir(name)
+    with FileLock(folder / "lock"):
+        for other in folder.iterdir():
+            if other.is_dir() and other.name != key:
+                shutil.rmtree(other)
+    return _made(folder / key, make)
+
+
+def _made(folder: Path, make: Callable[[Path], None]) -> Path:
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
