@@ -67,7 +67,7 @@ A :=
 B :=
 # What pytest runs besides its options in pyproject.toml: everything that needs no more than this machine, on all cores.
 # Soak is what repeats: `make ci` has the first few of each.
-parallel = -n auto --dist loadgroup
+parallel = -n logical --maxprocesses 8 --dist loadgroup
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
 SOAK := soak or (hypothesis and not images and not gpu and not serve)
 

@@ -8,11 +8,18 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
+import once
 import pytest
 
 import v4forge  # noqa: F401
+
+if TYPE_CHECKING:
+    from programs import ForkServer
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and stop with it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -63,3 +70,27 @@ def _group(item: pytest.Item) -> str:
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Draws of one test, others in every run, the same with the same seed."""
     return random.Random(f"{os.environ[SEED]} {request.node.name}")
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """A warm process for the tests that kill programs, or start many."""
+    import programs
+
+    with programs.fork_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`layers` and `artifact` of models/tiny, rounded to nearest; of all tests, so that none may write there."""
+
+    def make(folder: Path) -> None:
+        from programs import run_here
+        from synthetic import TINY
+
+        work, artifact = folder / "layers", folder / "artifact"
+        assert run_here("calibrate", "--source", TINY, "--work", work, "--method", "rtn") == 0
+        assert run_here("postprocess", "--source", TINY, "--work", work, "--out", artifact) == 0
+
+    return once.in_session(tmp_path_factory, "rounded", make)

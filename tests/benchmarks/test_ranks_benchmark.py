@@ -40,7 +40,7 @@ def test_codes_are_compared_one_by_one(tmp_path: Path) -> None:
     assert equal_codes(tmp_path / "a", tmp_path / "b", CPU) == pytest.approx(1 - 3 / 64)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_ranks_are_measured_compared_killed_and_resumed(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "found"
     command = [sys.executable, "-m", "benchmarks.ranks", "--work", work, "--out", out, "--ranks", 1, 2, "--killed"]

@@ -97,19 +97,22 @@ def test_nothing_judged_is_nothing_wrong() -> None:
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Full in form: made by the program that makes the large one."""
-    work = tmp_path_factory.mktemp("serve-layers")
-    return Checkpoint(serve_layers.make(work, layers=1, device="cpu", small=True), form="artifact")
+def artifact(rounded: Path) -> Checkpoint:
+    return Checkpoint(rounded / "artifact", form="artifact")
 
 
-@pytest.mark.slow
-def test_the_artifact_names_every_token(artifact: Checkpoint) -> None:
-    assert load_tokenizer(artifact.directory).get_vocab_size() == artifact.config.vocab_size
+def test_a_widened_tokenizer_names_every_token() -> None:
     vocabulary = 3000
     wide = serve_layers.widened(json.loads((serve_layers.TINY / "tokenizer.json").read_text()), vocabulary)
     numbers = {*wide["model"]["vocab"].values(), *(each["id"] for each in wide["added_tokens"])}
     assert numbers == set(range(vocabulary))
+
+
+@pytest.mark.soak
+def test_an_artifact_full_in_form_names_every_token(tmp_path: Path) -> None:
+    """By the program that makes the large one."""
+    made = Checkpoint(serve_layers.make(tmp_path, layers=1, device="cpu", small=True), form="artifact")
+    assert load_tokenizer(made.directory).get_vocab_size() == made.config.vocab_size
 
 
 @pytest.mark.slow

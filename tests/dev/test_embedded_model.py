@@ -26,20 +26,19 @@ def heldout() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def qualities(tmp_path_factory: pytest.TempPathFactory, heldout: torch.Tensor) -> dict[str, Quality]:
-    work = tmp_path_factory.mktemp("quality")
-    source = Checkpoint(TINY)
-    digests = layer_files.source_digests(TINY, source.shard_names, work / "digests.json")
+def qualities(tmp_path_factory: pytest.TempPathFactory, rounded: Path, heldout: torch.Tensor) -> dict[str, Quality]:
+    folder = tmp_path_factory.mktemp("quality")
+    source, work = Checkpoint(TINY), folder / "layers"
+    digests = layer_files.source_digests(TINY, source.shard_names, folder / "digests.json")
     samples = corpus.load(TINY, TINY / "calibration.jsonl", 64, 256, 42, source.config.vocab_size)
-    found = {"source": evaluate(source, heldout, CPU)}
-    for method, given in {"gptq": samples, "rtn": None}.items():
-        settings = layer_files.Settings(method=method)
-        mark = layer_files.fingerprint(digests, given, settings, CPU)
-        layer_files.claim(work / method, mark, "refuse", print)
-        calibrate.calibrate(source, given, work / method, settings, mark, CPU)
-        assemble(source, work / method, work / f"artifact-{method}")
-        found[method] = evaluate(Checkpoint(work / f"artifact-{method}", form="artifact"), heldout, CPU)
-    return found
+    settings = layer_files.Settings(method="gptq")
+    mark = layer_files.fingerprint(digests, samples, settings, CPU)
+    layer_files.claim(work, mark, "refuse", print)
+    calibrate.calibrate(source, samples, work, settings, mark, CPU)
+    assemble(source, work, folder / "artifact")
+    artifacts = {"gptq": folder / "artifact", "rtn": rounded / "artifact"}
+    models = {"source": source} | {name: Checkpoint(path, form="artifact") for name, path in artifacts.items()}
+    return {name: evaluate(model, heldout, CPU) for name, model in models.items()}
 
 
 def test_the_embedded_model_beats_a_unigram_model_three_times_over(

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from programs import (
     assert_shards_are_whole,
     calibrate_arguments,
     contents,
-    fork_server,
     run_here,
     temporaries,
     write_corpus,
@@ -74,15 +73,14 @@ OUTPUT = {"calibrate": "layers", "postprocess": "artifact", "verify": "artifact"
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+def workshop(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Workshop:
     base = tmp_path_factory.mktemp("kill")
     write_source(base / "source")
     write_corpus(base / "corpus.txt")
-    with fork_server() as server:
-        made = Workshop(base, server)
-        for stage in ("calibrate", "postprocess", "verify", "dequant"):
-            assert made.run(stage, made.calm) == 0
-        yield made
+    made = Workshop(base, fork_server)
+    for stage in ("calibrate", "postprocess", "verify", "dequant"):
+        assert made.run(stage, made.calm) == 0
+    return made
 
 
 # The moments of death, in the order in which one run after the other meets them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -51,16 +53,24 @@ class Run:
         return calibrate_arguments(self.source, self.folder / "layers", corpus, SAMPLES[self.form])
 
 
+def said_here(stage: str, *arguments: object) -> str:
+    """As run_module, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert run_here(stage, *arguments) == 0
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module", params=FORMS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every stage as `python -m scripts.<stage>`."""
+    """Every stage as `python -m scripts.<stage>`; of the second form in this process, which imports once."""
     base = tmp_path_factory.mktemp(request.param)
     made = Run(request.param, write_source(base / "source", request.param), base / "scratch", {})
     write_corpus(base / "corpus.txt")
     work, artifact = made.folder / "layers", made.folder / "artifact"
-    made.printed["calibrate"] = run_module("calibrate", *made.calibrate_arguments())
-    made.printed["postprocess"] = run_module("postprocess", "--source", made.source, "--work", work, "--out", artifact)
-    made.printed["verify"] = run_module("verify", "--source", made.source, "--artifact", artifact)
+    program = run_module if request.param == "small" else said_here
+    made.printed["calibrate"] = program("calibrate", *made.calibrate_arguments())
+    made.printed["postprocess"] = program("postprocess", "--source", made.source, "--work", work, "--out", artifact)
+    made.printed["verify"] = program("verify", "--source", made.source, "--artifact", artifact)
     run_here("card", "--work", made.folder, "--artifact", artifact)
     run_here("dequant", "--source", made.source, "--out", made.folder / "dequant")
     return made

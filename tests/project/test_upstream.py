@@ -1,4 +1,7 @@
-"""The programs of docs/upstream/: each still finds its fault, and prints what docs/upstream.md says."""
+"""The programs of docs/upstream/: each still finds its fault, and prints what docs/upstream.md says.
+
+That depends on the libraries, the program and the page: what was found with the same is not looked for again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import once
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,8 +68,15 @@ def check(python: Path | str, program: str, heading: str) -> None:
 
 
 @pytest.mark.parametrize("program", CALIBRATION)
-def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(program: str) -> None:
-    check(sys.executable, program, CALIBRATION[program])
+def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(program: str, pytestconfig: pytest.Config) -> None:
+    files = (ROOT / "docker/requirements-calib.txt", FOLDER / f"{program}.py", PAGE, Path(__file__))
+    determining = [sys.version.encode(), *(path.read_bytes() for path in files)]
+    once.kept(
+        pytestconfig.cache,
+        f"upstream-{program}",
+        determining,
+        lambda _: check(sys.executable, program, CALIBRATION[program]),
+    )
 
 
 @pytest.mark.serve

@@ -22,7 +22,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import run_here
 
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import heldout
@@ -201,11 +200,9 @@ def text(sequences: int, length: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("vllm-cpu")
-    work, artifact, log = folder / "layers", folder / "artifact", folder / "log.txt"
-    assert run_here("calibrate", "--source", TINY, "--work", work, "--method", "rtn") == 0
-    assert run_here("postprocess", "--source", TINY, "--work", work, "--out", artifact) == 0
+def server(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Iterator[Server]:
+    folder, artifact = tmp_path_factory.mktemp("vllm-cpu"), rounded / "artifact"
+    log = folder / "log.txt"
     program = ENVIRONMENT / "bin" / "vllm"
     assert program.exists(), "python -m scripts.env --environment serve-cpu --into .venv-serve-cpu"
     with socket.socket() as free:

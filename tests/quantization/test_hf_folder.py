@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_artifact import save
-from programs import Death, contents, fork_server, run_here
+from programs import Death, ForkServer, contents, run_here
 from safetensors.torch import load_file
 from synthetic import TINY, Tensors, edit
 from torch import Tensor
@@ -37,10 +37,10 @@ MATRIX = "model.layers.1.ffn.experts.2.up_proj"  # of the hybrid save
 
 
 @pytest.fixture(scope="module")
-def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saves(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     """Holds a folder for each of hf_artifact.FORMS, and `fixed-<form>` for each that can be repaired."""
     base = tmp_path_factory.mktemp("saves")
-    save(TINY, base)
+    save(TINY, base, pytestconfig.cache)
     for form in REPAIRABLE:
         assert run_here("postprocess", *repairing(base / form, base / f"fixed-{form}")) == 0
     return base
@@ -319,11 +319,12 @@ def test_an_artifact_with_our_names_can_be_repaired_too(saves: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_killed_in_a_layer_and_run_again_gives_the_same_bytes(saves: Path, tmp_path: Path) -> None:
+def test_killed_in_a_layer_and_run_again_gives_the_same_bytes(
+    saves: Path, tmp_path: Path, fork_server: ForkServer
+) -> None:
     out = tmp_path / "out"
-    with fork_server() as server:
-        arguments = [str(each) for each in repairing(saves / "hf", out)]
-        assert server.run("postprocess", arguments, tmp_path / "log", Death("half", count=250)) == -9
+    arguments = [str(each) for each in repairing(saves / "hf", out)]
+    assert fork_server.run("postprocess", arguments, tmp_path / "log", Death("half", count=250)) == -9
     shards = sorted(path for path in out.iterdir() if SHARD.fullmatch(path.name))
     assert 1 <= len(shards) < 4 and not (out / "SHA256SUMS").exists()
     kept = {path: path.stat().st_ino for path in shards}

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from programs import (
     ForkServer,
     calibrate_arguments,
     contents,
-    fork_server,
     free_port,
     temporaries,
     write_corpus,
@@ -94,7 +93,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def shop(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Shop:
     base = tmp_path_factory.mktemp("ranks")
     write_source(base / "source", compress_ratios=[0, 4, 128, 4, 0], n_routed_experts=6)
 
@@ -108,8 +107,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
 
     edit(base / "source", change)
     write_corpus(base / "corpus.txt")
-    with fork_server() as server:
-        yield Shop(base, server)
+    return Shop(base, fork_server)
 
 
 def assert_same(found: dict[str, bytes], wanted: dict[str, bytes]) -> None:

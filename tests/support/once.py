@@ -14,10 +14,6 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from programs import run_here
-from synthetic import TINY
-
-CPU_SAMPLES = ("--samples", "64", "--seq-len", "256", "--seed", "42")  # as `make demo`
 
 
 def in_session(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
