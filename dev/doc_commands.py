@@ -47,7 +47,8 @@ class Rule:
     """Commands that match `pattern` are treated so. `edits`: (pattern, replacement) that make the dry form of it.
 
     `says`: what it may end with instead of exit code 0, as a pattern of its output: where this machine lacks what the
-    command looks for, and says so.
+    command looks for, and says so. `beside`: it neither needs nor changes what another command makes, so that it may
+    run beside any.
     """
 
     how: str
@@ -55,6 +56,7 @@ class Rule:
     why: str = ""
     edits: tuple[tuple[str, str], ...] = ()
     says: str = ""
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Step:
     @property
     def how(self) -> str:
         return self.rule.how if self.rule else "no rule"
+
+    @property
+    def beside(self) -> bool:
+        """Whether it may run beside any other. What is only looked up may."""
+        return self.how in (USAGE, SYNTAX) or (self.rule is not None and self.rule.beside)
 
 
 # What stands for placeholders: paths of the tiny artifact, in this order.
@@ -90,6 +97,7 @@ STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card"
 ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=))"
 AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
+FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
 PRINTED = (r"^make serve(?:-print)?(?= |$)", "make serve-print")
 CHOSEN = (r"^(?!.*(?:DEVICES|BACKEND)=)(.*)$", r"\1 DEVICES=0,1")  # GPUs by name are not looked for
 TOO_SMALL = r"(?m)^error: .* are missing$"
@@ -98,9 +106,11 @@ TOO_SMALL = r"(?m)^error: .* are missing$"
 RULES = (
     Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker or a download", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, rf"make (?:{STAGES}){AGAIN} .*", "the same work in another folder", ((r"$", " DRY_RUN=1"),)),
-    Rule(RUN, rf"make (?:{STAGES}|why|help|lock-check|reproduce)(?: .*)?"),
-    Rule(RUN, r"make plan(?: .*)?", says=TOO_SMALL),
-    Rule(RUN, r"make doctor(?: .*)?", says=r"(?m)^doctor: PROFILE=\w+ cannot run here yet"),
+    Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (FEW,)),
+    Rule(RUN, r"make reproduce(?: .*)?"),
+    Rule(RUN, r"make (?:help|lock-check)", beside=True),
+    Rule(RUN, r"make plan(?: .*)?", says=TOO_SMALL, beside=True),
+    Rule(RUN, r"make doctor(?: .*)?", says=r"(?m)^doctor: PROFILE=\w+ cannot run here yet", beside=True),
     Rule(RUN, r"make status(?: .*)?", says=r"error: nothing has run in"),
     Rule(RUN, r"make report(?! .*flash)(?: .*)?"),
     Rule(DRY, r"make report .*", "an artifact of Flash", (TINY,)),
@@ -114,19 +124,21 @@ RULES = (
     Rule(DRY, r"make serve(?:-print)?(?: .*)?", "GPUs, or a vLLM", (PRINTED, TINY, CHOSEN)),
     Rule(DRY, r'make bench-\w+ .*WITH="[^"]*".*', "a server", ((r'WITH="', 'WITH="--dry-run '), TINY)),
     Rule(DRY, r"make bench-\w+(?: .*)?", "a server", ((r"( WITH=--dry-run)?$", " WITH=--dry-run"), TINY)),
-    Rule(DRY, r"make test TESTS=.*", "minutes", ((r'TESTS="?([^"]*)"?', r'TESTS="--collect-only -q \1"'),)),
-    Rule(DRY, r"make test", "minutes", ((r"$", ' TESTS="--collect-only -q"'),)),
+    Rule(
+        DRY, r"make test TESTS=.*", "minutes", ((r'TESTS="?([^"]*)"?', r'TESTS="--collect-only -q \1"'),), beside=True
+    ),
+    Rule(DRY, r"make test", "minutes", ((r"$", ' TESTS="--collect-only -q"'),), beside=True),
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(USAGE, r"make (?:serve-(?:status|logs|stop|pairs)|bench|compare)(?: .*)?", "what is served or was measured"),
     Rule(USAGE, r"make (?:env|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
     Rule(USAGE, r"make (?:ci|soak|lint|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
-    Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help"),
-    Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL),
+    Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help", beside=True),
+    Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL, beside=True),
     Rule(RUN, r"\S*python -m scripts\.calibrate .*"),
     Rule(DRY, r"\S*python -m scripts\.verify .*", "half a minute", ((r"--deep \d+", "--deep 512"),)),
     Rule(RUN, r"\S*python -m scripts\.postprocess (?!.*--from-hf).*"),
-    Rule(RUN, r"\S*python -m scripts\.patch list \w+"),
+    Rule(RUN, r"\S*python -m scripts\.patch list \w+", beside=True),
     Rule(USAGE, r"\S*python -m (?:scripts|dev|benchmarks)\.\w+(?: .*)?", "a GPU, a server, or another tool's artifact"),
     # The page has to be what it writes.
     Rule(
@@ -135,7 +147,7 @@ RULES = (
         edits=((r"$", " && git diff --exit-code docs/"),),
     ),
     Rule(RUN, r"PYTHONPATH=\. \S*python tests/support/corruptions\.py"),
-    Rule(RUN, r"\.venv/bin/python docs/upstream/\w+\.py"),
+    Rule(RUN, r"\.venv/bin/python docs/upstream/\w+\.py", beside=True),
     Rule(USAGE, r"\.venv\S*/bin/python docs/upstream/\w+\.py.*", "another environment, or a folder of the reader's"),
     Rule(DRY, r"\.ci/run(?: soak)?", "a machine of its own", ((r"^", "bash -n "),)),
     Rule(SYNTAX, r"(?:curl|tr|kubectl|\.|sudo|docker|export|nvidia-smi) .*", "a server, a cluster, root or a GPU"),

@@ -89,12 +89,13 @@ class Runs:
         return kept | ADDED
 
     def pages(self, texts: Mapping[str, str]) -> Iterator[Outcome]:
-        """What came of each command of the pages, in their order. What is only looked up is so beside the others."""
+        """What came of each command of the pages, in their order. Those that need nothing of others run beside them,
+        on the cores that one command leaves."""
         found = [step for page, text in texts.items() for command in commands(page, text) for step in steps(command)]
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as beside:
             try:
                 for step in found:
-                    if step.how == USAGE and _key(step) not in self._ahead:
+                    if step.beside and _key(step) not in self._ahead:
                         self._ahead[_key(step)] = beside.submit(self._timed, step)
                 for step in found:
                     yield self.outcome(step)
