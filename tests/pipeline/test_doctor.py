@@ -220,6 +220,7 @@ def test_a_fix_begins_with_a_command(bare: Path, profile: str, capsys: pytest.Ca
         "nvidia-smi",
         "lspci",
         "free",
+        "ps",
     }
     assert not any("; " in fix or ", or " in fix or "…" in fix for fix in fixes), fixes
 
