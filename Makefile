@@ -287,7 +287,7 @@ test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs
 
 .PHONY: soak
 soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours
-	@.venv/bin/python -m pytest -m '$(SOAK)' --hypothesis-profile soak
+	@.venv/bin/python -m pytest -m '$(SOAK)' --hypothesis-profile soak --timeout 3600
 
 .PHONY: docs-check
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
