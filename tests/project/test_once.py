@@ -3,6 +3,7 @@ changes."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,9 @@ def test_a_folder_of_a_session_is_made_by_one_worker(tmp_path: Path, options: tu
     (tmp_path / "test_it.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT / 'tests/support'}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--basetemp", str(tmp_path / "base"), *options]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     for count in (1, 2):  # of another session, another one
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         assert (tmp_path / "made").read_text() == "x" * count
 
