@@ -73,7 +73,7 @@ def test_on_a_terminal_the_program_has_one_of_its_size_and_ctrl_c_ends_it(projec
 def test_a_shell_sees_what_a_stage_sees(project: Project) -> None:
     code = f"""
         from pathlib import Path
-        from v4forge import containers
+        from v4forge.images import containers
         from v4forge.images.jobs import Job
         folders = {{"work": Path("scratch/a,b"), "reads": [Path("source")]}}
         job = Job({project.image!r}, ["bash"], **folders, environment={{"X": "secret"}})

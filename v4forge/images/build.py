@@ -1,7 +1,7 @@
 """Building an image so that the same inputs give the same image ID, whatever the clock, the checkout and the engine.
 
 Three things make it so. The build context is a tar of our own making: sorted, without owners, with one time. Each RUN
-ends in docker/steps/settle. And the engine's result is sealed (image_seal).
+ends in docker/steps/settle. And the engine's result is sealed (normalize).
 """
 
 from __future__ import annotations
