@@ -19,6 +19,8 @@ from v4forge.serving.deployment import Deployment
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
+# For the bench of tools: its twelve are 2,600 tokens of models/tiny's tokenizer.
+ROOM = "max-model-len=8192"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Served:
         deployment = Deployment.load(self.folder)
         assert deployment is not None
         return deployment
+
+    @property
+    def key_words(self) -> list[str]:
+        """The option that gives a bench the key of a deployment that it is told the address of."""
+        return ["--api-key-file", str(self.folder / "api_key")] if self.key else []
 
     def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return serve(command, "--folder", str(self.folder), *arguments)

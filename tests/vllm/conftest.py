@@ -9,7 +9,12 @@ import dense
 import pytest
 from dense import TINY
 from programs import run_module
-from served import SCHEDULE, Served, dense_settings, free_ports, serve
+from served import ROOM, SCHEDULE, Served, dense_settings, free_ports, serve
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What ends processes of the deployment that all share runs after the others; in the order of its files."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +53,13 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
-    """Two replicas of that artifact, with two drafts a step, and none while more than eight requests run; nothing of
-    the guards and the probe is left out."""
-    return start(tiny_artifact, "--drafts", "2", "--set", f"{SCHEDULE}=[[1,8,2],[9,256,0]]")
+    """Two replicas of that artifact, which nearly all tests share: with an API key, two drafts a step and none while
+    more than eight requests run, and room for the tools of a bench. Nothing of the guards and the probe is left out."""
+    settings = ["--set", ROOM, f"{SCHEDULE}=[[1,8,2],[9,256,0]]"]
+    return start(tiny_artifact, "--drain", "120", "--drafts", "2", *settings, key="sesame")
 
 
 @pytest.fixture(scope="session")
 def pair(start: Callable[..., Served], dense_model: Path) -> Served:
-    """Two replicas of the dense model, with an API key."""
-    return start(dense_model, "--drain", "120", *dense_settings(), key="sesame")
+    """Two replicas of the dense model, with an API key. By night only."""
+    return start(dense_model, *dense_settings(), key="sesame")

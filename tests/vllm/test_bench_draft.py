@@ -48,7 +48,7 @@ def result(reports: Path) -> dict[str, Any]:
 
 
 def counted(served: Served) -> Counts:
-    return look(served.deployment.url, folder=served.folder).counts()
+    return look(served.deployment.url, served.key, served.folder).counts()
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -138,40 +138,54 @@ def test_verify_judges_the_tokens_that_are_kept(measured: Measured, tiny: Served
     assert apart.low <= 0 <= apart.high, (part["given_earlier"][0], first)
 
 
-def test_a_bench_that_is_killed_or_whose_replica_dies_goes_on_in_the_middle_of_a_workload(
-    tiny: Served, tmp_path: Path
-) -> None:
-    """Chats that think, tokens that are drawn."""
+@dataclass(frozen=True)
+class Chats:
+    """The workload of chats that think, with tokens that are drawn, in a folder of its own."""
+
+    served: Served
+    reports: Path
     options = ("--workloads", "chat", "--limit", "9", "--tokens", "96", "--temperature", "0.8", "--thinking")
 
-    def kept() -> list[str]:
-        return [line for file in tmp_path.glob("*-chat.jsonl") for line in file.read_text().splitlines()]
-
-    def start() -> subprocess.Popen[str]:
-        command = words(tiny, tmp_path, *options)
+    def start(self) -> subprocess.Popen[str]:
+        command = words(self.served, self.reports, *self.options)
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
-    running = start()
-    wait_until(lambda: len(kept()) >= 2, 120)
+    def kept(self) -> list[str]:
+        return [line for file in self.reports.glob("*-chat.jsonl") for line in file.read_text().splitlines()]
+
+    def finish(self, kept: list[str], commands: int) -> None:
+        """The same command again: it keeps what is there, and is whole after so many."""
+        bench(self.served, self.reports, *self.options)
+        content = result(self.reports)
+        assert content["complete"] and len(content["commands"]) == commands and self.kept()[: len(kept)] == kept
+        assert content["sampling"] == {"tokens": 96, "temperature": 0.8, "seed": 42, "thinking": True}
+        assert content["parts"]["chat"]["prompts"] == 9 and 0 < content["parts"]["chat"]["acceptance"]["value"] < 1
+
+
+def test_a_bench_that_is_killed_goes_on_in_the_middle_of_a_workload(tiny: Served, tmp_path: Path) -> None:
+    chats = Chats(tiny, tmp_path)
+    running = chats.start()
+    wait_until(lambda: len(chats.kept()) >= 2, 120)
     running.kill()
     running.communicate()
-    first = kept()
+    first = chats.kept()
     assert 2 <= len(first) < 9 and result(tmp_path)["parts"] == {}
-    wait_until(look(tiny.deployment.url, folder=tiny.folder).idle, 60)
+    wait_until(look(tiny.deployment.url, tiny.key, tiny.folder).idle, 60)
+    chats.finish(first, commands=2)
 
-    running = start()
-    wait_until(lambda: len(kept()) > len(first), 120)
+
+@pytest.mark.soak
+@pytest.mark.last
+def test_a_bench_whose_replica_dies_goes_on_in_the_middle_of_a_workload(tiny: Served, tmp_path: Path) -> None:
+    chats = Chats(tiny, tmp_path)
+    running = chats.start()
+    wait_until(lambda: len(chats.kept()) >= 2, 120)
     kill(processes(tiny.deployment.replica_port(1)))
     said, _ = running.communicate(timeout=120)
     assert running.returncode == 1
-    failure, second = result(tmp_path)["failures"]["chat"], kept()
+    failure, first = result(tmp_path)["failures"]["chat"], chats.kept()
     assert failure["fact"].startswith("prompt chat/") and failure["fact"] in said
-    assert f"{len(second)} of 9 prompts are kept" in failure["hint"]
-    assert second[: len(first)] == first and len(first) < len(second) < 9
+    assert f"{len(first)} of 9 prompts are kept" in failure["hint"]
+    assert 2 <= len(first) < 9
     wait_until(lambda: tiny.program("status").returncode == 0, 300)
-
-    bench(tiny, tmp_path, *options)
-    content = result(tmp_path)
-    assert content["complete"] and len(content["commands"]) == 3 and kept()[: len(second)] == second
-    assert content["sampling"] == {"tokens": 96, "temperature": 0.8, "seed": 42, "thinking": True}
-    assert content["parts"]["chat"]["prompts"] == 9 and 0 < content["parts"]["chat"]["acceptance"]["value"] < 1
+    chats.finish(first, commands=2)

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models/tiny"
+STAND_IN = ROOT / "tests/support/replica_stand_in.py"
 SLO_MS = {"ttft": 5000.0, "tpot": 1000.0}
 MODEL = "stand-in"
 TOKENS = 8
@@ -38,19 +39,22 @@ TOKEN = json.dumps({"choices": [{"index": 0, "text": "a"}]})
 
 
 class Bench:
-    """The bench of one artifact in one folder; every run of it is the same command."""
+    """The bench of one artifact in one folder; every run of it is the same command. `program`: the folder of vllm."""
 
-    def __init__(self, folder: Path, artifact: Path) -> None:
+    def __init__(self, folder: Path, artifact: Path, program: Path = SERVE_ENVIRONMENT / "bin") -> None:
         self.folder, self.reports = folder / "serve", folder / "reports"
         self.port = free_ports(8)
         self.started: list[subprocess.Popen[str]] = []
-        points = ["--shapes", "32x16", "--concurrency", "2", "--drafts", "0", "2", "--limit", "3"]
+        self.down = folder / "down"
+        points = ["--shapes", "32x16", "--concurrency", "2", "--limit", "3"]
         places = ["--artifact", str(artifact), "--folder", str(self.folder), "--reports", str(self.reports)]
         served = ["--backend", "cpu", "--port", str(self.port), "--drain", "5"]
-        self.words = [sys.executable, "-m", "scripts.bench", "speed", *points, *places, *served]
+        self.words = [sys.executable, "-m", "scripts.bench", "speed", *points, *places, *served, "--program", program]
 
-    def start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(self.words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(self, *drafts: int) -> subprocess.Popen[str]:
+        """Of servers with so many drafts: without, and with two."""
+        words = [*self.words, "--drafts", *map(str, drafts or (0, 2))]
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.started.append(process)
         return process
 
@@ -85,9 +89,49 @@ def bench(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
     found.stop()
 
 
-def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_measured(bench: Bench) -> None:
+@pytest.fixture
+def quick(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
+    """The bench whose servers stand in for vLLM's, and do not come up where the file `down` is; its client is real."""
+    program = tmp_path / "bin"
+    program.mkdir()
+    found = Bench(tmp_path, tiny_artifact, program)
+    serves = f"[ -e {found.down} ] && exec sleep 600\nexec env PYTHONPATH={ROOT} {sys.executable} {STAND_IN} "
+    for name, first in (("python", ""), ("vllm", f'if [ "$1" = serve ]; then\n{serves}"$@"\nfi\n')):
+        path = program / name
+        path.write_text(f'#!/bin/sh\n{first}exec {SERVE_ENVIRONMENT}/bin/{name} "$@"\n')
+        path.chmod(0o755)
+    yield found
+    found.stop()
+
+
+def test_a_server_is_started_for_the_bench_and_stopped_after_it(bench: Bench) -> None:
+    running = bench.start(2)
+    said, content = running.communicate()[0], bench.content
+    assert running.returncode == 0, said
+    assert content["complete"] and set(content["parts"]) == {"k2/32x16/c2", "k2/32x16/c2/again"}
+    assert content["target"]["artifact"]["certificate"] == "ok" and content["versions"]["vllm"]
+    for part in content["parts"].values():
+        check_figures(part)
+        assert 0 < part["acceptance"] < 1
+    assert not Deployment.load(bench.folder.with_name("serve-bench"))
+    assert not processes(bench.port + 2)
+
+
+def check_figures(part: dict[str, Any]) -> None:
+    assert part["requests"] == part["completed"] == 3 * part["concurrency"] and part["prompt_tokens"] == [32, 32]
+    assert 0 < part["tpot_ms"]["median"] <= part["tpot_ms"]["p99"] and part["ttft_ms"]["median"] > 0
+    assert part["output_tok_s"] == pytest.approx(part["requests"] * 16 / part["duration_s"])
+
+
+@pytest.mark.parametrize(
+    "which", ["quick", pytest.param("bench", marks=pytest.mark.soak)], ids=["stand-ins", "real servers"]
+)
+def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_measured(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     """Killed when the first server's points are there and the other starts; the next run needs that one only, and it is
     killed after its first point."""
+    bench: Bench = request.getfixturevalue(which)
     first = bench.start()
     assert first.stdout
     said = list(lines_until(first.stdout, "serve: 1 x TP=1, k=2"))
@@ -98,6 +142,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
 
     second = bench.start()
     bench.wait_for("k2/32x16/c2", second)
+    bench.down.touch()
     kill(processes(bench.port + 2))
     text, content = second.communicate()[0], bench.content
     assert second.returncode == 1, text
@@ -112,9 +157,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
 
     assert parts["k0/32x16/c2"]["acceptance"] is None and 0 < parts["k2/32x16/c2"]["acceptance"] < 1
     for part in parts.values():
-        assert part["requests"] == part["completed"] == 3 * part["concurrency"] and part["prompt_tokens"] == [32, 32]
-        assert 0 < part["tpot_ms"]["median"] <= part["tpot_ms"]["p99"] and part["ttft_ms"]["median"] > 0
-        assert part["output_tok_s"] == pytest.approx(part["requests"] * 16 / part["duration_s"])
+        check_figures(part)
     (one,) = content["summary"]["comparisons"]
     assert one["throughput_ratio"]["value"] > 0 and one["tpot_speedup"]["value"] > 0
     assert content["summary"]["drift"]["0"] and content["summary"]["stops_paying"][0]["sentence"] in text
@@ -132,7 +175,8 @@ def test_a_first_server_that_does_not_start_is_the_error_and_no_list_of_points(b
 
 
 def test_what_is_served_already_is_measured_and_not_compared(tiny: Served, tmp_path: Path) -> None:
-    words = ["--url", tiny.deployment.url, "--folder", str(tiny.folder), "--backend", "cpu", "--reports", str(tmp_path)]
+    words = ["--url", tiny.deployment.url, "--folder", str(tiny.folder), "--backend", "cpu", *tiny.key_words]
+    words += ["--reports", str(tmp_path)]
     points = ["--shapes", "32x16", "--concurrency", "1", "--limit", "1"]
     command = [sys.executable, "-m", "scripts.bench", "speed", *words, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -15,25 +15,19 @@ from served import ROOT, Served, wait_until
 
 from benchmarks.clients import kill, processes
 from v4forge.bench.results import newest
+from v4forge.bench.tools import chat_client
+from v4forge.bench.tools.chat_client import Speaker, TooLong
 from v4forge.bench.tools.scenarios import CATEGORIES
 
 pytestmark = pytest.mark.serve
 
 # Python is run by tests/docker/test_smoke_program.py.
 SHORT = ("--limit", "1", "--max-tokens", "48", "--leave-out", "smoke/coding/calm-spells")
-# The twelve tools are 2,600 tokens of models/tiny's tokenizer.
-ROOM = "max-model-len=8192"
-
-
-@pytest.fixture(scope="module")
-def roomy(start: Callable[..., Served], tiny_artifact: Path) -> Served:
-    """One replica of the artifact with room for the tools."""
-    return start(tiny_artifact, "--replicas", "1", "--drafts", "2", "--set", ROOM)
 
 
 def words(served: Served, reports: Path, *more: str) -> list[str]:
     places = ["--url", served.deployment.url, "--folder", str(served.folder), "--reports", str(reports)]
-    return [sys.executable, "-m", "scripts.bench", "tools", *places, *SHORT, *more]
+    return [sys.executable, "-m", "scripts.bench", "tools", *places, *served.key_words, *SHORT, *more]
 
 
 def bench(served: Served, reports: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -45,11 +39,12 @@ def result(reports: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trial(roomy: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def trial(tiny: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of all but one part, with short answers; and what it printed."""
     reports = tmp_path_factory.mktemp("trial")
-    done = bench(roomy, reports, "--limit", "3")
+    done = bench(tiny, reports, "--limit", "3")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert tiny.key not in json.dumps(result(reports)) + done.stdout + done.stderr
     return result(reports) | {"said": done.stdout}
 
 
@@ -69,28 +64,45 @@ def test_the_server_takes_every_turn_that_is_sent_back(trial: dict[str, Any]) ->
     assert max(part.get("turns", 0) for part in trial["parts"].values()) > 1
 
 
+def test_a_conversation_without_room_is_told_as_that(tiny: Served) -> None:
+    """In the words of this vLLM; and an answer takes what room there is."""
+    speaker = Speaker(tiny.deployment.endpoints[0], tiny.deployment.serving.model, 8000, 42, 60.0)
+    with pytest.raises(TooLong, match="longer than the server takes") as told:
+        chat_client.reply(speaker, [{"role": "user", "content": "word " * 20000}])
+    assert "max-model-len=8192" in told.value.hint
+    known = [{"role": "user", "content": "word " * 4000}]
+    assert chat_client.reply(speaker, known).usage["prompt_tokens"] > 192
+
+
+@pytest.mark.soak
 def test_another_model_with_a_key_is_measured_as_well(pair: Served, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    key.write_text(pair.key + "\n")
-    done = bench(pair, tmp_path, "--api-key-file", str(key))
+    done = bench(pair, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert result(tmp_path)["complete"] is True
     assert pair.key not in json.dumps(result(tmp_path)) + done.stdout + done.stderr
+    rows = json.loads(pair.program("status", "--json").stdout)
+    assert [row["acceptance"] for row in rows] == [None, None], "it has no drafts"
 
 
-def test_a_server_without_room_for_the_tools_is_told_as_that(tiny: Served, tmp_path: Path) -> None:
-    done = bench(tiny, tmp_path, "--leave-out", "smoke")
+@pytest.mark.soak
+def test_a_server_without_room_for_the_tools_is_told_as_that(
+    start: Callable[..., Served], tiny_artifact: Path, tmp_path: Path
+) -> None:
+    short = start(tiny_artifact, "--replicas", "1", "--drafts", "2")
+    done = bench(short, tmp_path, "--leave-out", "smoke")
     assert result(tmp_path)["target"]["max_model_len"] == 2048
     assert done.returncode == 1
     assert "longer than the server takes" in done.stderr and "max-model-len=8192" in done.stderr
 
 
+@pytest.mark.soak
+@pytest.mark.last
 def test_a_server_that_dies_ends_the_run_with_what_was_measured_the_same_as_before(
-    roomy: Served, trial: dict[str, Any], tmp_path: Path
+    tiny: Served, trial: dict[str, Any], tmp_path: Path
 ) -> None:
-    running = subprocess.Popen(words(roomy, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(words(tiny, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: bool((found := newest(tmp_path, ["tools"]).get("tools")) and found.content["parts"]), 240)
-    kill(processes(roomy.deployment.replica_port(0)))
+    kill(pid for number in (0, 1) for pid in processes(tiny.deployment.replica_port(number)))
     _, said = running.communicate(timeout=240)
     assert running.returncode == 1 and "error: " in said and "hint: " in said
     assert "Traceback" not in said
@@ -99,3 +111,4 @@ def test_a_server_that_dies_ends_the_run_with_what_was_measured_the_same_as_befo
     for key, part in content["parts"].items():
         for name in ("score", "why", "trace", "ok", "checks", "answer"):
             assert part.get(name) == trial["parts"][key].get(name)
+    wait_until(lambda: tiny.program("status").returncode == 0, 300)

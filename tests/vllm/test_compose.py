@@ -17,7 +17,7 @@ from served import ROOT, SERVE_ENVIRONMENT, dense_settings, wait_until
 
 from v4forge.images import base, containers, definitions
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.soak, pytest.mark.timeout(900)]
 
 # The serve image but for vLLM, which is the CPU's, mounted with its interpreter.
 IMAGE = """
