@@ -61,7 +61,10 @@ async def ask(client: httpx.AsyncClient, request: Mapping[str, Any]) -> Outcome:
                 return outcome
             async for line in answer.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
-                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:  # the engine has died under it
+                        outcome.error = json.dumps(event["error"])
+                    for choice in event.get("choices", ()):
                         outcome.text += _text(choice["delta"])
                         outcome.finish = choice["finish_reason"] or outcome.finish
     except (httpx.HTTPError, ValueError) as error:

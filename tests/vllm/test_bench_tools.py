@@ -65,13 +65,11 @@ def test_the_server_takes_every_turn_that_is_sent_back(trial: dict[str, Any]) ->
 
 
 def test_a_conversation_without_room_is_told_as_that(tiny: Served) -> None:
-    """In the words of this vLLM; and an answer takes what room there is."""
-    speaker = Speaker(tiny.deployment.endpoints[0], tiny.deployment.serving.model, 8000, 42, 60.0)
+    """In the words of this vLLM."""
+    speaker = Speaker(tiny.deployment.endpoints[0], tiny.deployment.serving.model, max_tokens=48, seed=42, limit_s=60.0)
     with pytest.raises(TooLong, match="longer than the server takes") as told:
         chat_client.reply(speaker, [{"role": "user", "content": "word " * 20000}])
     assert "max-model-len=8192" in told.value.hint
-    known = [{"role": "user", "content": "word " * 4000}]
-    assert chat_client.reply(speaker, known).usage["prompt_tokens"] > 192
 
 
 @pytest.mark.soak

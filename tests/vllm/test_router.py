@@ -36,14 +36,15 @@ def test_a_stream_has_the_same_text_as_the_whole_answer(tiny: Served) -> None:
 
 
 def test_a_forced_tool_call_comes_parsed(tiny: Served) -> None:
-    function = {"name": "add", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+    takes = {"type": "object", "properties": {"n": {"type": "integer", "enum": [1, 2]}}, "required": ["n"]}
+    function = {"name": "add", "strict": True, "parameters": takes | {"additionalProperties": False}}
     tool = {"type": "function", "function": function}
-    choice = {"type": "function", "function": {"name": "add"}}
-    outcome = tiny.ask(message("add", tokens=60, tools=[tool], tool_choice=choice, ignore_eos=False))
+    forced = {"tool_choice": {"type": "function", "function": {"name": "add"}}, "ignore_eos": False}
+    outcome = tiny.ask(message("add", tokens=256, tools=[tool], chat_template_kwargs={"thinking": False}, **forced))
     assert outcome.status == 200, outcome.body
     (call,) = outcome.body["choices"][0]["message"]["tool_calls"]
     assert call["function"]["name"] == "add"
-    json.loads(call["function"]["arguments"])
+    assert json.loads(call["function"]["arguments"])["n"] in (1, 2)
 
 
 def test_two_hundred_streams_at_once_all_end_whole_on_both_replicas(tiny: Served) -> None:
