@@ -83,7 +83,8 @@ def ask_all(
 
     async def run() -> list[Outcome]:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=None)
+        # An idle connection would keep a router from its end for a minute.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=LIMIT_S, limits=limits) as client:
             beside = asyncio.create_task(asyncio.to_thread(meanwhile or (lambda: None)))
             outcomes = await asyncio.gather(*(ask(client, request) for request in requests))
