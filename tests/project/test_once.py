@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import once
@@ -63,3 +65,19 @@ def test_what_could_not_be_made_is_not_kept(pytestconfig: pytest.Config) -> None
     for _ in range(2):
         with pytest.raises(ValueError):
             once.kept(pytestconfig.cache, "of-this-failure", [], failing)
+
+
+def test_what_is_in_the_making_is_left_to_who_makes_it(pytestconfig: pytest.Config) -> None:
+    """A second worker, which asks meanwhile, waits for it."""
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        time.sleep(0.5)  # in which the other has asked
+        (folder / "whole").touch()
+        made.append(folder)
+
+    part = os.urandom(8)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(once.kept, pytestconfig.cache, "of-two", [part], make) for _ in range(2)]
+        folders = {each.result() for each in asked}
+    assert len(made) == len(folders) == 1 and (folders.pop() / "whole").exists()

@@ -28,7 +28,7 @@ def kept(cache: pytest.Cache, name: str, parts: list[bytes], make: Callable[[Pat
     folder = cache.mkdir(name)
     with FileLock(folder / "lock"):
         for other in folder.iterdir():
-            if other.is_dir() and other.name != key:
+            if other.is_dir() and not other.name.startswith(key):  # one of this key may be in the making
                 shutil.rmtree(other)
     return _made(folder / key, make)
 
