@@ -1,7 +1,7 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
-`make test-images` waits for disk and network, so it runs beside the tests of the CPU; `make test-serve`, which starts
-servers and waits for them, comes after both. What a part says is kept in scratch/ci/<part>.log and shown whole when it
+`make test-images` waits for disk and network and `make test-serve` for servers that start, so they run beside the tests
+of the CPU. What a part says is kept in scratch/ci/<part>.log and shown whole when it
 ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2 cores:
 what is over one is marked and fails nothing, since seconds on a shared machine are noise.
 """
@@ -24,18 +24,15 @@ from v4forge import checkout, files
 from v4forge.errors import UserError, run_main
 
 LOGS = Path("scratch/ci")  # below the checkout
-# Parts of one row follow each other, rows run beside each other, and the next stage waits for all of them.
-Stages = Sequence[Sequence[Sequence[str]]]
-STAGES: Stages = (
-    (("lint", "lock-check", "test", "docs-check"), ("test-images",)),
-    (("test-serve",),),
-)
+# Parts of one row follow each other, rows run beside each other.
+Rows = Sequence[Sequence[str]]
+ROWS: Rows = (("lint", "lock-check", "test", "docs-check"), ("test-images", "test-serve"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, environments.
 BEFORE = "V4FORGE_CI_BEFORE"
 
 
-def parts(stages: Stages = STAGES) -> list[str]:
-    return [part for rows in stages for row in rows for part in row]
+def parts(rows: Rows = ROWS) -> list[str]:
+    return [part for row in rows for part in row]
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,13 @@ class Runs:
     _speaking: Lock = field(default_factory=Lock)
     _stopped: bool = False
 
-    def all(self, stages: Stages) -> list[Took]:
+    def all(self, rows: Rows) -> list[Took]:
         """Runs every part -> how each ended, in the order of their ends."""
-        try:
-            for rows in stages:
-                with ThreadPoolExecutor(len(rows)) as pool:
-                    try:
-                        list(pool.map(self._row, rows))
-                    except BaseException:
-                        self.stop()  # before the pool waits for its threads
-                        raise
-        finally:
-            self.stop()
+        with ThreadPoolExecutor(len(rows)) as pool:
+            try:
+                list(pool.map(self._row, rows))
+            finally:
+                self.stop()  # before the pool waits for its threads
         return self.took
 
     def stop(self) -> None:
@@ -130,13 +122,13 @@ def table(took: Sequence[Took], whole_s: float, budget_s: Mapping[str, float]) -
     return lines
 
 
-def main(argv: Sequence[str] | None = None, root: Path = checkout.ROOT, stages: Stages = STAGES) -> None:
+def main(argv: Sequence[str] | None = None, root: Path = checkout.ROOT, rows: Rows = ROWS) -> None:
     parser_for("ci", __doc__).parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the parts end with it
     started, earlier = time.monotonic(), before(os.environ.pop(BEFORE, ""))
-    took = Runs(root).all(stages)
+    took = Runs(root).all(rows)
     whole_s = time.monotonic() - started + sum(each.seconds for each in earlier)
-    ordered = sorted(took, key=lambda each: parts(stages).index(each.part))
+    ordered = sorted(took, key=lambda each: parts(rows).index(each.part))
     say("\n".join(table([*earlier, *ordered], whole_s, budgets(root))))
     if failed := [each.part for each in ordered if each.code]:
         raise UserError(f"CI failed: {', '.join(failed)} (above)", f"make {failed[0]}")

@@ -35,12 +35,12 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_run_beside_each_other_and_stages_after_each_other(
+def test_rows_run_beside_each_other_and_the_parts_of_one_after_each_other(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    took = Runs(project).all([[["beside"], ["meets"]], [["after"]]])
+    took = Runs(project).all([["beside"], ["meets", "after"]])
     assert [each.code for each in took] == [0, 0, 0]
-    assert {each.part for each in took[:2]} == {"beside", "meets"} and took[2].part == "after"
+    assert {each.part for each in took} == {"beside", "meets", "after"}
     assert "it came after" in capsys.readouterr().out
 
 
@@ -48,7 +48,7 @@ def test_a_part_that_fails_hides_no_other_and_what_it_said_is_shown_whole(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "there").touch()
-    took = Runs(project).all([[["broken", "after"]]])
+    took = Runs(project).all([["broken", "after"]])
     assert [(each.part, bool(each.code)) for each in took] == [("broken", True), ("after", False)]
     said = capsys.readouterr().out
     assert re.search(r"ci: broken: FAILED with exit code 2 after \d+ s; it said:\nerror: it broke\n", said)
@@ -59,7 +59,7 @@ def test_a_part_that_fails_hides_no_other_and_what_it_said_is_shown_whole(
 def test_a_stop_ends_the_parts_that_run(project: Path) -> None:
     program = (
         "from pathlib import Path; from dev import ci; from v4forge.errors import run_main\n"
-        f"run_main(lambda: ci.main([], Path({str(project)!r}), [[['sleeps', 'after']]]))\n"
+        f"run_main(lambda: ci.main([], Path({str(project)!r}), [['sleeps', 'after']]))\n"
     )
     run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 60
