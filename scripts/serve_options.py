@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.cli import pair
 from v4forge.serving import settings
 from v4forge.serving.launch import Start, Wanted
 
@@ -22,7 +23,14 @@ def add_wanted(command: argparse._ActionsContainer) -> None:
     add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")
     add("--devices", default="", metavar="0,1,…", help="GPUs, replica by replica; default: pairs by their links")
     add("--drafts", type=int, metavar="K", help="drafts a step, 0 for none; default: the profile's")
-    add("--set", nargs="+", type=setting, default=[], metavar="OPTION=VALUE", help="other options of vllm serve")
+    add(
+        "--set",
+        nargs="+",
+        type=pair("OPTION=VALUE"),
+        default=[],
+        metavar="OPTION=VALUE",
+        help="other options of vllm serve",
+    )
     add("--bind", default=Wanted.bind, metavar="ADDRESS", help="0.0.0.0 opens it to the network; default: %(default)s")
     add("--port", type=int, default=Wanted.port, help="and the next one, for this machine; default: %(default)s")
     add("--drain", type=int, default=Wanted.drain_s, metavar="S",
@@ -44,13 +52,6 @@ def add_start(command: argparse._ActionsContainer) -> None:
         help="of first drafts, in the probe; default: %(default)s")  # fmt: skip
     add("--allow", nargs="+", default=[], metavar="GUARD", help="guards and probe checks that may fail")
     add("--keep", action="store_true", help="leave what was started when the probe fails")
-
-
-def setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not OPTION=VALUE")
-    return name, value
 
 
 def wanted(arguments: argparse.Namespace) -> Wanted:
