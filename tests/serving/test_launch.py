@@ -10,7 +10,7 @@ from keeper_stand_in import Noted, in_variables, install, steps, wanted, words
 
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
-from v4forge.serving import launch, probe
+from v4forge.serving import launch, probe, readiness
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import Deployment
 from v4forge.serving.launch import Start
@@ -62,6 +62,15 @@ def test_what_fails_its_probe_is_stopped_unless_it_is_to_be_kept(
     assert (words(noted)[-1] == "stop") is not keep and (tmp_path / "serve/api_key").exists() is keep
     launch.stop(tmp_path / "serve")
     launch.up(deployment, KEY, Start(allow=["tool-call"]), steps)
+
+
+def test_a_replica_that_does_not_answer_is_given_no_time_to_finish(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch.up(launch.deployment_of(wanted(tmp_path, replicas=2)), "", Start(), steps)
+    monkeypatch.setattr(readiness, "ready", lambda _deployment, number: number == 0)
+    launch.stop(tmp_path / "serve")
+    assert words(noted)[-1] == "stop replica1"
 
 
 def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

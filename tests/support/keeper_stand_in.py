@@ -50,8 +50,8 @@ class Keeper:
 
     def follow(self, names: Sequence[str], lines: int) -> None: ...
 
-    def stop(self, say: object) -> None:
-        self.note("stop")
+    def stop(self, say: object, silent: Sequence[str] = ()) -> None:
+        self.note(" ".join(["stop", *silent]))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
@@ -60,6 +60,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
     monkeypatch.setattr(launch, "runtime_of", lambda deployment: Keeper(deployment, noted))
     monkeypatch.setattr(preflight, "check", lambda *_: None)
     monkeypatch.setattr(readiness, "wait", lambda *_: None)
+    monkeypatch.setattr(readiness, "ready", lambda *_: True)
     monkeypatch.setattr(readiness, "show_errors", lambda *_: None)
     monkeypatch.setattr(probe, "probe", lambda *_: [])
     return noted

@@ -136,10 +136,12 @@ class Compose:
         words = self.command("logs", "--follow", f"--tail={lines}", *names)
         os.execvpe(words[0], words, self._environment())
 
-    def stop(self, say: Callable[[str], None]) -> None:
+    def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         # The router gets SIGUSR1, ends when its last answer has, and is not started again.
         self._run("stop", f"--timeout={self.deployment.drain_s}", ROUTER)
         say("serve: no request is left, stopping the replicas")
+        if silent:
+            self._run("kill", *silent)  # which starts nothing again
         self._run("down", "--timeout=60")
 
     def _environment(self) -> dict[str, str]:

@@ -163,5 +163,5 @@ class Runtime(Protocol):
     def follow(self, names: Sequence[str], lines: int) -> None:
         """Becomes a program that shows the last lines and goes on."""
 
-    def stop(self, say: Callable[[str], None]) -> None:
-        """Drains the router, then stops all."""
+    def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
+        """Drains the router, then stops all; `silent` replicas, which have answered nothing, at once."""

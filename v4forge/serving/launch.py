@@ -240,10 +240,13 @@ def kind(check: Outcome) -> str:
 
 
 def bring_down(runtime: Runtime) -> None:
-    runtime.stop(say)
-    runtime.deployment.forget()
-    if runtime.deployment.key_file:
-        Path(runtime.deployment.key_file).unlink(missing_ok=True)
+    """A replica that does not answer, as one that still loads, has nothing to finish: it gets no time for that."""
+    deployment = runtime.deployment
+    silent = [name for number, name in enumerate(deployment.names) if not readiness.ready(deployment, number)]
+    runtime.stop(say, silent)
+    deployment.forget()
+    if deployment.key_file:
+        Path(deployment.key_file).unlink(missing_ok=True)
 
 
 def stop(folder: Path) -> None:

@@ -13,6 +13,8 @@ from v4forge.serving.deployment import Deployment, Process, Runtime
 POLL_S = 1.0
 ANSWER_S = 10.0
 SHOWN_LINES = 25
+# The server's last error may only say that its engine has one; what it logs may speak of an error that is none.
+ERROR, LOGGED = re.compile(r"\w*Error: .+"), re.compile(" INFO | WARNING ")
 # Of the lines in a replica's log, those that say how far its start is.
 STEPS = re.compile(
     r"Loading safetensors[^:]*: +\d+%|Loading weights took|Capturing CUDA graphs?[^:]*: +\d+%|Compiling"
@@ -59,12 +61,11 @@ def _step(runtime: Runtime, names: Sequence[str]) -> str:
 
 
 def _ended(runtime: Runtime, name: str, process: Process) -> UserError:
-    log = runtime.log(name)
-    print(_tail(log), flush=True)
-    # The server's last error may only say that its engine has one, and a warning may speak of an error.
-    unlikely = ("Engine core", " INFO ", " WARNING ")
-    lines = [line for line in log.splitlines() if not any(words in line for words in unlikely)]
-    errors = re.findall(r"\w*Error: .+", "\n".join(lines))
+    lines = runtime.log(name).splitlines()
+    told = [place for place, line in enumerate(lines) if ERROR.search(line) and not LOGGED.search(line)]
+    ended = "\n".join(lines[: told[-1] + 1] if told else lines)  # without what it says when it starts again
+    print(_tail(ended), flush=True)
+    errors = [ERROR.findall(lines[place])[-1] for place in told if "Engine core" not in lines[place]]
     return UserError(
         f"{name} has ended: {(errors or [process.state])[-1][:400]}",
         "its log is above; make serve-logs shows all of them",

@@ -6,6 +6,7 @@ import hashlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ class Supervised:
         files = [str(self.logs / f"{name}.log") for name in names or (*self.deployment.names, ROUTER)]
         os.execvp("tail", ["tail", f"--lines={lines}", "-F", *files])
 
-    def stop(self, say: Callable[[str], None]) -> None:
+    def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         try:
             self._server().stopProcess(ROUTER)  # SIGUSR1; it ends when its last answer has
         except xmlrpc.client.Fault:
@@ -141,7 +142,11 @@ class Supervised:
             return
         say("serve: no request is left, stopping the replicas")
         with suppress(xmlrpc.client.Fault, OSError):  # of a stop that was cut off, it is shutting down already
+            listed = self._server().getAllProcessInfo()
             self._server().shutdown()
+            for each in listed:
+                if each["name"] in silent and each["pid"]:  # the leader of a group of its own
+                    os.killpg(each["pid"], signal.SIGKILL)
         while self._answers(Faults.SHUTDOWN_STATE):  # what it says while it ends its processes
             time.sleep(0.2)
 
