@@ -34,6 +34,14 @@ def test_every_stage_target_has_a_program_row() -> None:
     assert set(stages.TARGETS) <= stages.STAGES.keys() & set(TARGETS)
 
 
+def test_every_test_that_serves_is_where_test_serve_looks() -> None:
+    looked = re.search(r"not soak\" (tests/.+)", make("-n", "test-serve").stdout)
+    assert looked
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.serve" in path.read_text(encoding="utf-8")]
+    elsewhere = [path for path in marked if not any(path.is_relative_to(ROOT / at) for at in looked[1].split())]
+    assert marked and [path for path in elsewhere if path != Path(__file__)] == []
+
+
 def test_variables_reach_the_stage_runner() -> None:
     done = make("-n", "calibrate", "PROFILE=flash", "SAMPLES=3", "SEQ_LEN=5", "SEED=7", "CORPUS=a b.txt", "SCRATCH=/x")
     options = ("--profile 'flash'", "--samples '3'", "--seq-len '5'", "--seed '7'", "--corpus 'a b.txt'")

@@ -68,7 +68,8 @@ def dense_settings() -> list[str]:
 
 def free_ports(count: int) -> int:
     """The first of `count` free ports in a row."""
-    for first in range(20000 + os.getpid() % 5000, 60000, count):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each looks elsewhere
+    for first in range(20000 + 2000 * worker + os.getpid() % 2000, 60000, count):
         with_sockets = [socket.socket() for _ in range(count)]
         try:
             for place, listener in enumerate(with_sockets):
