@@ -29,6 +29,7 @@ def test_ci_runs_every_kind_of_check_and_of_test() -> None:
         "lint",
         "lock-check",
         "docs-check",
+        "env-serve-cpu",
         *(name for name in TARGETS if name.startswith("test")),
     }
     assert set(ci.parts()) < TARGETS

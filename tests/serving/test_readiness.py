@@ -16,7 +16,7 @@ LOG = """x WARNING may give OSError: too many files
 ValueError: no such file
 x INFO no KeyError: ever
 RuntimeError: Engine core initialization failed. See root cause above.
-x INFO version 0.32.0, started again"""
+x INFO non-default args: started again"""
 
 
 class Told:
