@@ -46,7 +46,7 @@ from v4forge.units import GB, GIB
 ORIGINAL_H = 15.09  # GPTQ of the published artifact, on eight H200
 
 
-QUANTIZATION = ("Hessian", "scales", "factorize", "sweep", "errors", "pack")
+QUANTIZATION = ("Hessian", "scales", "factorize", "sweep", "refit", "errors", "pack")
 
 
 def measured_layers(

@@ -48,18 +48,11 @@ def test_gram_is_the_sum_of_outer_products(dtype: torch.dtype) -> None:
     assert torch.equal(gram, gram.T)
 
 
-@pytest.mark.parametrize("count", [0, 1, 17, 63])
-def test_too_few_tokens_are_filled_up_with_the_mean_over_all(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 100_000])
+def test_as_many_of_all_tokens_as_there_are_inputs_count_with_an_expert_s_own(count: int) -> None:
     own, everything = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    missing = 64 - count
-    expected = (count * own.double() + missing * everything.double()) / (count + missing)
+    expected = (count * own.double() + 64 * everything.double()) / (count + 64)
     torch.testing.assert_close(gptq.blended(own, count, everything).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [64, 65, 100_000])
-def test_enough_tokens_are_left_alone(count: int) -> None:
-    own, everything = (torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
-    torch.testing.assert_close(gptq.blended(own, count, everything), own, rtol=1e-6, atol=0)
 
 
 def test_codes_are_4_bit_and_scales_are_usable(solved: tuple[Problem, gptq.Quantized, gptq.Quantized]) -> None:
@@ -70,7 +63,7 @@ def test_codes_are_4_bit_and_scales_are_usable(solved: tuple[Problem, gptq.Quant
         assert (int(q.codes.min()), int(q.codes.max())) == (-8, 7)
         assert q.scale.dtype == torch.bfloat16
         assert q.scale.shape == (EXPERTS, OUT, IN // 128)
-        assert bool(q.scale.isfinite().all() and (q.scale > 0).all())
+        assert bool(q.scale.isfinite().all() and (q.scale != 0).all())
         # what is served is a code times its group's scale, in BF16
         served = (q.codes.float() * q.scale.float().repeat_interleave(128, -1)).bfloat16()
         assert torch.equal(q.dequantized(), served)
@@ -95,8 +88,59 @@ def test_no_searched_scale_rounds_active_inputs_worse_than_absmax() -> None:
         return ((served - p.weights.double()).square() * importance).unflatten(-1, (-1, 128)).sum(-1)
 
     searched, absmax = by_group("searched"), by_group("absmax")
-    assert bool((searched <= absmax * (1 + 1e-5)).all())
-    assert float(searched.sum()) < 0.97 * float(absmax.sum())
+    assert bool((searched <= absmax * 1.001).all())  # the best scale is rounded to BF16
+    assert float(searched.sum()) < 0.85 * float(absmax.sum())
+
+
+def test_a_searched_scale_is_the_best_of_all_on_weights_that_lie_on_few_values() -> None:
+    """FP4's own values, each group's largest only on one side: no scale of a fine scan, of either sign, is better."""
+    generator = torch.Generator().manual_seed(6)
+    values = torch.tensor([-3.0, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    weights = values[torch.randint(len(values), (1, 64, 128), generator=generator)]
+    weights[:, ::2] *= -1
+    importance = torch.rand(1, 128, generator=generator) + 0.1
+    found = gptq.searched_scales(weights, importance)
+    assert bool((found < 0).any() and (found > 0).any())
+
+    def errors(scale: Tensor) -> Tensor:
+        """scale: [n, 64] -> [n, 64]."""
+        step = scale.double().unsqueeze(-1)
+        left = (weights[0] / step).round().clamp(-8, 7) * step - weights[0]
+        return (left.square() * importance[0].double()).sum(-1)
+
+    scan = torch.linspace(0.4, 1.4, 2001) * 6 / 7.5
+    best = errors(torch.cat((scan, -scan)).view(-1, 1).expand(-1, 64)).amin(0)
+    assert bool((errors(found[:, :, 0])[0] <= 1.02 * best).all())
+
+
+def test_refitted_scales_lose_less_and_solving_them_out_gains_little_more() -> None:
+    p = problem(11)
+    before, _ = quantized(p)
+    after = gptq.refit(p.weights, before, p.hessians)
+    assert torch.equal(after.codes, before.codes)
+    lost = [lost_by_row(p.weights, q, p.hessians) for q in (before, after)]
+    assert bool((lost[1] <= 1.001 * lost[0]).all())  # row by row, but for BF16
+    codes = before.codes.double().unflatten(-1, (-1, 128))
+    best = []  # of all scales, row by row in float64
+    for e, h in enumerate(p.hessians.double()):
+        for w, c in zip(p.weights[e].double(), codes[e], strict=True):
+            spread = torch.block_diag(*c)  # [groups, in]
+            fitted = torch.linalg.solve(spread @ h @ spread.T, spread @ h @ w)
+            left = w - fitted @ spread
+            best.append(left @ h @ left)
+    least = torch.stack(best).view_as(lost[0])
+    gained, possible = (lost[0] - lost[1]).sum(), (lost[0] - least).sum()
+    assert float(gained) > 0.75 * float(possible) > 0
+
+
+def test_a_refit_leaves_what_a_hessian_says_nothing_about() -> None:
+    p = problem(12)
+    p.hessians[1] = 0
+    before, _ = quantized(p)
+    after = gptq.refit(p.weights, before, p.hessians)
+    assert torch.equal(after.scale[1], before.scale[1]) and not torch.equal(after.scale[0], before.scale[0])
+    shared = gptq.refit(p.weights, before, p.hessians[:1])
+    torch.testing.assert_close(shared.scale, gptq.refit(p.weights, before, p.hessians[:1].repeat(3, 1, 1)).scale)
 
 
 def test_the_weighted_error_is_the_share_of_the_output_that_is_lost(
@@ -109,14 +153,6 @@ def test_the_weighted_error_is_the_share_of_the_output_that_is_lost(
     left = p.weights.float() - ours.dequantized().float()
     shares = [gptq.energy(m, p.hessians).double().sum(1) for m in (left, p.weights)]
     torch.testing.assert_close(shares[0] / shares[1], direct, rtol=1e-4, atol=0)
-
-
-def test_the_sweep_counts_what_every_row_loses(solved: tuple[Problem, gptq.Quantized, gptq.Quantized]) -> None:
-    p, ours, _ = solved
-    again, lost = gptq.sweep(p.weights, gptq.factorize(p.hessians, DAMPENING), ours.scale)
-    assert torch.equal(again.codes, ours.codes)
-    assert lost.shape == (EXPERTS, OUT)
-    torch.testing.assert_close(lost.double(), lost_by_row(p.weights, ours, p.hessians), rtol=1e-3, atol=0)
 
 
 def test_the_energy_of_a_row_is_its_product_with_the_hessian() -> None:
@@ -204,7 +240,6 @@ def test_a_factor_multiplies_out_to_the_dampened_hessian() -> None:
         assert torch.equal(lower, lower.tril()) and bool((lower.diagonal() == 1).all())
         damp = DAMPENING * p.hessians[e].double().diagonal().mean()
         wanted = p.hessians[e].double()[order][:, order] + damp * torch.eye(IN)
-        assert float(factor.damp[e]) == pytest.approx(float(damp), rel=1e-5)
         product = lower * factor.pivots[e].double() @ lower.T
         assert float((product - wanted).norm() / wanted.norm()) < 1e-6
 
@@ -230,8 +265,7 @@ def test_one_factor_serves_all_experts_that_read_the_same_input() -> None:
     scale = SCALES["searched"](p)
     shared = gptq.sweep(p.weights, gptq.factorize(p.hessians[:1], DAMPENING), scale)
     copied = gptq.sweep(p.weights, gptq.factorize(p.hessians[:1].repeat(EXPERTS, 1, 1), DAMPENING), scale)
-    assert torch.equal(shared[0].codes, copied[0].codes)
-    torch.testing.assert_close(shared[1], copied[1], rtol=1e-6, atol=0)
+    assert torch.equal(shared.codes, copied.codes)
 
 
 @pytest.mark.parametrize("seed", range(3))

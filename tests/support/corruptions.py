@@ -169,7 +169,7 @@ CORRUPTIONS = [
         "a row's scale halved", changed(SCALE, scaled(9, 0.5)), "expert slopes", f"{EXPERT}.weight: a group is 0."
     ),
     Corruption("a scale NaN", changed(SCALE, poisoned), "expert codes", f"{EXPERT}.weight: weight_scale"),
-    Corruption("scales negative", changed(SCALE, lambda t: -t), "expert codes", f"{EXPERT}.weight: weight_scale"),
+    Corruption("scales negated", changed(SCALE, lambda t: -t), "expert errors", f"{EXPERT}.weight: relative error"),
     Corruption(
         "a stated shape", changed(SHAPE, lambda t: t // 2), "expert codes", f"{EXPERT}.weight: weight_shape says"
     ),

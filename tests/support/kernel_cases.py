@@ -47,7 +47,6 @@ class Blocks:
     blocks: int
     codes_equal: float  # share
     residual_off: float  # largest difference where the codes are equal, in steps of the scale
-    loss_off: float  # largest difference of a row's loss, as a share of the block's mean
     outside_touched: bool  # whether the kernel has written into other columns
 
 
@@ -57,14 +56,13 @@ def blocks(weights: Tensor, factor: gptq.Factor, scale: Tensor) -> Blocks:
     step = float(scale.float().amax())
 
     def both(start: int, end: int, *rest: Tensor) -> None:
-        inputs, outputs = rest[:6], rest[6:]
-        residual, codes, loss = (tensor.clone() for tensor in outputs)
-        KERNEL_BLOCK(start, end, *inputs, residual, codes, loss)
+        inputs, outputs = rest[:5], rest[5:]
+        residual, codes = (tensor.clone() for tensor in outputs)
+        KERNEL_BLOCK(start, end, *inputs, residual, codes)
         before = [tensor.clone() for tensor in outputs]
         TORCH_BLOCK(start, end, *inputs, *outputs)
         equal = (codes == outputs[1])[..., start:end]
         off = (residual - outputs[0])[..., start:end].abs() / step
-        lost = outputs[2] - before[2]
         for mine, then in ((residual, before[0]), (codes, before[1])):
             mine[..., start:end] = then[..., start:end]
         found.append(
@@ -72,7 +70,6 @@ def blocks(weights: Tensor, factor: gptq.Factor, scale: Tensor) -> Blocks:
                 1,
                 float(equal.double().mean()),
                 float(torch.where(equal, off, 0).max()),
-                float((loss - outputs[2]).abs().max() / lost.mean()),
                 # as bytes: what has not been written yet may be NaN
                 not all(
                     torch.equal(mine.view(torch.uint8), then.view(torch.uint8))
@@ -87,7 +84,6 @@ def blocks(weights: Tensor, factor: gptq.Factor, scale: Tensor) -> Blocks:
         len(found),
         min(each.codes_equal for each in found),
         max(each.residual_off for each in found),
-        max(each.loss_off for each in found),
         any(each.outside_touched for each in found),
     )
 
@@ -98,7 +94,7 @@ class Scales:
 
     groups: int
     equal: float  # share of the groups
-    chosen: int  # how many candidates of the grid were the best of some group
+    negative: float  # share of the groups
     worse: float  # by how much the kernel's rounding error is larger where they differ, relative, at most
 
 
@@ -115,10 +111,11 @@ def scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: tuple[floa
         left = (weights.double() / step).round().clamp(-8, 7) * step - weights.double()
         return (left.unflatten(-1, (-1, 128)).square() * by_input).sum(-1)
 
-    differ = kernel_s != torch_s
+    differ = kernel_s != torch_s  # a sum in another order may also round to BF16's neighbour
     worse = (error(kernel_s) / error(torch_s) - 1)[differ] if bool(differ.any()) else torch.zeros(1)
-    factors = (torch_s.float() / widest.float()).unique()
-    return Scales(differ.numel(), 1 - float(differ.double().mean()), len(factors), float(worse.max()))
+    return Scales(
+        differ.numel(), 1 - float(differ.double().mean()), float((torch_s < 0).double().mean()), float(worse.max())
+    )
 
 
 @dataclass(frozen=True)
@@ -150,22 +147,14 @@ def mixed(tokens: tuple[int, ...], hidden: int, dtype: torch.dtype, device: str,
     )
 
 
-def few_bits(scale: Tensor) -> Tensor:
-    """scale cut to 3 significant bits, so that its products with 1, 0.5 and 0.75 are exact in BF16: Triton's
-    interpreter cuts F32 to BF16 where a GPU rounds."""
-    mantissa, exponent = torch.frexp(scale.float())
-    return torch.ldexp((mantissa * 8).floor() / 8, exponent).bfloat16()
-
-
 def main() -> None:
     weights, hessians = problem(2, 40, 256)  # 40 rows: more than one program's, and not a multiple
     absmax = gptq.absmax_scales(weights)
     own, shared = gptq.factorize(hessians, DAMPENING), gptq.factorize(hessians[:1], DAMPENING)
-    widest = few_bits(absmax * torch.linspace(0.9, 2, absmax.numel()).view(absmax.shape))
     result = {
         "own": blocks(weights, own, absmax),
         "shared": blocks(weights.float(), shared, absmax),
-        "scales": scales(weights, hessians.diagonal(dim1=-2, dim2=-1), widest, (1.0, 0.5, 0.75)),
+        "scales": scales(weights, hessians.diagonal(dim1=-2, dim2=-1), absmax, (1.0, 0.5, 0.75)),
     }
     result |= {kind: mixed((2, 3), 1300, torch.float32, "cpu", kind) for kind in ("carried", "output", "transposed")}
     print(json.dumps({name: asdict(each) for name, each in result.items()}))

@@ -219,7 +219,10 @@ def test_another_source_is_refused_before_anything_is_made(
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [(("--dampening", "0.2"), "dampening is 0.01 in "), (("--seed", "7"), "the calibration text is not that of ")],
+    [
+        (("--dampening", "0.2"), f"dampening is {layer_files.Settings().dampening} in "),
+        (("--seed", "7"), "the calibration text is not that of "),
+    ],
 )
 def test_other_settings_and_another_text_are_refused(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str], said: str

@@ -17,18 +17,19 @@ from v4forge.checkpoint.layout import Config
 from v4forge.model import deepseek_v4
 from v4forge.profiling import Watch
 from v4forge.quantization import gptq
-from v4forge.quantization.layer_files import Settings, layer_file
+from v4forge.quantization.layer_files import LOST, Settings, layer_file
 
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "searched": gptq.searched_scales,
     "absmax": lambda weights, _importance: gptq.absmax_scales(weights),
 }
 SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
+ERROR_ROWS = 4  # of so many rows of a matrix one is looked at for what is lost
 
 
 @dataclass(frozen=True)
 class Common:
-    """What all tokens of the layer have in common, for experts that few of them reach."""
+    """What all tokens of the layer have in common, which is a part of every expert's Hessians."""
 
     hessian: Tensor  # [hidden, hidden] f32, the mean of x^T x over all tokens
     sample: Tensor  # [tokens, hidden], some of them
@@ -48,14 +49,14 @@ class Hessians:
 
     hidden: Tensor  # [E, hidden, hidden] f32, or [1, hidden, hidden] when every expert sees every token
     inner: Tensor  # [E, inner, inner] f32
-    blended: list[dict[str, Any]]  # which were blended with all tokens', because theirs were too few
+    blended: list[dict[str, Any]]  # of experts with fewer tokens than inputs, more of all tokens' than of their own
 
 
 def hessians(
-    rows: Sequence[Tensor], gate_up: Tensor, limit: float, shared: Common | AllTokens | None, numbers: Sequence[int]
+    rows: Sequence[Tensor], gate_up: Tensor, limit: float, shared: Common | AllTokens, numbers: Sequence[int]
 ) -> Hessians:
     """Hessians of the inputs of some experts. rows: their tokens, [n, hidden] each; gate_up: [E, 2 * inner, hidden],
-    unquantized; shared: needed where an expert has fewer tokens than a width; numbers: the experts', for the notes.
+    unquantized; numbers: the experts', for the notes.
     """
     if isinstance(shared, AllTokens):
         return Hessians(shared.hessian, torch.stack([_inner(shared.x, each, limit) for each in gate_up]), [])
@@ -64,17 +65,9 @@ def hessians(
     h_inner = gate_up.new_empty(len(rows), inner, inner, dtype=torch.float32)
     notes = []
     for e, x in enumerate(rows):
-        h_hidden[e] = gptq.gram(x) / max(len(x), 1)
-        h_inner[e] = _inner(x, gate_up[e], limit)
-        few = []
-        if len(x) < width:
-            assert shared is not None
-            h_hidden[e] = gptq.blended(h_hidden[e], len(x), shared.hessian)
-            few.append("w1, w3")
-        if len(x) < inner:
-            assert shared is not None
-            h_inner[e] = gptq.blended(h_inner[e], len(x), _inner(shared.sample, gate_up[e], limit))
-            few.append("w2")
+        h_hidden[e] = gptq.blended(gptq.gram(x) / max(len(x), 1), len(x), shared.hessian)
+        h_inner[e] = gptq.blended(_inner(x, gate_up[e], limit), len(x), _inner(shared.sample, gate_up[e], limit))
+        few = [inputs for inputs, needed in (("w1, w3", width), ("w2", inner)) if len(x) < needed]
         if few:
             notes.append({"expert": numbers[e], "tokens": len(x), "inputs": ", ".join(few)})
     return Hessians(h_hidden, h_inner, notes)
@@ -137,27 +130,42 @@ def quantize(
         with watch.compute("factorize"):
             factor = gptq.factorize(energies, settings.dampening)
         with watch.compute("sweep"):
-            result, lost = gptq.sweep(weights, factor, scale)
+            result = gptq.sweep(weights, factor, scale)
+        failed = factor.failed.expand(len(weights))
+        if settings.scales == "searched":
+            with watch.compute("refit"):
+                better = gptq.refit(weights, result, energies)
+                result = gptq.Quantized(result.codes, torch.where(failed.view(-1, 1, 1), scale, better.scale))
         with watch.compute("errors"):
-            if bool(factor.failed.any()):  # the sweep's loss knows only the diagonal then
-                lost = gptq.energy(weights.float() - result.dequantized().float(), energies)
-            total = gptq.energy(weights, energies)
-            stock = gptq.energy(weights.float() - nearest(weights).dequantized().float(), energies)
-            errors.append({"gptq": lost, "rtn": stock, "total": total})
+            errors.append(_lost(weights, result, scale, energies))
         results.append(result)
-        failed = factor.failed.expand(len(weights)).tolist()
-        fallback += [f"{kind} of expert {e}" for e, bad in zip(numbers, failed, strict=True) if bad]
+        fallback += [f"{kind} of expert {e}" for e, bad in zip(numbers, failed.tolist(), strict=True) if bad]
     with watch.compute("errors"):
         error = {}
         inner = gate_up.shape[1] // 2
-        w1, w3 = slice(inner), slice(inner, None)
-        for which, rows, part in (("w1", errors[0], w1), ("w2", errors[1], slice(None)), ("w3", errors[0], w3)):
-            of = rows["total"][:, part].double().sum(1)
+        for which, rows, part in (
+            ("w1", errors[0], slice(inner // ERROR_ROWS)),
+            ("w2", errors[1], slice(None)),
+            ("w3", errors[0], slice(inner // ERROR_ROWS, None)),
+        ):
+            total, *lost = (each[:, part].double().sum(1) for each in rows)
             error[which] = {
-                method: torch.where(of > 0, rows[method][:, part].double().sum(1) / of, 0.0).tolist()
-                for method in ("gptq", "rtn")
+                method: torch.where(total > 0, each / total, 0.0).tolist()
+                for method, each in zip(LOST, lost, strict=True)
             }
     return Experts(results[0], results[1], error, fallback)
+
+
+def _lost(weights: Tensor, found: gptq.Quantized, scale: Tensor, hessians: Tensor) -> list[Tensor]:
+    """What some rows' outputs are, and what each way of LOST loses of them: energies [E, rows] f32."""
+    some, steps = weights[:, ::ERROR_ROWS], scale[:, ::ERROR_ROWS]
+    ways = (
+        gptq.Quantized(found.codes[:, ::ERROR_ROWS], found.scale[:, ::ERROR_ROWS]),
+        nearest(some),
+        gptq.round_to_nearest(some, steps),
+    )
+    left = (some.float() - way.dequantized().float() for way in ways)
+    return [gptq.energy(some, hessians), *(gptq.energy(each, hessians) for each in left)]
 
 
 def read_experts(

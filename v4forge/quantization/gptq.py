@@ -7,7 +7,10 @@ inputs in the order of rising activation and the dampened Hessian H = L L^T, col
 
 from the last, most active one to the first. That is GPTQ's own update, but no inverse is needed, one factorization
 serves all matrices that read the same input, and the blocks before are added by one product with a long inner
-dimension. The loss comes with it: tr((W - Q) H (W - Q)^T) = sum_k L_kk^2 |target_k - q_k|^2.
+dimension.
+
+A group's scale may be negative: its codes then reach from -7 to 8 of its steps, which is where the larger half of its
+weights may need them. Decoders multiply, and do not ask for the sign.
 
 E is the number of experts; matrices are [out, in] as in torch. On a GPU the two inner loops are kernels.py's.
 """
@@ -36,8 +39,10 @@ SWEEP_COLUMNS = 128  # a block of the sweep
 # Tokens of one product: tensor cores cut their F32 sums toward zero, by 5e-4 of the value after 100,000 terms.
 GRAM_ROWS = 8192
 FACTOR_COLUMNS = 128  # a block of the batched Cholesky factorization
-# Candidate scales in units of absmax / 7.5, tried for every group of 128 weights.
-SCALE_GRID = (1.0, *(1.1 - i / 30 for i in range(13) if i != 3))  # absmax wins ties, then 1.1 down to 0.7
+# Where the search of a group's scale starts, in units of absmax / 7.5, with either sign. 64 of them between the same
+# ends give the same output error to 0.01% on models/tiny, 8 one that is 2% larger (benchmarks/results/codes-tiny.json).
+SCALE_GRID = (1.0, *(0.5 + 0.8 * i / 11 for i in range(12)))
+REFIT_AT_MOST = 2.0  # by so much a scale may grow or shrink in the refit
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,6 @@ class Factor:
     order: Tensor  # [E, in] i64, the input at each position
     lower: Tensor  # [E, in, in] f32, unit lower triangular
     pivots: Tensor  # [E, in] f32, D
-    damp: Tensor  # [E] f32, what was added to the diagonal
     failed: Tensor  # [E] bool, not positive definite: the factor is of the diagonal alone
 
 
@@ -86,13 +90,14 @@ def gram(x: Tensor) -> Tensor:
 
 
 def blended(own: Tensor, count: int, everything: Tensor) -> Tensor:
-    """The Hessian of an expert that only `count` tokens reach, from means of x^T x. own, everything: [in, in] f32.
+    """The Hessian of an expert that `count` tokens reach, from means of x^T x. own, everything: [in, in] f32.
 
-    Below its width n tokens cannot determine it; the missing m = in - n are taken from all tokens:
-    H = (n H_own + m H_everything) / (n + m).
+    n tokens determine `in` inputs badly where n is not many times `in`, and below it not at all: as many of all tokens
+    as there are inputs are counted with them, H = (n H_own + in H_everything) / (n + in). Where n is large, that is
+    little (benchmarks/codes.py: 33% less output error at n = in / 2, 7% at 3 in, 1% at 15 in).
     """
-    missing = max(0, own.shape[0] - count)
-    return (count * own + missing * everything) / (count + missing)
+    width = own.shape[0]
+    return (count * own + width * everything) / (count + width)
 
 
 def absmax_scales(weights: Tensor) -> Tensor:
@@ -105,8 +110,9 @@ def absmax_scales(weights: Tensor) -> Tensor:
 def searched_scales(weights: Tensor, importance: Tensor) -> Tensor:
     """weights: [E, out, in]; importance: [E, in] f32, the Hessians' diagonals -> [E, out, in/128] bf16.
 
-    Per group the candidate of SCALE_GRID whose rounding error is smallest, weighted by how active each input is. FP4
-    source weights lie on few values, which absmax / 7.5 misses as a rule.
+    Per group the scale whose rounding error is smallest, weighted by how active each input is, h: every candidate of
+    SCALE_GRID, of either sign, gives codes c, for which sum(h w c) / sum(h c^2) is the best scale. FP4 source weights
+    lie on few values, which absmax / 7.5 misses as a rule.
     """
     widest = absmax_scales(weights)
     if weights.is_cuda:
@@ -115,14 +121,18 @@ def searched_scales(weights: Tensor, importance: Tensor) -> Tensor:
         return kernels.searched_scales(weights, importance, widest, SCALE_GRID)
     by_input = importance.unflatten(-1, (-1, INT4_GROUP)).unsqueeze(1)
     groups = weights.float().unflatten(-1, (-1, INT4_GROUP))
+    weighted = groups * by_input
     best = widest.float()
-    least = torch.full_like(best, torch.inf)
+    most = torch.zeros_like(best)  # of the energy that a scale explains: what it leaves is the error
     for factor in SCALE_GRID:
-        scale = (widest.float() * factor).to(torch.bfloat16).float()
-        step = scale.unsqueeze(-1)
-        error = (((groups / step).round().clamp(-8, 7) * step - groups).square() * by_input).sum(-1)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+        steps = groups / (widest.float() * factor).unsqueeze(-1)
+        for codes in (steps.round().clamp_(-8, 7), steps.neg_().round_().clamp_(-8, 7)):
+            along, size = (weighted * codes).sum(-1), (codes.square() * by_input).sum(-1)
+            scale = along / size
+            explained = along * scale
+            better = explained > most  # not for NaN, of a group without active inputs
+            best = torch.where(better, scale, best)
+            most = torch.where(better, explained, most)
     return best.to(torch.bfloat16)
 
 
@@ -151,7 +161,7 @@ def factorize(hessians: Tensor, dampening: float) -> Factor:
     if bool(failed.any()):
         lower[failed] = torch.diag_embed(damped[failed].sqrt())
     roots = lower.diagonal(dim1=-2, dim2=-1).clone()
-    return Factor(order, lower.div_(roots.unsqueeze(-2)), roots.square(), damp, failed)
+    return Factor(order, lower.div_(roots.unsqueeze(-2)), roots.square(), failed)
 
 
 def _cholesky(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,17 +189,14 @@ def _cholesky(a: Tensor) -> tuple[Tensor, Tensor]:
     return a, failed | ~a.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
-def sweep(weights: Tensor, factor: Factor, scale: Tensor) -> tuple[Quantized, Tensor]:
-    """weights: [E, out, in] bf16 or f32; scale: [E, out, in/128] bf16; factor: of E Hessians, or of one for all ->
-    Quantized, and per row the part of tr((W - Q) H (W - Q)^T), [E, out] f32, H without the dampening.
-    """
+def sweep(weights: Tensor, factor: Factor, scale: Tensor) -> Quantized:
+    """weights: [E, out, in] bf16 or f32; scale: [E, out, in/128] bf16; factor: of E Hessians, or of one for all."""
     experts, rows, width = weights.shape
     order = factor.order.expand(experts, -1)
-    lower, pivots = (t.expand(experts, *t.shape[1:]) for t in (factor.lower, factor.pivots))
+    lower = factor.lower.expand(experts, -1, -1)
     ordered = weights.gather(-1, order.unsqueeze(1).expand(-1, rows, -1))
     residual = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)  # W - Q
     codes = torch.empty(weights.shape, dtype=torch.int8, device=weights.device)
-    loss = torch.zeros(experts, rows, device=weights.device)
     group_of = order // INT4_GROUP
     if weights.is_cuda:
         from v4forge.quantization import kernels
@@ -203,10 +210,9 @@ def sweep(weights: Tensor, factor: Factor, scale: Tensor) -> tuple[Quantized, Te
         if end < width:
             with tf32():
                 carried = torch.bmm(residual[..., end:], lower[:, end:, start:end])
-        block_of(start, end, carried, ordered, lower, pivots, scale, group_of, residual, codes, loss)
-    loss -= factor.damp.unsqueeze(-1) * residual.square().sum(-1)
+        block_of(start, end, carried, ordered, lower, scale, group_of, residual, codes)
     inverse = torch.empty_like(order).scatter_(-1, order, torch.arange(width, device=order.device).expand(experts, -1))
-    return Quantized(codes.gather(-1, inverse.unsqueeze(1).expand(-1, rows, -1)), scale), loss
+    return Quantized(codes.gather(-1, inverse.unsqueeze(1).expand(-1, rows, -1)), scale)
 
 
 def _sweep_block(
@@ -215,14 +221,12 @@ def _sweep_block(
     carried: Tensor | None,
     ordered: Tensor,
     lower: Tensor,
-    pivots: Tensor,
     scale: Tensor,
     group_of: Tensor,
     residual: Tensor,
     codes: Tensor,
-    loss: Tensor,
 ) -> None:
-    """Columns end-1 down to start of all rows; fills `residual` and `codes` there and adds to `loss`."""
+    """Columns end-1 down to start of all rows; fills `residual` and `codes` there."""
     original = ordered[..., start:end].float()
     target = original.clone() if carried is None else original + carried
     steps = scale.float().gather(-1, group_of[:, None, start:end].expand(-1, ordered.shape[1], -1))
@@ -231,13 +235,37 @@ def _sweep_block(
         value = code * steps[..., k]
         codes[..., start + k] = code.to(torch.int8)
         residual[..., start + k] = left = original[..., k] - value
-        loss += pivots[:, None, start + k] * (target[..., k] - value).square()
         target[..., :k] += left.unsqueeze(-1) * lower[:, None, start + k, start : start + k]
 
 
 def gptq(weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float) -> Quantized:
     """weights: [E, out, in]; hessians: [E, in, in] f32, means of x^T x; scale: [E, out, in/128] bf16 -> Quantized."""
-    return sweep(weights, factorize(hessians, dampening), scale)[0]
+    return sweep(weights, factorize(hessians, dampening), scale)
+
+
+def refit(weights: Tensor, found: Quantized, hessians: Tensor) -> Quantized:
+    """The same codes with the scales that serve them better under the Hessians.
+
+    weights: [E, out, in]; hessians: [E, in, in] f32, means of x^T x, or one for all. With Q = C s a row's error
+    (w - C s) H (w - C s)^T is a quadratic in its scales s: one step of conjugate gradients from those found, with its
+    diagonal as the preconditioner. Solving it out gains nothing more (benchmarks/codes.py).
+    """
+    grouped = found.codes.float().unflatten(-1, (-1, INT4_GROUP))  # [E, out, groups, 128]
+    scale = found.scale.float()
+    blocks = hessians.unflatten(-1, (-1, INT4_GROUP)).unflatten(-3, (-1, INT4_GROUP))
+    own = blocks.diagonal(dim1=-4, dim2=-2).permute(0, 3, 1, 2)  # [E, groups, 128, 128], each group's part of H
+    left = weights.float() - (grouped * scale.unsqueeze(-1)).flatten(-2)
+    with tf32():
+        slope = (torch.matmul(left, hessians).view_as(grouped) * grouped).sum(-1)
+        curvature = (torch.einsum("ergi,egij->ergj", grouped, own.expand(len(grouped), -1, -1, -1)) * grouped).sum(-1)
+        step = torch.where(curvature > 0, slope / curvature, 0.0)
+        moved = (grouped * step.unsqueeze(-1)).flatten(-2)
+        along = (torch.matmul(moved, hessians) * moved).sum(-1, keepdim=True)
+    length = torch.where(along > 0, (step * slope).sum(-1, keepdim=True) / along, 0.0)
+    better = scale + length * step
+    grown = better / scale
+    usable = grown.isfinite() & (grown < REFIT_AT_MOST) & (grown > 1 / REFIT_AT_MOST)
+    return Quantized(found.codes, torch.where(usable, better, scale).to(torch.bfloat16))
 
 
 def energy(matrices: Tensor, hessians: Tensor) -> Tensor:

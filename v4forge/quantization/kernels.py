@@ -48,23 +48,27 @@ def _searched_scales(
     where = (expert * rows + row) * groups + group
     wide = tl.load(widest + where, mask=inside, other=1.0).to(tl.float32)
     best = wide
-    least = tl.full([ROWS], float("inf"), tl.float32)
+    most = tl.zeros([ROWS], tl.float32)
+    weighted = w * h[None, :]
     for i in range(N):
-        step = (wide * tl.load(factors + i)).to(tl.bfloat16).to(tl.float32)
         # a product with the reciprocal finds another code only at a tie, where both are as good
-        code = tl.minimum(tl.maximum(w * (1.0 / step)[:, None], -8.0), 7.0)
-        off = ((code + ROUNDER) - ROUNDER) * step[:, None] - w
-        error = tl.sum(off * off * h[None, :], axis=1)
-        best = tl.where(error < least, step, best)
-        least = tl.minimum(error, least)
-    tl.store(best_scale + where, best.to(tl.bfloat16), mask=inside)
+        steps = w * (1.0 / (wide * tl.load(factors + i)))[:, None]
+        for sign in tl.static_range(2):
+            code = tl.minimum(tl.maximum(steps if sign == 0 else -steps, -8.0), 7.0)
+            code = (code + ROUNDER) - ROUNDER
+            along = tl.sum(weighted * code, axis=1)
+            scale = tl.div_rn(along, tl.sum(code * code * h[None, :], axis=1))
+            better = along * scale > most
+            best = tl.where(better, scale, best)
+            most = tl.where(better, along * scale, most)
+    tl.store(best_scale + where, best, mask=inside)
 
 
 def searched_scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: tuple[float, ...]) -> Tensor:
     """As gptq.searched_scales; widest: [E, out, in/128] bf16, the scales that the factors of `grid` multiply."""
     experts, rows, columns = weights.shape
     factors = torch.tensor(grid, dtype=torch.float32, device=weights.device)
-    best = torch.empty_like(widest)
+    best = torch.empty_like(widest, dtype=torch.float32)
     _searched_scales[(triton.cdiv(rows, SEARCH_ROWS), columns // INT4_GROUP, experts)](
         weights.contiguous(),
         importance.contiguous(),
@@ -77,7 +81,7 @@ def searched_scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: t
         ROWS=SEARCH_ROWS,
         G=INT4_GROUP,
     )
-    return best
+    return best.to(torch.bfloat16)
 
 
 @triton.jit
@@ -85,18 +89,15 @@ def _sweep_block(
     carried,
     ordered,
     lower,
-    pivots,
     scale,
     group_of,
     residual,
     codes,
-    loss,
     start,
     rows,
     columns,
     groups,
     lower_stride,
-    pivots_stride,
     group_stride,
     CARRIED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -111,7 +112,6 @@ def _sweep_block(
     target = tl.load(ordered + at, mask=mask, other=0.0).to(tl.float32)
     if CARRIED:
         target += tl.load(carried + (expert * rows + row[:, None]) * WIDTH + column[None, :], mask=mask, other=0.0)
-    lost = tl.zeros([ROWS], tl.float32)
     scale_row = scale + (expert * rows + row) * groups
     for i in range(WIDTH):
         k = WIDTH - 1 - i
@@ -121,8 +121,6 @@ def _sweep_block(
         step = tl.load(scale_row + group, mask=inside, other=1.0).to(tl.float32)
         original = tl.load(ordered + (expert * rows + row) * columns + start + k, mask=inside, other=0.0).to(tl.float32)
         value = _nearest_code(wanted, step) * step
-        off = wanted - value
-        lost += tl.load(pivots + expert * pivots_stride + start + k) * off * off
         left = original - value
         # the factor's row is zero above its diagonal, so later columns keep their residual
         l_row = tl.load(lower + expert * lower_stride + (start + k).to(tl.int64) * columns + start + column)
@@ -132,9 +130,6 @@ def _sweep_block(
     steps = tl.load(scale_row[:, None] + group[None, :], mask=mask, other=1.0).to(tl.float32)
     original = tl.load(ordered + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(codes + at, _nearest_code(original - target, steps).to(tl.int8), mask=mask)
-    tl.store(
-        loss + expert * rows + row, lost + tl.load(loss + expert * rows + row, mask=inside, other=0.0), mask=inside
-    )
 
 
 def sweep_block(
@@ -143,31 +138,26 @@ def sweep_block(
     carried: Tensor | None,
     ordered: Tensor,
     lower: Tensor,
-    pivots: Tensor,
     scale: Tensor,
     group_of: Tensor,
     residual: Tensor,
     codes: Tensor,
-    loss: Tensor,
 ) -> None:
-    """As gptq._sweep_block; `lower`, `pivots` and `group_of` may be one matrix expanded to all experts."""
+    """As gptq._sweep_block; `lower` and `group_of` may be one matrix expanded to all experts."""
     experts, rows, columns = ordered.shape
     _sweep_block[(triton.cdiv(rows, SWEEP_ROWS), experts)](
         carried if carried is not None else residual,
         ordered,
         lower,
-        pivots,
         scale,
         group_of,
         residual,
         codes,
-        loss,
         start,
         rows,
         columns,
         scale.shape[-1],
         lower.stride(0),
-        pivots.stride(0),
         group_of.stride(0),
         CARRIED=carried is not None,
         ROWS=SWEEP_ROWS,

@@ -245,17 +245,12 @@ class Layer:
             indices = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=run.device)
         return Dispatch(run.ranks, x, indices, config.n_routed_experts)
 
-    def _shared(
-        self, attended: list[deepseek_v4.Attended], dispatch: Dispatch
-    ) -> experts.Common | experts.AllTokens | None:
-        """What experts share: for those that few tokens reach, or where every token goes through every expert."""
+    def _shared(self, attended: list[deepseek_v4.Attended], dispatch: Dispatch) -> experts.Common | experts.AllTokens:
+        """What experts share: of all tokens, or where every token goes through every expert."""
         run, config = self.run, self.run.source.config
-        all_tokens = run.settings.experts == "all"
-        if not all_tokens and min(dispatch.counts) >= max(config.hidden_size, config.moe_intermediate_size):
-            return None
         like = torch.empty(config.hidden_size, config.hidden_size, device=run.device)
         hessian = run.ranks.ordered_sum((gptq.gram(batch.x) for batch in attended), like) / dispatch.tokens
-        if all_tokens:
+        if run.settings.experts == "all":
             return experts.AllTokens(hessian.unsqueeze(0), dispatch.everything())
         sample = dispatch.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
         return experts.Common(hessian, sample)
@@ -274,6 +269,7 @@ class Layer:
             gate_up, down = model_experts.decoded(run.source, f"layers.{self.index}.", own, group.on(run.device))
         h = None
         if run.settings.method == "gptq":
+            assert shared is not None
             with watch.compute("Hessian"):
                 h = experts.hessians(rows, gate_up, limit, shared, own)
             _refuse_nan(self.index, h)

@@ -57,6 +57,8 @@ DETERMINING_MODULES = (
 )
 DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
 METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
+# What a layer's report says is lost: by GPTQ, by stock round-to-nearest, and by it at the scales that GPTQ begins with.
+LOST = ("gptq", "rtn", "rtn_same_scales")
 SCALES = ("searched", "absmax")  # how GPTQ's are chosen, by experts.SCALES
 
 
@@ -66,7 +68,7 @@ class Settings:
 
     method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
     scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
-    dampening: float = 0.01  # share of the mean of the Hessian's diagonal
+    dampening: float = 0.02  # share of the mean of the Hessian's diagonal (benchmarks/codes.py)
     experts: str = "routed"  # whose tokens make an expert's Hessian: those routed to it, or "all"
     micro_batch: int = 8  # samples a forward pass; Hessians are summed in this order
     threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
@@ -169,7 +171,7 @@ def report(
     experts = sorted(notes)
     error = {}
     if settings.method == "gptq":
-        error = {w: {m: [notes[e][w][m] for e in experts] for m in ("gptq", "rtn")} for w in ("w1", "w2", "w3")}
+        error = {w: {m: [notes[e][w][m] for e in experts] for m in LOST} for w in ("w1", "w2", "w3")}
     return {
         "layer": layer,
         "attention": COMPRESS_RATIOS[config.compress_ratios[layer]],

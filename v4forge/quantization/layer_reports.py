@@ -127,7 +127,8 @@ def cost_rows(layers: Sequence[Json]) -> list[CostRow]:
 
 def mean_losses(report: Json) -> dict[str, float]:
     """Mean relative Hessian-weighted loss over all matrices of a layer, by method."""
-    return {m: statistics.fmean(v for by in report["error"].values() for v in by[m]) for m in ("gptq", "rtn")}
+    methods = report["error"]["w1"]
+    return {m: statistics.fmean(v for by in report["error"].values() for v in by[m]) for m in methods}
 
 
 def summary(report: Json) -> str:
@@ -140,6 +141,8 @@ def summary(report: Json) -> str:
     if report["error"]:
         lost = mean_losses(report)
         line += f"; lost {lost['gptq']:.3%}, round-to-nearest {lost['rtn']:.3%}"
+        if "rtn_same_scales" in lost:
+            line += f" ({lost['rtn_same_scales']:.3%} at the same scales)"
     used = report["run"]
     busy = sum(s for what, s in used[0]["seconds"].items() if what not in ASIDE)
     gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))

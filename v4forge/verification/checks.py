@@ -167,7 +167,7 @@ def aliases(s: Subject) -> Failures:
 
 
 def expert_codes(s: Subject) -> Failures:
-    """Scales are finite and positive, shapes are stated right, and no expert's codes are constant or nearly so."""
+    """Scales are finite and not zero, shapes are stated right, and no expert's codes are constant or nearly so."""
     for each in s.seen:
         if each.fault and rule_for(each.name).artifact == "int4":
             yield each.fault
@@ -176,7 +176,7 @@ def expert_codes(s: Subject) -> Failures:
         if matrix.stated != shapes[each.name]:
             yield f"{each.name}: weight_shape says {list(matrix.stated)}, expected {list(shapes[each.name])}"
         elif not matrix.scales_ok:
-            yield f"{each.name}: weight_scale is not finite and positive everywhere"
+            yield f"{each.name}: weight_scale is not finite, or zero, somewhere"
         elif matrix.distinct < DISTINCT_CODES:
             cause = "a zeroed expert, one that no calibration token reached?"
             yield f"{each.name} uses {matrix.distinct} of 16 codes: {cause}"

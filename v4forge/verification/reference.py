@@ -132,7 +132,7 @@ class Matrix:
     """An INT4 matrix Q and, where there is one, its source W."""
 
     stated: tuple[int, ...]  # its weight_shape
-    scales_ok: bool  # finite and positive
+    scales_ok: bool  # finite and not zero
     distinct: int  # codes in use, counted no further than over some rows if these use all that can be asked for
     error: float = 0.0  # ||W - Q|| / ||W||
     slopes: tuple[float, float] = (1.0, 1.0)  # least and greatest <q, w> / <w, w> of a group of 128
@@ -149,7 +149,7 @@ def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
     codes, scale = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
     base = Matrix(
         stated=tuple(parts["weight_shape"].tolist()),
-        scales_ok=bool(scale.isfinite().all() and (scale > 0).all()),
+        scales_ok=bool(scale.isfinite().all() and (scale != 0).all()),
         distinct=_distinct(codes),
     )
     if not source:
