@@ -10,8 +10,10 @@ from typing import Any
 from v4forge.checkpoint import layout
 from v4forge.model import deepseek_v4
 from v4forge.pipeline import requirements
+from v4forge.quantization.experts import ERROR_ROWS
 from v4forge.units import GB
 
+ENERGIES = 4  # of the outputs and of what each of layer_files.LOST loses of them
 LINK_GBPS = 200.0  # between GPUs, for the projection: less than half of NVLink's 450 in one direction
 
 
@@ -46,7 +48,8 @@ def work_of(config: layout.Config, layer: int, tokens: int, seq_len: int) -> dic
         "scales": Work(weights * 2, "copy GB/s"),
         "factorize": Work(e * (hidden**3 + inner**3) / 3, "f32 TFLOP/s"),
         "sweep": Work(e * (2 * inner * hidden**2 + hidden * inner**2), "tf32 TFLOP/s"),
-        "errors": Work(2 * 2 * e * (2 * inner * hidden**2 + hidden * inner**2), "tf32 TFLOP/s"),
+        "refit": Work(2 * 2 * e * (2 * inner * hidden**2 + hidden * inner**2), "tf32 TFLOP/s"),
+        "errors": Work(ENERGIES / ERROR_ROWS * 2 * e * (2 * inner * hidden**2 + hidden * inner**2), "tf32 TFLOP/s"),
         "pack": Work(weights * (1 + 0.5 + 2), "copy GB/s"),
         "forward 2": Work(2 * rows * 3 * hidden * inner, "bf16 TFLOP/s"),
         "write": Work(sizes.artifact[f"layers.{layer}"], "disk write GB/s"),

@@ -41,6 +41,7 @@ COLORS = {
     "scales": "#ffbf79",
     "factorize": "#e45756",
     "sweep": "#b279a2",
+    "refit": "#ff9da6",
     "errors": "#d6a5c9",
     "pack": "#9d755d",
     "forward 2": "#88d27a",

@@ -23,8 +23,8 @@ SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "searched": gptq.searched_scales,
     "absmax": lambda weights, _importance: gptq.absmax_scales(weights),
 }
-SAMPLE_FACTOR = 4  # tokens sampled for w2's common Hessian, in widths
-ERROR_ROWS = 4  # of so many rows of a matrix one is looked at for what is lost
+SAMPLE_FACTOR = 2  # tokens sampled for w2's common Hessian, in widths
+ERROR_ROWS = 8  # of so many rows of a matrix one is looked at for what is lost
 
 
 @dataclass(frozen=True)
