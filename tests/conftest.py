@@ -100,3 +100,9 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run_here("postprocess", "--source", TINY, "--work", work, "--out", artifact) == 0
 
     return once.in_session(tmp_path_factory, "rounded", make)
+
+
+@pytest.fixture(scope="session")
+def vllm_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each vLLM of a run of tests keeps its caches: the first to start finds them empty."""
+    return once.shared(tmp_path_factory, "vllm-caches")

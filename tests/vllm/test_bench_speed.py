@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from served import SERVE_ENVIRONMENT, Served, free_ports, serve, wait_until
+from served import SERVE_ENVIRONMENT, Served, free_ports, serve, share_caches, wait_until
 
 from benchmarks.clients import kill, processes
 from v4forge.bench import results, speed, vllm_bench
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models/tiny"
-STAND_IN = ROOT / "tests/support/replica_stand_in.py"
+STAND_INS = ROOT / "tests/support"
 SLO_MS = {"ttft": 5000.0, "tpot": 1000.0}
 MODEL = "stand-in"
 TOKENS = 8
@@ -43,6 +43,7 @@ class Bench:
 
     def __init__(self, folder: Path, artifact: Path, program: Path = SERVE_ENVIRONMENT / "bin") -> None:
         self.folder, self.reports = folder / "serve", folder / "reports"
+        self.serves_in = folder / "serve-bench"  # as a bench names it
         self.port = free_ports(8)
         self.started: list[subprocess.Popen[str]] = []
         self.down = folder / "down"
@@ -71,7 +72,7 @@ class Bench:
     def stop(self) -> None:
         for process in self.started:
             process.kill()
-        serve("stop", "--folder", str(self.folder.with_name("serve-bench")))
+        serve("stop", "--folder", str(self.serves_in))
 
 
 def lines_until(lines: Iterable[str], beginning: str) -> Iterator[str]:
@@ -83,22 +84,30 @@ def lines_until(lines: Iterable[str], beginning: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
+def bench(tmp_path: Path, tiny_artifact: Path, vllm_caches: Path) -> Iterator[Bench]:
     found = Bench(tmp_path, tiny_artifact)
+    share_caches(found.serves_in, vllm_caches)
     yield found
     found.stop()
 
 
 @pytest.fixture
 def quick(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
-    """The bench whose servers stand in for vLLM's, and do not come up where the file `down` is; its client is real."""
+    """The bench whose servers and client stand in for vLLM's; the servers do not come up where the file `down` is."""
     program = tmp_path / "bin"
     program.mkdir()
     found = Bench(tmp_path, tiny_artifact, program)
-    serves = f"[ -e {found.down} ] && exec sleep 600\nexec env PYTHONPATH={ROOT} {sys.executable} {STAND_IN} "
-    for name, first in (("python", ""), ("vllm", f'if [ "$1" = serve ]; then\n{serves}"$@"\nfi\n')):
+    stand_in = f"exec env PYTHONPATH={ROOT} {sys.executable} {STAND_INS}"
+    for name, lines in {
+        "python": [f'exec {SERVE_ENVIRONMENT}/bin/python "$@"'],
+        "vllm": [
+            f'[ "$1" = bench ] && {stand_in}/bench_client_stand_in.py "$@"',
+            f"[ -e {found.down} ] && exec sleep 600",
+            f'{stand_in}/replica_stand_in.py "$@"',
+        ],
+    }.items():
         path = program / name
-        path.write_text(f'#!/bin/sh\n{first}exec {SERVE_ENVIRONMENT}/bin/{name} "$@"\n')
+        path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
         path.chmod(0o755)
     yield found
     found.stop()
@@ -113,7 +122,7 @@ def test_a_server_is_started_for_the_bench_and_stopped_after_it(bench: Bench) ->
     for part in content["parts"].values():
         check_figures(part)
         assert 0 < part["acceptance"] < 1
-    assert not Deployment.load(bench.folder.with_name("serve-bench"))
+    assert not Deployment.load(bench.serves_in)
     assert not processes(bench.port + 2)
 
 
@@ -153,7 +162,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
     assert set(content["failures"]) == {"k2/32x16/c2/again"}
     assert "not measured: k2/32x16/c2/again: " in text and "Traceback" not in text
     assert not content["complete"] and content["trial"] == 3
-    assert not Deployment.load(bench.folder.with_name("serve-bench")), "its server is stopped"
+    assert not Deployment.load(bench.serves_in), "its server is stopped"
 
     assert parts["k0/32x16/c2"]["acceptance"] is None and 0 < parts["k2/32x16/c2"]["acceptance"] < 1
     for part in parts.values():

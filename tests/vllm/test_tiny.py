@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from served import Served, free_ports, serve
+from served import Served, free_ports, serve, share_caches
 
 from benchmarks.clients import message
 from v4forge.serving import client, metrics
@@ -110,8 +110,11 @@ def test_without_a_gpu_the_default_backend_is_refused_with_what_to_do(tiny_artif
     assert "BACKEND=cpu" in done.stderr.splitlines()[1]
 
 
-def test_a_drafting_block_that_is_not_the_models_own_fails_the_start(tiny_artifact: Path, tmp_path: Path) -> None:
+def test_a_drafting_block_that_is_not_the_models_own_fails_the_start(
+    tiny_artifact: Path, tmp_path: Path, vllm_caches: Path
+) -> None:
     """As C14 was: everything loads, answers are right, and no draft is ever accepted."""
+    share_caches(tmp_path / "serve", vllm_caches)
     artifact = copy_of(tiny_artifact, tmp_path)
     for name in ("mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
         change(artifact, name, torch.randn(256 * 256, generator=torch.Generator().manual_seed(0)) / 16)
@@ -121,8 +124,9 @@ def test_a_drafting_block_that_is_not_the_models_own_fails_the_start(tiny_artifa
 
 
 def test_a_drafting_block_that_lacks_a_tensor_fails_the_start_with_its_name(
-    tiny_artifact: Path, tmp_path: Path
+    tiny_artifact: Path, tmp_path: Path, vllm_caches: Path
 ) -> None:
+    share_caches(tmp_path / "serve", vllm_caches)
     artifact = copy_of(tiny_artifact, tmp_path)
     change(artifact, "mtp.0.enorm.weight", None)
     error, _ = without_start(artifact, tmp_path)
