@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import once
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "upstream.md"
 FOLDER = ROOT / "docs" / "upstream"
+FORKED = ROOT / "tests" / "support" / "forked.py"
 SERVE_CPU = ROOT / ".venv-serve-cpu" / "bin" / "python"
 
 # program -> the heading of its section, by the environment that has what it needs.
@@ -51,14 +53,16 @@ def stated(heading: str) -> list[str]:
     return block
 
 
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+
+
 def run(python: Path | str, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [str(python), str(FOLDER / f"{program}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280)
 
 
-def check(python: Path | str, program: str, heading: str) -> None:
-    done = run(python, program)
+def check(done: subprocess.CompletedProcess[str], heading: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
     block = stated(heading)
@@ -75,14 +79,37 @@ def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(program: str, 
         pytestconfig.cache,
         f"upstream-{program}",
         determining,
-        lambda _: check(sys.executable, program, CALIBRATION[program]),
+        lambda _: check(run(sys.executable, program), CALIBRATION[program]),
     )
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """What each program of SERVING ended with: they have run, forked from one that has vLLM imported."""
+    folder = tmp_path_factory.mktemp("upstream")
+    programs = [FOLDER / f"{program}.py" for program in SERVING]
+    subprocess.run([SERVE_CPU, FORKED, folder, *programs], env=environment(), timeout=280, check=True)
+
+    def ended(program: str) -> subprocess.CompletedProcess[str]:
+        code, out, err = ((folder / f"{program}{suffix}").read_text() for suffix in (".code", ".out", ".err"))
+        return subprocess.CompletedProcess(program, int(code), out, err)
+
+    return ended
 
 
 @pytest.mark.serve
 @pytest.mark.parametrize("program", SERVING)
-def test_a_fault_of_vllm_is_as_the_page_says(program: str) -> None:
-    check(SERVE_CPU, program, SERVING[program])
+def test_a_fault_of_vllm_is_as_the_page_says(
+    program: str, forked: Callable[[str], subprocess.CompletedProcess[str]]
+) -> None:
+    check(forked(program), SERVING[program])
+
+
+@pytest.mark.soak
+@pytest.mark.serve
+@pytest.mark.parametrize("program", SERVING)
+def test_a_program_imports_all_that_it_needs(program: str) -> None:
+    check(run(SERVE_CPU, program), SERVING[program])
 
 
 @pytest.mark.parametrize(("asserted", "code"), [("next_n == 1 or next_n == 2", 0), ("next_n == 1 or next_n == 3", 1)])
