@@ -127,11 +127,10 @@ RULES = (
     Rule(
         DRY, r"make test TESTS=.*", "minutes", ((r'TESTS="?([^"]*)"?', r'TESTS="--collect-only -q \1"'),), beside=True
     ),
-    Rule(DRY, r"make test", "minutes", ((r"$", ' TESTS="--collect-only -q"'),), beside=True),
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(USAGE, r"make (?:serve-(?:status|logs|stop|pairs)|bench|compare)(?: .*)?", "what is served or was measured"),
     Rule(USAGE, r"make (?:env|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
-    Rule(USAGE, r"make (?:ci|soak|lint|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
+    Rule(USAGE, r"make (?:ci|soak|lint|test|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
     Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help", beside=True),
     Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL, beside=True),
@@ -146,9 +145,8 @@ RULES = (
         r"PYTHONPATH=\. \S*python tests/support/corruptions\.py ?> ?docs/verify\.md",
         edits=((r"$", " && git diff --exit-code docs/"),),
     ),
-    Rule(RUN, r"PYTHONPATH=\. \S*python tests/support/corruptions\.py"),
-    Rule(RUN, r"\.venv/bin/python docs/upstream/\w+\.py", beside=True),
-    Rule(USAGE, r"\.venv\S*/bin/python docs/upstream/\w+\.py.*", "another environment, or a folder of the reader's"),
+    Rule(USAGE, r"PYTHONPATH=\. \S*python tests/support/corruptions\.py", "the same, which is run above"),
+    Rule(USAGE, r"\.venv\S*/bin/python docs/upstream/\w+\.py.*", "tests/project/test_upstream.py runs each"),
     Rule(DRY, r"\.ci/run(?: soak)?", "a machine of its own", ((r"^", "bash -n "),)),
     Rule(SYNTAX, r"(?:curl|tr|kubectl|\.|sudo|docker|export|nvidia-smi) .*", "a server, a cluster, root or a GPU"),
 )
