@@ -91,24 +91,29 @@ def bench(tmp_path: Path, tiny_artifact: Path, vllm_caches: Path) -> Iterator[Be
     found.stop()
 
 
-@pytest.fixture
-def quick(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
-    """The bench whose servers and client stand in for vLLM's; the servers do not come up where the file `down` is."""
-    program = tmp_path / "bin"
-    program.mkdir()
-    found = Bench(tmp_path, tiny_artifact, program)
+def stand_ins(folder: Path, down: Path) -> Path:
+    """A folder of programs where `vllm serve`, which does not come up where the file `down` is, and `vllm bench` stand
+    in for the real ones."""
+    folder.mkdir()
     stand_in = f"exec env PYTHONPATH={ROOT} {sys.executable} {STAND_INS}"
     for name, lines in {
         "python": [f'exec {SERVE_ENVIRONMENT}/bin/python "$@"'],
         "vllm": [
             f'[ "$1" = bench ] && {stand_in}/bench_client_stand_in.py "$@"',
-            f"[ -e {found.down} ] && exec sleep 600",
+            f"[ -e {down} ] && exec sleep 600",
             f'{stand_in}/replica_stand_in.py "$@"',
         ],
     }.items():
-        path = program / name
+        path = folder / name
         path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
         path.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def quick(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
+    """The bench whose servers and client stand in for vLLM's; the servers do not come up where the file `down` is."""
+    found = Bench(tmp_path, tiny_artifact, stand_ins(tmp_path / "bin", tmp_path / "down"))
     yield found
     found.stop()
 
@@ -185,7 +190,7 @@ def test_a_first_server_that_does_not_start_is_the_error_and_no_list_of_points(b
 
 def test_what_is_served_already_is_measured_and_not_compared(tiny: Served, tmp_path: Path) -> None:
     words = ["--url", tiny.deployment.url, "--folder", str(tiny.folder), "--backend", "cpu", *tiny.key_words]
-    words += ["--reports", str(tmp_path)]
+    words += ["--reports", str(tmp_path), "--program", str(stand_ins(tmp_path / "bin", tmp_path / "down"))]
     points = ["--shapes", "32x16", "--concurrency", "1", "--limit", "1"]
     command = [sys.executable, "-m", "scripts.bench", "speed", *words, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
