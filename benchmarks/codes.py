@@ -1,6 +1,6 @@
 """Ranks ways to find the codes and scales of routed experts by what their output loses, seconds a way.
 
-    python -m benchmarks.codes --out benchmarks/results/codes-tiny.json
+    python -m benchmarks.codes --kl --device cuda --out benchmarks/results/codes-tiny-h200.json
     python -m benchmarks.codes --wide --device cuda --out benchmarks/results/codes-wide-h200.json
 
 The error is that of the experts' weighted output on held-out tokens, relative to its energy, the mean over the layers:

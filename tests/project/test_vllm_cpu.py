@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import run_module
 
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import heldout
@@ -200,8 +201,13 @@ def text(sequences: int, length: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, rounded: Path, vllm_caches: Path) -> Iterator[Server]:
-    folder, artifact = tmp_path_factory.mktemp("vllm-cpu"), rounded / "artifact"
+def server(tmp_path_factory: pytest.TempPathFactory, vllm_caches: Path) -> Iterator[Server]:
+    """Of an artifact by GPTQ, half of whose scales are negative."""
+    folder = tmp_path_factory.mktemp("vllm-cpu")
+    work, artifact = folder / "layers", folder / "artifact"
+    text = ("--corpus", TINY / "calibration.jsonl", "--samples", "8", "--seq-len", "256")
+    run_module("calibrate", "--source", TINY, "--work", work, *text)
+    run_module("postprocess", "--source", TINY, "--work", work, "--out", artifact)
     log = folder / "log.txt"
     program = ENVIRONMENT / "bin" / "vllm"
     assert program.exists(), "python -m scripts.env --environment serve-cpu --into .venv-serve-cpu"

@@ -39,8 +39,8 @@ SWEEP_COLUMNS = 128  # a block of the sweep
 # Tokens of one product: tensor cores cut their F32 sums toward zero, by 5e-4 of the value after 100,000 terms.
 GRAM_ROWS = 8192
 FACTOR_COLUMNS = 128  # a block of the batched Cholesky factorization
-# Where the search of a group's scale starts, in units of absmax / 7.5, with either sign. 64 of them between the same
-# ends give the same output error to 0.01% on models/tiny, 8 one that is 2% larger (benchmarks/results/codes-tiny.json).
+# Where the search of a group's scale starts, in units of absmax / 7.5, with either sign. From 8 or 64 between the same
+# ends the output error on models/tiny is the same to 0.4% (benchmarks/results/codes-tiny-h200.json).
 SCALE_GRID = (1.0, *(0.5 + 0.8 * i / 11 for i in range(12)))
 REFIT_AT_MOST = 2.0  # by so much a scale may grow or shrink in the refit
 
