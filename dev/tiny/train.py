@@ -119,10 +119,8 @@ class TinyModel(nn.Module):
         def run(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: deepseek_v4.Context) -> Tensor:
             attended = deepseek_v4.attend(layer, streams, context)
             experts = layer.mlp.experts
-            dense = torch.zeros(
-                len(attended.x), experts.num_experts, device=tokens.device, dtype=attended.weights.dtype
-            )
-            dense = dense.scatter(1, attended.indices, attended.weights)
+            dense = torch.zeros(len(attended.x), experts.num_experts, device=tokens.device, dtype=attended.x.dtype)
+            dense = dense.scatter(1, attended.indices, attended.weights.to(dense.dtype))
             loads.append((dense.detach() > 0).float().mean(0))
             hidden = deepseek_v4.activation(
                 torch.einsum("th,eih->tei", attended.x, experts.gate_up_proj), experts.limit

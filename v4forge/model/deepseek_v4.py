@@ -5,7 +5,8 @@ between them and can reuse the first half after only the experts have changed: `
 input and routing, `combine` adds the routed experts' output.
 
 Weights and activations are in one compute dtype (BF16 unless asked otherwise), while the parameters that a checkpoint
-keeps in F32 stay F32, and so does everything computed from them in the layer classes.
+keeps in F32 stay F32, and so does everything computed from them in the layer classes. As in upstream's
+inference/model.py, F32 are also the router, attention's logits and those of the head, from inputs in the compute dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import Config, layer_parameters, root_parameters
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
-from v4forge.model.layer_classes import DeepseekV4Config, create_sliding_window_causal_mask, hf, unfilled
+from v4forge.model.layer_classes import ATTENTION, DeepseekV4Config, create_sliding_window_causal_mask, hf, unfilled
 from v4forge.model.names import renamed
 
 EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.weight$")
@@ -36,7 +37,7 @@ def hf_config(config: Config) -> DeepseekV4Config:
     raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "architectures", "torch_dtype")}
     n = config.num_hidden_layers
     made = DeepseekV4Config(**deepcopy(raw) | {"num_hidden_layers": n + 1})  # it writes into its nested arguments
-    made._attn_implementation = "eager"
+    made._attn_implementation = ATTENTION
     return made
 
 
@@ -148,7 +149,7 @@ class Head(nn.Module):
 
     def forward(self, streams: Tensor, head: Tensor) -> Tensor:
         """streams: [batch, seq, hc_mult, hidden], head: [vocab, hidden] -> logits [batch, seq, vocab] f32."""
-        return F.linear(self.norm(self.hc_head(streams)), head).float()
+        return F.linear(self.norm(self.hc_head(streams)).float(), head.float())
 
 
 @dataclass
@@ -184,7 +185,7 @@ class Attended:
 
     x: Tensor  # [tokens, hidden], the experts' input
     indices: Tensor  # [tokens, top_k], the experts chosen
-    weights: Tensor  # [tokens, top_k], their weights, routed scaling included
+    weights: Tensor  # [tokens, top_k] f32, their weights, routed scaling included
     shared: Tensor  # [batch, seq, hidden], the shared expert's output
     post: Tensor  # [batch, seq, hc_mult], how much of the output each stream takes
     carried: Tensor  # [batch, seq, hc_mult, hidden], the mixed streams that the output is added to
@@ -204,8 +205,7 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
     streams = mixed(streams, comb.to(dtype), post.to(dtype), attention)
     post, comb, collapsed = layer.ffn_hc(streams)
     x = layer.post_attention_layernorm(collapsed)
-    routed = layer.mlp.gate(x, context.input_ids) if layer.mlp.is_hash else layer.mlp.gate(x)
-    _, weights, indices = routed
+    weights, indices = route(layer.mlp, x, context.input_ids)
     return Attended(
         x=x.flatten(0, 1),
         indices=indices,
@@ -214,6 +214,17 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
         post=post.to(dtype),
         carried=mixed(streams, comb.to(dtype), post.to(dtype)),
     )
+
+
+def route(mlp: hf.DeepseekV4SparseMoeBlock, x: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The router in F32, of its weight as stored. x: [batch, seq, hidden]; input_ids: [batch, seq] -> the weights and
+    the numbers of each token's experts, [tokens, top_k] f32 and int64.
+
+    Rounded to BF16, scores of 256 experts lie so close that 5 to 10 % of the tokens of a layer would get others.
+    """
+    given = (x.float(), input_ids) if mlp.is_hash else (x.float(),)
+    _, weights, indices = torch.func.functional_call(mlp.gate, {"weight": mlp.gate.weight.float()}, given)
+    return weights, indices
 
 
 def mixed(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor | None = None) -> Tensor:
