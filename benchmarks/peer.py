@@ -31,7 +31,7 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
     rotary = deepseek_v4.Rotary(hf_config, device, weights.dtype)
     attended = [
         deepseek_v4.attend(frame, deepseek_v4.embed(root, hf_config, batch), rotary.context(batch))
-        for batch in tokens.to(device).split(layer_files.Settings().micro_batch)
+        for batch in tokens.to(device).split(layer_files.Settings().micro_batch(tokens.shape[1]))
     ]
     x, indices = torch.cat([a.x for a in attended]), torch.cat([a.indices for a in attended])
     del attended, root, frame

@@ -70,10 +70,11 @@ def main() -> None:
         help="every token through every expert, not only through those that routing picks",
     )
     add(
-        "--micro-batch",
+        "--micro-batch-tokens",
         type=int,
-        default=defaults.micro_batch,
-        help="samples a forward pass; it is part of what fixes the bytes (default: %(default)s)",
+        default=defaults.micro_batch_tokens,
+        metavar="TOKENS",
+        help="of a forward pass, which has one sample at least; part of what fixes the bytes (default: %(default)s)",
     )
     add(
         "--threads",
@@ -103,7 +104,7 @@ def main() -> None:
     )
     add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, and stop")
     arguments = parser.parse_args()
-    for option, least in (("micro_batch", 1), ("threads", 1), ("keep_every", 0)):
+    for option, least in (("micro_batch_tokens", 1), ("threads", 1), ("keep_every", 0)):
         if getattr(arguments, option) < least:
             parser.error(f"argument --{option.replace('_', '-')}: it must be at least {least}")
     if not 0 < arguments.dampening < math.inf:
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.d
         scales=arguments.scales,
         dampening=arguments.dampening,
         experts="all" if arguments.calibrate_all_experts else "routed",
-        micro_batch=arguments.micro_batch,
+        micro_batch_tokens=arguments.micro_batch_tokens,
         threads=arguments.threads,
     )
     from v4forge.checkpoint.reader import Checkpoint

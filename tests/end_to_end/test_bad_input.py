@@ -389,7 +389,7 @@ def test_verify_certifies_a_broken_artifact_as_broken(ready: Ready, capsys: pyte
         ("calibrate", ["--source", "a", "--work", "b", "--samples", "many"]),
         ("calibrate", ["--source", "a", "--work", "b", "--method", "awq"]),
         ("calibrate", ["--source", "a", "--work", "b", "--wrok", "c"]),
-        ("calibrate", ["--source", "a", "--work", "b", "--micro-batch", "0"]),
+        ("calibrate", ["--source", "a", "--work", "b", "--micro-batch-tokens", "0"]),
         ("calibrate", ["--source", "a", "--work", "b", "--threads", "-2"]),
         ("calibrate", ["--source", "a", "--work", "b", "--dampening", "nan"]),
         ("calibrate", ["--source", "a", "--work", "b", "--device", "gpu"]),

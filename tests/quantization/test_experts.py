@@ -41,7 +41,7 @@ class Calibrated:
         mark = {"a": "fingerprint"}
         layer_files.claim(work, mark, "refuse", print)
         corpus = Corpus(self.tokens, "sha256", 0, "random tokens")
-        calibrate.calibrate(self.source, corpus, work, layer_files.Settings(micro_batch=4), mark, CPU)
+        calibrate.calibrate(self.source, corpus, work, layer_files.Settings(micro_batch_tokens=4 * 64), mark, CPU)
         return Calibrated(self.source, work, self.tokens)
 
     def report(self, layer: int) -> dict:

@@ -62,11 +62,11 @@ class Shop:
     def arguments(self, work: Path, *more: str) -> list[str]:
         """20 samples in micro-batches of 8 are three: of four ranks, rank 0 gets none."""
         made = calibrate_arguments(self.source, work, self.base / "corpus.txt", samples=20)
-        return [*made, "--micro-batch", "8", "--keep-every", "1", *more]
+        return [*made, "--micro-batch-tokens", "512", "--keep-every", "1", *more]
 
     def tiny_arguments(self, work: Path) -> list[str]:
         made = calibrate_arguments(TINY, work, TINY / "calibration.jsonl", samples=20)
-        return [*made, "--micro-batch", "8", "--keep-every", "2"]
+        return [*made, "--micro-batch-tokens", "512", "--keep-every", "2"]
 
     def logs(self, size: int) -> list[str]:
         return [self.log.with_name(f"{self.log.name}.{rank}").read_text() for rank in range(size)]

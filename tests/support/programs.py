@@ -53,7 +53,8 @@ def write_corpus(path: Path, documents: int = 60) -> Path:
 
 
 def calibrate_arguments(source: Path, work: Path, corpus: Path, samples: int = 12, seq_len: int = 64) -> list[str]:
-    named = {"source": source, "work": work, "corpus": corpus, "samples": samples, "seq-len": seq_len, "micro-batch": 4}
+    named = {"source": source, "work": work, "corpus": corpus, "samples": samples, "seq-len": seq_len}
+    named["micro-batch-tokens"] = 4 * seq_len
     return [part for name, value in named.items() for part in (f"--{name}", str(value))]
 
 

@@ -87,7 +87,7 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
     first = todo[0]
     own = range(0)
     if corpus is not None:
-        everyones = corpus.tokens.split(run.settings.micro_batch)
+        everyones = corpus.tokens.split(run.settings.micro_batch(corpus.tokens.shape[1]))
         own = ranks.share(len(everyones))
         batches = [everyones[i].to(device) for i in own]
         first = ranks.told(hidden_states.latest(run.work, todo[0], len(everyones), run.digest))

@@ -19,23 +19,11 @@ from v4forge.checkpoint.safetensors_header import carries
 from v4forge.checkpoint.writer import matrix_digest, write_shard
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.quantization import layer_files
+from v4forge.quantization import determining, layer_files
 from v4forge.quantization.hf_folder import EXPERT_NAMES, QUANTIZE_AGAIN, Foreign, Matrices, matrices, opened
 from v4forge.quantization.postprocess import Origin, build, tokenizer_files
 
-DETERMINING_MODULES = (
-    "checkpoint/codec",
-    "checkpoint/conversion",
-    "checkpoint/formats",
-    "checkpoint/layout",
-    "checkpoint/reader",
-    "checkpoint/recipe",
-    "checkpoint/safetensors_header",
-    "checkpoint/writer",
-    "model/names",
-    "quantization/from_hf",
-    "quantization/hf_folder",
-)
+DETERMINING = "quantization/from_hf"  # the module whose imports determine the bytes
 
 
 def exact_scale(scale: Tensor, name: str) -> Tensor:
@@ -70,7 +58,7 @@ def _mark(source: Checkpoint, foreign: Foreign, cache: Path) -> dict[str, Any]:
         "source": layer_files.source_digests(source.directory, source.shard_names, cache),
         "from": f"routed experts saved by {foreign.maker}, everything else from the source",
         "files": {path.name: {"sha256": sha, "bytes": path.stat().st_size} for path, sha in by_path.items()},
-        "code": {m: layer_files.code_digest(m) for m in DETERMINING_MODULES},
+        "code": {m: layer_files.code_digest(m) for m in determining.modules(DETERMINING)},
     }
 
 

@@ -22,6 +22,7 @@ from v4forge.checkpoint.safetensors_header import carries
 from v4forge.digests import Digests, changed
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, remove_leftovers, write_json
+from v4forge.quantization import determining
 
 if TYPE_CHECKING:
     import torch
@@ -30,31 +31,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "fingerprint.json"
 HIDDEN_STATES = "streams"  # the folder that hidden_states.py keeps
-DETERMINING_MODULES = (
-    "checkpoint/codec",
-    "checkpoint/conversion",
-    "checkpoint/formats",
-    "checkpoint/layout",
-    "checkpoint/reader",
-    "checkpoint/recipe",
-    "checkpoint/safetensors_header",
-    "checkpoint/writer",
-    "model/chat_format",
-    "model/corpus",
-    "model/deepseek_v4",
-    "model/distributed",
-    "model/expert_dispatch",
-    "model/experts",
-    "model/kernels",
-    "model/layer_classes",
-    "model/names",
-    "quantization/calibrate",
-    "quantization/experts",
-    "quantization/gptq",
-    "quantization/kernels",
-    "quantization/layer",
-    "quantization/layer_files",
-)
+DETERMINING_LOOP = "quantization/calibrate"  # the module whose imports determine the bytes
 DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
 METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 # What a layer's report says is lost: by GPTQ, by stock round-to-nearest, and by it at the scales that GPTQ begins with.
@@ -70,8 +47,12 @@ class Settings:
     scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
     dampening: float = 0.02  # share of the mean of the Hessian's diagonal (benchmarks/codes.py)
     experts: str = "routed"  # whose tokens make an expert's Hessian: those routed to it, or "all"
-    micro_batch: int = 8  # samples a forward pass; Hessians are summed in this order
+    micro_batch_tokens: int = 4096  # of a forward pass; Hessians are summed in this order
     threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
+
+    def micro_batch(self, seq_len: int) -> int:
+        """Samples of `seq_len` tokens in a forward pass: as many as its tokens allow, and one at least."""
+        return max(1, self.micro_batch_tokens // seq_len)
 
 
 def layer_file(work: Path, layer: int) -> Path:
@@ -108,7 +89,7 @@ def fingerprint(
         "source": dict(source),
         "corpus": None if corpus is None else _described(corpus),
         "settings": asdict(settings),
-        "code": {m: code_digest(m) for m in DETERMINING_MODULES},
+        "code": {m: code_digest(m) for m in determining.modules(DETERMINING_LOOP)},
         "versions": {p: version(p) for p in DETERMINING_PACKAGES},
         "hardware": hardware,
     }
