@@ -20,7 +20,7 @@ from v4forge.checkpoint.layout import upstream
 from v4forge.errors import UserError, run_main
 from v4forge.files import exclusive, read_json, write_text
 from v4forge.model import corpus
-from v4forge.pipeline import requirements
+from v4forge.pipeline import out_of_memory, requirements
 from v4forge.quantization import layer_files
 from v4forge.verification import reproduce
 
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.d
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))
     original = reproduce.load(arguments.compare) if arguments.compare else None
-    samples, mark = place.told(prepared(arguments, settings, source, device) if place.rank == 0 else None)
+    samples, mark = place.told_after(lambda: prepared(arguments, settings, source, device))
     todo = source.config.layers
     if place.rank == 0:
         done = [i for i in todo if layer_files.finished(arguments.work, i, digests.digest_of(mark))]
@@ -209,7 +209,8 @@ def calibrated(
                 finished(read_json(layer_files.layer_report(arguments.work, layer)))
     place.barrier()
     shown = steps("calibrate", len(todo), "layers", resumes=True)
-    with shown if place.rank == 0 else nullcontext(lambda *_: None) as progress:
+    memory = out_of_memory.explained(settings.micro_batch_tokens, arguments.seq_len)
+    with memory, shown if place.rank == 0 else nullcontext(lambda *_: None) as progress:
         calibrate.calibrate(
             source,
             samples,

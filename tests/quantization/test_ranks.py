@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,19 @@ def check_gather(_: str) -> None:
         assert place.told([None, 1] if place.rank == 0 else None) == [None, 1]
 
 
+def check_told_after(_: str) -> None:
+    """Rank 0 works for longer than any collective may take."""
+    distributed.TIMEOUT, distributed.PULSE_S = timedelta(seconds=2), 0.2
+
+    def work() -> str:
+        time.sleep(5)
+        return "done"
+
+    with distributed.joined(CPU) as (place, _):
+        assert place.told_after(work) == "done"
+        assert place.gather(place.rank) == [0, 1, 2]
+
+
 def check_barrier(folder: str) -> None:
     flag = Path(folder) / "flag"
     with distributed.joined(CPU) as (place, _):
@@ -394,7 +408,7 @@ def test_one_process_dispatches_to_itself() -> None:
     dispatch_like_one_process(Ranks(), (13,), 5, 2, seed=9)
 
 
-CHECKS = [check_gather, check_barrier, check_exchange, check_ordered_sum, check_dispatch]
+CHECKS = [check_gather, check_told_after, check_barrier, check_exchange, check_ordered_sum, check_dispatch]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

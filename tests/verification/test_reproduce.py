@@ -262,7 +262,9 @@ def test_the_settings_that_make_does_not_have_come_from_the_manifest(made: Made,
 
     original = reproduce.load(made.edited(tmp_path / "edited", change))
     words = [str(part) for part in program.table_of(original, "cpu", pinned=False)["calibrate"].arguments]
-    told = {name: words[words.index(name) + 1] for name in ("--scales", "--dampening", "--threads", "--micro-batch-tokens")}
+    told = {
+        name: words[words.index(name) + 1] for name in ("--scales", "--dampening", "--threads", "--micro-batch-tokens")
+    }
     assert told == {"--scales": "absmax", "--dampening": "0.05", "--threads": "1", "--micro-batch-tokens": "256"}
     assert "--calibrate-all-experts" in words and words[words.index("--device") + 1] == "cpu"
 

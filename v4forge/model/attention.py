@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LOGITS = 1 << 25  # at a time: 128 MiB in f32; a sample of 512 tokens of DeepSeek-V4-Flash has 21 million
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """query: [batch, heads, seq, head_dim]; key, value: [batch, 1, keys, head_dim]; mask: [batch or 1, 1, seq, keys],
     added to the logits -> [batch, seq, heads, head_dim], and no probabilities. module.sinks: [heads] f32.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from v4forge.errors import UserError
 
-# The longest honest wait is for rank 0 to hash the source: 160 GB at 90 MB/s. A rank that dies is noticed at once,
-# because its connections close.
+# Of a collective. A rank that dies is noticed at once, because its connections close; what rank 0 does alone for long,
+# such as to hash a source on a slow disk, is no part of it (Ranks.told_after).
 TIMEOUT = timedelta(minutes=30)
+PULSE_S = 60.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +73,32 @@ class Ranks:
         if dist.is_initialized():
             dist.broadcast_object_list(held, src=0)
         return held[0]  # type: ignore[return-value]
+
+    def told_after(self, work: Callable[[], T]) -> T:
+        """What `work` returns, on every rank. Rank 0 does it, for as long as it takes: it lets the others know
+        meanwhile that it lives, so that none waits for TIMEOUT."""
+        if self.size == 1:
+            return work()
+        if self.rank:
+            while self.told(None):
+                pass
+            return self.told(None)
+        ended = Event()
+
+        def pulse() -> None:
+            with suppress(UserError):  # another rank is gone: the next `told` says so
+                while not ended.wait(PULSE_S):
+                    self.told(True)
+
+        thread = Thread(target=pulse, daemon=True)
+        thread.start()
+        try:
+            value = work()
+        finally:
+            ended.set()
+            thread.join()
+        self.told(False)
+        return self.told(value)
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""

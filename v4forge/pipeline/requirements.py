@@ -15,14 +15,16 @@ from v4forge.checkpoint.formats import Shape, TensorSpec
 from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config, load_config
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.errors import UserError
-from v4forge.quantization.layer_files import HIDDEN_STATES, layer_file
+from v4forge.quantization.layer_files import HIDDEN_STATES, Settings, layer_file
 from v4forge.units import GB
 
 # config.json of deepseek-ai/DeepSeek-V4-Flash's first release
 FLASH_CONFIG = Path(__file__).with_name("flash_config.json")
 BF16_BYTES = 2
+INDEXED = 4  # tokens to a compressed key that the indexer scores
 KEEP_EVERY = 8  # layers from one set of hidden states on disk to the next, as calibrate does by default
 WORKING_SET_BYTES = 26 << 30  # of a GPU, besides a layer's activations
+LOGITS_BYTES = 14 << 25  # of attention at a time: model.attention.LOGITS, thrice in f32 and once in bf16
 PROCESS_BYTES = 4 << 30  # of the host for a process: Python, torch, the CUDA context
 
 
@@ -244,16 +246,34 @@ def _output(name: str, config: Config, sizes: Sizes, values: Mapping[str, Any]) 
 
 
 def gpu_bytes(config: Config, samples: int, seq_len: int) -> int:
-    """Memory of a GPU that has `samples` samples, when the routed experts' outputs are there. tokens = samples *
-    seq_len; in bytes:
+    """Memory of a GPU that has `samples` samples: what it holds throughout, and the larger of what attention needs and
+    what the experts need, at whose end their outputs are there. tokens = samples * seq_len; in bytes:
 
     carried streams  tokens * hc_mult * hidden * 2
     x and shared     2 * tokens * hidden * 2
-    routed outputs   tokens * top_k * hidden * 2
-    working set      26 * 2^30
+    attention        attention_bytes
+    experts          tokens * top_k * hidden * 2 + 26 * 2^30, the working set
     """
     one = samples * seq_len * config.hidden_size * BF16_BYTES
-    return streams_bytes(config, samples, seq_len) + (2 + config.num_experts_per_tok) * one + WORKING_SET_BYTES
+    experts = config.num_experts_per_tok * one + WORKING_SET_BYTES
+    return streams_bytes(config, samples, seq_len) + 2 * one + max(attention_bytes(config, seq_len), experts)
+
+
+def attention_bytes(config: Config, seq_len: int) -> int:
+    """What a forward pass of a micro-batch holds in its attention, at most. tokens = those of the pass; in bytes:
+
+    queries   tokens * heads * head_dim * 10, once in bf16 and twice in f32, for their norm
+    indexer   tokens * index_heads * seq_len / 4 * 12, its scores of the compressed keys thrice in f32, and
+              tokens * index_heads * index_head_dim * 6, its queries in bf16 and f32
+    masks     tokens * seq_len * 4
+    logits    14 * 2^25
+
+    Derived from the layer classes; a test holds it to what torch allocates on a CPU.
+    """
+    tokens = Settings().micro_batch(seq_len) * seq_len
+    queries = tokens * config.num_attention_heads * config.head_dim * 10
+    indexer = tokens * config.index_n_heads * (12 * (seq_len // INDEXED) + 6 * config.index_head_dim)
+    return queries + indexer + 4 * tokens * seq_len + LOGITS_BYTES
 
 
 def host_bytes(config: Config, sizes: Sizes, samples: int, seq_len: int, gpus: int) -> int:

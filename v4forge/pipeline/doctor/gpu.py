@@ -88,8 +88,11 @@ def memory(host: Host) -> Outcome:
         return ok(fact)
     enough = next((n for n in range(host.gpus_wanted, len(found) + 1) if need(n) <= smallest), 0)
     fits = next((n for n in range(host.tokens[0], 0, -1) if requirements.gpu_bytes(config, n, seq_len) <= smallest), 0)
-    smaller = f"SAMPLES={fits * host.gpus_wanted}" if fits else "DEVICES=<GPUs with more memory>"
-    return host.needed(fact, host.make("artifact", f"GPUS={enough}" if enough else smaller))
+    shorter = (seq_len >> n for n in range(1, seq_len.bit_length()))
+    short = next((s for s in shorter if requirements.gpu_bytes(config, host.share(host.gpus_wanted), s) <= smallest), 0)
+    ways = {f"GPUS={enough}": enough, f"SAMPLES={fits * host.gpus_wanted}": fits, f"SEQ_LEN={short}": short}
+    way = next((setting for setting, found in ways.items() if found), "DEVICES=<GPUs with more memory>")
+    return host.needed(fact, host.make("artifact", way))
 
 
 def health(host: Host) -> Outcome:
