@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from programs import calibrate_arguments, run_here
+from synthetic import TINY
 
 from v4forge.errors import UserError
 from v4forge.pipeline import out_of_memory
@@ -28,6 +32,18 @@ def test_a_full_gpu_is_an_error_with_what_was_asked_and_what_asks_for_less(
     assert "no room for 20.00 GiB more" in raised.value.fact
     assert f"samples of {seq_len} tokens, {together} in a forward pass" in raised.value.fact
     assert less in raised.value.hint and f"SEQ_LEN={seq_len // 2}" in raised.value.hint
+
+
+def test_calibrate_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(SAID)
+
+    monkeypatch.setattr("v4forge.quantization.calibrate.calibrate", full)
+    arguments = calibrate_arguments(TINY, tmp_path / "layers", TINY / "calibration.jsonl", samples=2)
+    assert run_here("calibrate", *arguments) == 1
+    said = capsys.readouterr().err
+    assert "error: a GPU has no room for 20.00 GiB more, with samples of 64 tokens, 256 in a forward pass\n" in said
+    assert "hint: make … SEQ_LEN=32" in said and "--micro-batch-tokens 128\n" in said
 
 
 def test_another_error_stays_what_it_is() -> None:
