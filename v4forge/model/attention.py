@@ -28,17 +28,27 @@ def attention(
     masks = mask.expand(len(query), -1, -1, -1)
     outputs = []
     for q, k, v, added in zip(query, key[:, 0], value[:, 0], masks, strict=True):
-        keys = k.float().T
+        keys = k.T if k.is_cuda else k.T.float()
         parts = [
             _some(q[:, i : i + rows], keys, v, added[:, i : i + rows], module.sinks, scaling)
             for i in range(0, seq, rows)
         ]
-        outputs.append(torch.cat(parts, 1).transpose(0, 1))
+        outputs.append((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(0, 1))
     return torch.stack(outputs), None
 
 
 def _some(q: Tensor, keys: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scaling: float) -> Tensor:
-    """q: [heads, rows, head_dim]; keys: [head_dim, keys] f32; v: [keys, head_dim] -> [heads, rows, head_dim]."""
-    logits = (q.float() @ keys).mul_(scaling).add_(mask)
-    total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), sinks.float().view(-1, 1, 1))
-    return (logits - total).exp().to(v.dtype) @ v
+    """q: [heads, rows, head_dim]; keys: [head_dim, keys], on a CPU f32; v: [keys, head_dim] -> like q.
+
+    Logits are changed in place as far as a gradient allows, and go through one pass of exponentials."""
+    flat = q.flatten(0, 1)
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        logits = torch.mm(flat, keys, out_dtype=torch.float32)
+    else:
+        logits = flat.float() @ keys.float()
+    logits = logits.view(*q.shape[:2], -1).mul_(scaling).add_(mask)
+    sink = sinks.float().view(-1, 1, 1)
+    peak = torch.maximum(logits.detach().amax(-1, keepdim=True), sink.detach())
+    powers = logits.sub_(peak).exp_()
+    total = powers.sum(-1, keepdim=True) + torch.exp(sink - peak)
+    return (powers / total).to(v.dtype) @ v
