@@ -26,8 +26,6 @@ SHOWN = 12  # lines of the output of a command that failed
 ENVIRONMENTS = (".venv", ".venv-serve-cpu")
 # Nobody listens there: no command of a page reaches a hub, and none that has to fails for it.
 ADDED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_COLOR": "1"}
-# malloc keeps what large tensors leave instead of asking for zeroed pages again: a quarter of the demo's evaluate.
-ADDED |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31)}
 COMMIT = ("-c", "user.name=docs-check", "-c", "user.email=docs-check@localhost", "-c", "commit.gpgsign=false", "commit")
 PROGRAM = re.compile(r"-m ((?:scripts|dev|benchmarks)\.\w+)([^;&|\n]*)")
 OPTION = re.compile(r"(?<!\S)(--[a-z][\w-]*)")
