@@ -107,16 +107,39 @@ def artifact_shard(name: str) -> str:
     return "mtp" if parts[0] == "mtp" and name not in ALIASES else "root"
 
 
-def write_checkpoint(directory: Path, *, seed: int = 0, shards: int = 2, **overrides: Any) -> layout.Config:
+def heavy_tailed(name: str, shape: Shape, config: layout.Config, generator: torch.Generator) -> Tensor:
+    """As `random_tensor`, but for routed experts: Student's t of 3 degrees, groups of 128 of lognormal sizes and, where
+    a row has several, the first at 1/32; and router biases under which hardly a token reaches some experts.
+    """
+    usual = random_tensor(name, shape, config, generator)
+    if name.endswith("gate.bias"):
+        return 20 * usual
+    if rule_for(name).kind != "routed experts":
+        return usual
+    chi = torch.randn((3, *shape), generator=generator).square().mean(0).sqrt()
+    sizes = torch.randn(shape[0], shape[1] // 128, generator=generator).exp()
+    if sizes.shape[1] > 1:
+        sizes[:, 0] = sizes[:, 1:].amax(1) / 32
+    return usual / chi * sizes.repeat_interleave(128, 1)
+
+
+def write_checkpoint(
+    directory: Path,
+    *,
+    seed: int = 0,
+    shards: int = 2,
+    draw: Callable[[str, Shape, layout.Config, torch.Generator], Tensor] = random_tensor,
+    **overrides: Any,
+) -> layout.Config:
     """Writes a random checkpoint: `shards` shards, index, config.json (see `config_dict`), generation_config.json, and
     models/tiny's tokenizer when vocab_size is its 1024. The scales of the last layer's attention lie in the shard after
-    their weights', as happens upstream.
+    their weights', as happens upstream. draw: makes a logical tensor.
     """
     directory.mkdir(parents=True, exist_ok=True)
     raw = config_dict(**overrides)
     config = layout.parse_config(raw, "the synthetic config")
     generator = torch.Generator().manual_seed(seed)
-    values = {n: random_tensor(n, shape, config, generator) for n, shape in layout.parameters(config)}
+    values = {n: draw(n, shape, config, generator) for n, shape in layout.parameters(config)}
     fp4 = encode_all_fp4({n: v for n, v in values.items() if rule_for(n).source == "fp4"})
     stored: dict[str, Tensor] = {}
     for name, value in values.items():

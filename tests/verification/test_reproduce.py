@@ -169,7 +169,7 @@ def test_elsewhere_a_layer_is_held_to_the_tolerance_and_every_difference_is_said
     assert all("(+0.000%); 100.00% of the codes equal; 8 of 12 matrices identical" in line for line in lines[3:])
 
 
-@pytest.mark.parametrize(("factor", "code"), [(1.0015, 0), (1.003, 1), (0.997, 1)])
+@pytest.mark.parametrize(("factor", "code"), [(1.008, 0), (1.012, 1), (0.988, 1)])
 def test_elsewhere_a_loss_may_differ_by_the_stated_share(made: Made, tmp_path: Path, factor: float, code: int) -> None:
     def change(content: dict[str, Any]) -> None:
         elsewhere(content)
@@ -188,12 +188,12 @@ def test_elsewhere_too_few_equal_codes_are_a_difference(
     shard = edited.parent / index["layers.1.ffn.experts.0.w1.weight_packed"]
     tensors = load_file(shard)
     for name in [name for name in tensors if name.endswith("w1.weight_packed")]:
-        tensors[name][: len(tensors[name]) // 4] ^= 0x11111111
+        tensors[name][: len(tensors[name]) // 2] ^= 0x11111111
     metadata = {"fingerprint": digests.digest_of(json.loads((made.folder / "layers/fingerprint.json").read_text()))}
     write_shard(shard, tensors, metadata)
     shutil.copytree(made.folder / "layers", tmp_path / "layers")
     assert made.calibrate(tmp_path / "layers", edited) == 1
-    assert "layer 1, codes that are equal: at least 97% in the manifest, 91.67% here" in capsys.readouterr().err
+    assert "layer 1, codes that are equal: at least 85% in the manifest, 83.33% here" in capsys.readouterr().err
 
 
 def test_an_artifact_that_lies_in_a_cache_of_links_is_compared_by_its_codes_too(made: Made, tmp_path: Path) -> None:

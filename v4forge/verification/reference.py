@@ -18,6 +18,7 @@ from torch import Tensor
 from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.recipe import rule_for
+from v4forge.verification.tolerances import TOLERATED_ROWS
 
 Parts = Mapping[str, Tensor]
 FP4_GROUP, FP8_BLOCK, INT4_GROUP = 32, 128, 128
@@ -132,10 +133,11 @@ class Matrix:
     """An INT4 matrix Q and, where there is one, its source W."""
 
     stated: tuple[int, ...]  # its weight_shape
-    scales_ok: bool  # finite and not zero
+    scales_ok: bool  # finite and not zero; codes of a negative scale are negated
     distinct: int  # codes in use, counted no further than over some rows if these use all that can be asked for
     error: float = 0.0  # ||W - Q|| / ||W||
-    slopes: tuple[float, float] = (1.0, 1.0)  # least and greatest <q, w> / <w, w> of a group of 128
+    rows: tuple[float, float] = (1.0, 1.0)  # least and greatest slope of a row, but for TOLERATED_ROWS at either end
+    columns: tuple[float, float] = (1.0, 1.0)  # least and greatest slope of a column of groups
     moved: int = 0  # of `codes` sampled ones, those that are not the nearest at their scale
     codes: int = 0
 
@@ -163,7 +165,6 @@ def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
     qw = (sums[..., 0] * power).view(per_group).sum(-1) * step
     ww = (sums[..., 1] * power.square()).view(per_group).sum(-1)
     qq = sums[..., 2].view(per_group).sum(-1) * step.square()
-    slopes = torch.where(ww > 0, qw / ww, 1.0)
     energy = float(ww.sum())
     squared = float((qq - 2 * qw + ww).sum())
     moved, count = _moved(codes[::SAMPLED_ROWS], step[::SAMPLED_ROWS], source, shape)
@@ -172,10 +173,28 @@ def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
         base.scales_ok,
         base.distinct,
         error=math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0,
-        slopes=(float(slopes.min()), float(slopes.max())),
+        rows=_ends(_slopes(qw, ww, 1), TOLERATED_ROWS),
+        columns=_ends(_slopes(qw, ww, 0)),
         moved=moved,
         codes=count,
     )
+
+
+def _slopes(qw: Tensor, ww: Tensor, along: int) -> Tensor:
+    """Means of <q, w> / <w, w> over the groups of 128 `along` rows (1) or columns (0), each weighted by its ||w||: a
+    group that is faint beside the others hardly counts, and no single large weight decides. qw, ww: [out, groups]; 1.0
+    where the source has zeros only.
+    """
+    norm = ww.sqrt()
+    total = norm.sum(along)
+    return torch.where(total > 0, torch.where(ww > 0, qw / norm, 0.0).sum(along) / total, 1.0)
+
+
+def _ends(values: Tensor, tolerated: float = 0.0) -> tuple[float, float]:
+    """Least and greatest, but for a share of them at either end."""
+    left_out = int(len(values) * tolerated)
+    ordered = values.sort().values
+    return float(ordered[left_out]), float(ordered[-1 - left_out])
 
 
 @cache

@@ -1,8 +1,8 @@
 """A run repeated from a manifest, and compared with it: each layer as soon as it is finished, then every file.
 
 Equal bytes are promised on the same model of hardware, with the same versions and code. Elsewhere products round in
-another order, codes near a tie fall the other way, and a layer is held to bounds.REPLAY_LOSS_OFF and, where the
-original layer lies beside the manifest, to bounds.REPLAY_EQUAL_CODES.
+another order, codes near a tie fall the other way, and a layer is held to tolerances.REPLAY_LOSS_OFF and, where the
+original layer lies beside the manifest, to tolerances.REPLAY_EQUAL_CODES.
 """
 
 from __future__ import annotations
