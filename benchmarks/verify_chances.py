@@ -1,8 +1,8 @@
 """From the statistics of some honest matrices to the chance that a good DeepSeek-V4-Flash leaves verify's bounds.
 
 The tail of slopes is a generalized Pareto distribution, fitted to the largest (Pickands 1975, Annals of Statistics
-3:119), with its shape two standard errors heavier. Errors and shares of codes are means over millions of codes: normal.
-A chance is for a Flash all of whose experts are of one kind.
+3:119), with its shape two standard errors heavier. Errors are means over millions of weights: normal. So are shares of
+moved codes, in their logarithm. A chance is for a Flash all of whose experts are of one kind.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ COLUMNS = LAYERS * EXPERTS * (2 * HIDDEN + INNER) // 128  # of groups
 GROUPS = MATRICES * INNER * HIDDEN // 128
 LEAST_COUNT, LEAST_MEANS = 500, 24  # of values, to say something of a tail
 LEAST_DEVIATION = 1e-4
+BOUNDS = {  # that the chances are of
+    "relative error": tolerances.INT4_RELATIVE_ERROR,
+    "slopes": list(tolerances.SLOPES),
+    "tolerated rows": tolerances.TOLERATED_ROWS,
+    "column share": tolerances.COLUMN_SHARE,
+    "moved codes": tolerances.MOVED_CODES,
+}
 MEANS = ("errors w1, w3", "errors w2", "moved", "equal", "loss off")  # of which all values are kept
 
 
@@ -61,7 +68,7 @@ def described(values: Mapping[str, Tensor], count: Mapping[str, int]) -> dict[st
     if count["moved"] >= LEAST_MEANS:
         errors = (beyond(values[name], tolerances.INT4_RELATIVE_ERROR) for name in ("errors w1, w3", "errors w2"))
         chance["errors"] = at_least_one(max(errors), MATRICES)
-        chance["moved"] = at_least_one(beyond(-values["moved"], -tolerances.MOVED_CODES), LAYERS)
+        chance["moved"] = at_least_one(beyond(-values["moved"].log(), -math.log(tolerances.MOVED_CODES)), LAYERS)
     narrower = min(abs(math.log(each)) for each in tolerances.SLOPES)
     one = {
         name: tail(values[name], count[name], narrower) for name in ("rows", "columns") if count[name] >= LEAST_COUNT

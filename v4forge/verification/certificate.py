@@ -89,7 +89,7 @@ def _weighed(outcomes: list[Outcome], subject: Subject) -> list[Outcome]:
     return [each if each.ok else warning(each.fact, why, each.name) for each in outcomes]
 
 
-def look_closer(subject: Subject) -> str:
+def _look_closer(subject: Subject) -> str:
     """The command that tells a fault from an unlikely artifact: more tokens than were looked at, if any were."""
     tokens = 4 * subject.qualities[1].tokens if subject.qualities else 0
     command = f"python -m scripts.verify --artifact {subject.folder}"
@@ -111,7 +111,7 @@ def _outcome(check: Check, subject: Subject) -> Outcome:
     if not failures:
         return ok((check.function.__doc__ or "").splitlines()[0], check.name)
     more = f" … and {len(failures) - check.shown} more" if len(failures) > check.shown else ""
-    fix = f"it may be honest, look closer: {look_closer(subject)}" if check.statistical else ""
+    fix = f"it may be honest, look closer: {_look_closer(subject)}" if check.statistical else ""
     return failed(";\n".join(failures[: check.shown]) + more, fix, check.name)
 
 

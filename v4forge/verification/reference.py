@@ -18,7 +18,7 @@ from torch import Tensor
 from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.recipe import rule_for
-from v4forge.verification.tolerances import TOLERATED_ROWS
+from v4forge.verification.tolerances import COLUMN_SHARE, TOLERATED_ROWS
 
 Parts = Mapping[str, Tensor]
 FP4_GROUP, FP8_BLOCK, INT4_GROUP = 32, 128, 128
@@ -137,7 +137,7 @@ class Matrix:
     distinct: int  # codes in use, counted no further than over some rows if these use all that can be asked for
     error: float = 0.0  # ||W - Q|| / ||W||
     rows: tuple[float, float] = (1.0, 1.0)  # least and greatest slope of a row, but for TOLERATED_ROWS at either end
-    columns: tuple[float, float] = (1.0, 1.0)  # least and greatest slope of a column of groups
+    columns: tuple[float, float] = (1.0, 1.0)  # least and greatest slope of a column of groups that is not faint
     moved: int = 0  # of `codes` sampled ones, those that are not the nearest at their scale
     codes: int = 0
 
@@ -174,7 +174,7 @@ def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
         base.distinct,
         error=math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0,
         rows=_ends(_slopes(qw, ww, 1), TOLERATED_ROWS),
-        columns=_ends(_slopes(qw, ww, 0)),
+        columns=_ends(_slopes(qw, ww, 0)[_counted(ww)]),
         moved=moved,
         codes=count,
     )
@@ -188,6 +188,12 @@ def _slopes(qw: Tensor, ww: Tensor, along: int) -> Tensor:
     norm = ww.sqrt()
     total = norm.sum(along)
     return torch.where(total > 0, torch.where(ww > 0, qw / norm, 0.0).sum(along) / total, 1.0)
+
+
+def _counted(ww: Tensor) -> Tensor:
+    """Which columns of groups carry enough of the matrix to be judged, [groups] bool. ww: [out, groups]."""
+    carried = ww.sqrt().sum(0)
+    return carried >= COLUMN_SHARE * carried.mean()
 
 
 def _ends(values: Tensor, tolerated: float = 0.0) -> tuple[float, float]:

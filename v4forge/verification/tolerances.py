@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # ||W - Q|| / ||W|| of an INT4 g128 matrix against its source: on models/tiny at most 0.11 for round-to-nearest and 0.12
-# for GPTQ, which trades weight error for output error: 0.50 on narrow matrices whose inputs and columns are of very
+# for GPTQ, which trades weight error for output error: 0.77 on narrow matrices whose inputs and columns are of very
 # different sizes. A zeroed matrix has 1, another one 1.4.
-INT4_RELATIVE_ERROR = 0.70
+INT4_RELATIVE_ERROR = 0.80
 # <q, w> / <w, w>, a mean over the groups of a row, or of a column of groups, weighted by their norms. No bound holds
 # for a single group: one at 1/32 of its row takes up the row's errors (0.54), and where weights and inputs are
 # heavy-tailed so may one that carries a quarter of its row (0.34). `recorded`, a SHA-256 of codes and scales, is for
 # those.
-SLOPES = (0.6, 1.6)
-TOLERATED_ROWS = 1 / 500  # of a matrix, at either end: none of fewer than 500 rows, 4 of 2,048
+SLOPES = (0.55, 1.7)
+TOLERATED_ROWS = 1 / 200  # of a matrix, at either end: none of fewer than 200 rows, 10 of 2,048
+COLUMN_SHARE = 0.5  # a column of groups counts from this part of the columns' mean norm: a faint one takes up errors
 # Share of a layer's codes that differ from the nearest ones at the same scales: 0 for round-to-nearest, 4% to 8% for
 # GPTQ on models/tiny, 1.4% for inputs that know nothing of one another.
 MOVED_CODES = 0.002
@@ -45,7 +46,8 @@ class Risk:
 
 
 # By check; those that are not here compare exactly. The chances of errors, slopes and rounding are what
-# `benchmarks/verify_bounds.py` found for a Flash all of whose experts are of the worst of its 30 kinds.
+# `benchmarks/verify_bounds.py` found for a Flash all of whose experts are of the worst of its kinds but UNBOUNDED.
+UNBOUNDED = "columns of lognormal sizes"  # too few of these weights were measured to bound errors and columns of slopes
 RISKS = {
     "expert codes": Risk(
         f"{DISTINCT_CODES} of 16 codes in use",
@@ -55,19 +57,19 @@ RISKS = {
     ),
     "expert errors": Risk(
         f"relative error at most {INT4_RELATIVE_ERROR}",
-        1.0,
-        "0.50 is the greatest, where weights and inputs are of very different sizes",
-        "a quarter of a matrix's rows from another, a zeroed matrix, all scales off by 1.7",
+        2e-5,
+        "0.51 is the greatest, of heavy-tailed weights where some inputs are 100 times as large",
+        "a third of a matrix's rows from another, a zeroed matrix, all scales off by 1.8",
     ),
     "expert slopes": Risk(
         f"{SLOPES[0]} to {SLOPES[1]}, but for 1 row in {round(1 / TOLERATED_ROWS)} at either end",
-        1.0,
-        "means over a row's groups, and over a column's rows",
-        "5 rows of 2,048 with scales off by 2, one of fewer than 500; a column of groups off by 2",
+        1e-9,
+        "means over a row's groups, and over a column's rows, of columns that are not faint",
+        "11 rows of 2,048 with scales off by 2, one of fewer than 200; a column of groups off by 2",
     ),
     "rounding": Risk(
         f"GPTQ moves {MOVED_CODES:.1%} of a layer's codes",
-        1.0,
+        1e-9,
         "for uncorrelated inputs 1.4% move at four tokens an input, and fewer as its square root: 200 have the bound",
         "a layer by round-to-nearest, of which none move",
     ),
@@ -80,7 +82,7 @@ RISKS = {
     ),
     "reproduce": Risk(
         f"{REPLAY_EQUAL_CODES:.0%} of a layer's codes equal, its loss within {REPLAY_LOSS_OFF:.0%}",
-        1.0,
+        1e-9,
         "means over a layer; the least for inputs of low rank, each value rounded once more",
         "a layer by another method; experts exchanged, few of whose codes are equal",
     ),
