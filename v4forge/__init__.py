@@ -8,8 +8,8 @@ import signal
 # slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Tensors of some MB come and go by the thousand. malloc keeps their pages, up to 1 GiB, where it would give them back and
-# have the kernel clear others each time: a forward pass on a CPU takes a third less.
+# Tensors of some MB come and go by the thousand. malloc keeps their pages, up to 1 GiB, where it would give them back
+# and have the kernel clear others each time: a forward pass on a CPU takes a third less.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 if hasattr(libc := ctypes.CDLL(None), "mallopt"):
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 28)

@@ -170,6 +170,7 @@ def test_a_server_that_fails_is_told_in_time(data: Path, tmp_path: Path) -> None
         assert asked <= 2 * quality.table().attempts
 
 
+@pytest.mark.soak  # a bench that is killed, below, goes on in the same way
 def test_a_server_that_dies_leaves_the_answers_that_came_and_the_same_again_completes_them(
     data: Path, tmp_path: Path
 ) -> None:
