@@ -32,6 +32,7 @@ class Way:
     scales: Callable[[Tensor, Tensor], Tensor] = gptq.searched_scales
     dampening: float | None = 0.02  # None: round to nearest
     prior: Callable[[int, int], float] = lambda _count, width: width
+    damped_scales: bool = True  # whether dampening counts with the importance of an input for its group's scale
     refit: str = "step"  # or "", or "solved"
     passes: int = 0
     target: float = 0.0
@@ -70,7 +71,7 @@ def fitted(count: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 NOW = Way()
 PLAIN = replace(NOW, refit="")
-WAS = Way(gridded(BEFORE), 0.01, lambda count, width: max(0, width - count), "")
+WAS = Way(gridded(BEFORE), 0.01, lambda count, width: max(0, width - count), damped_scales=False, refit="")
 DEFAULT = "before"
 WAYS = {
     DEFAULT: WAS,
@@ -138,19 +139,23 @@ def undoing(down: Tensor, exact: Tensor, served: Tensor, way: Way) -> Tensor:
 
 
 def quantized(weights: Tensor, hessians: Tensor, way: Way) -> gptq.Quantized:
-    scale = way.scales(weights, hessians.diagonal(dim1=-2, dim2=-1))
+    share = way.dampening or 0.0
+    damp = gptq.damp_of(hessians, share).unsqueeze(-1)
+    scale = way.scales(weights, hessians.diagonal(dim1=-2, dim2=-1) + damp * way.damped_scales)
     if way.dampening is None:
         return gptq.round_to_nearest(weights, scale)
     found = gptq.gptq(weights, hessians, scale, way.dampening)
     for _ in range(way.passes):
         found = descended(weights, found, hessians, way.dampening)
     if way.refit:
-        found = {"step": gptq.refit, "solved": solved}[way.refit](weights, found, hessians)
+        found = {"step": gptq.refit, "solved": solved}[way.refit](weights, found, hessians, share)
     return found
 
 
-def solved(weights: Tensor, found: gptq.Quantized, hessians: Tensor) -> gptq.Quantized:
+def solved(weights: Tensor, found: gptq.Quantized, hessians: Tensor, dampening: float) -> gptq.Quantized:
     """gptq.refit to the end: the groups' scales from the normal equations of every row."""
+    damp = gptq.damp_of(hessians, dampening).unsqueeze(-1)
+    hessians = hessians + torch.diag_embed(damp.expand(hessians.shape[:2]))
     codes = found.codes.float()
     count = codes.shape[-1] // INT4_GROUP
     grouped = (torch.matmul(weights.float(), hessians) * codes).unflatten(-1, (count, INT4_GROUP)).sum(-1)

@@ -55,7 +55,7 @@ def test_refitted_scales_lose_less_on_every_row(matrices: Problem) -> None:
     weights, hessians = matrices
     scale = gptq.searched_scales(weights, hessians.diagonal(dim1=-2, dim2=-1))
     before = gptq.gptq(weights, hessians, scale, DAMPENING)
-    after = gptq.refit(weights, before, hessians)
+    after = gptq.refit(weights, before, hessians, DAMPENING)
     assert torch.equal(after.codes, before.codes)
     assert bool((lost(weights, after, hessians) <= 1.002 * lost(weights, before, hessians)).all())
 

@@ -116,7 +116,7 @@ def test_a_searched_scale_is_the_best_of_all_on_weights_that_lie_on_few_values()
 def test_refitted_scales_lose_less_and_solving_them_out_gains_little_more() -> None:
     p = problem(11)
     before, _ = quantized(p)
-    after = gptq.refit(p.weights, before, p.hessians)
+    after = gptq.refit(p.weights, before, p.hessians, DAMPENING)
     assert torch.equal(after.codes, before.codes)
     lost = [lost_by_row(p.weights, q, p.hessians) for q in (before, after)]
     assert bool((lost[1] <= 1.001 * lost[0]).all())  # row by row, but for BF16
@@ -137,10 +137,12 @@ def test_a_refit_leaves_what_a_hessian_says_nothing_about() -> None:
     p = problem(12)
     p.hessians[1] = 0
     before, _ = quantized(p)
-    after = gptq.refit(p.weights, before, p.hessians)
+    after = gptq.refit(p.weights, before, p.hessians, DAMPENING)
     assert torch.equal(after.scale[1], before.scale[1]) and not torch.equal(after.scale[0], before.scale[0])
-    shared = gptq.refit(p.weights, before, p.hessians[:1])
-    torch.testing.assert_close(shared.scale, gptq.refit(p.weights, before, p.hessians[:1].repeat(3, 1, 1)).scale)
+    shared = gptq.refit(p.weights, before, p.hessians[:1], DAMPENING)
+    torch.testing.assert_close(
+        shared.scale, gptq.refit(p.weights, before, p.hessians[:1].repeat(3, 1, 1), DAMPENING).scale
+    )
 
 
 def test_the_weighted_error_is_the_share_of_the_output_that_is_lost(

@@ -125,7 +125,8 @@ def quantize(
     results, fallback, errors = [], [], []
     for weights, energies, kind in ((gate_up, h.hidden, "w1, w3"), (down, h.inner, "w2")):
         with watch.compute("scales"):
-            importance = energies.diagonal(dim1=-2, dim2=-1).expand(len(weights), -1)
+            diagonal = energies.diagonal(dim1=-2, dim2=-1) + gptq.damp_of(energies, settings.dampening).unsqueeze(-1)
+            importance = diagonal.expand(len(weights), -1)
             scale = SCALES[settings.scales](weights, importance)
         with watch.compute("factorize"):
             factor = gptq.factorize(energies, settings.dampening)
@@ -134,7 +135,7 @@ def quantize(
         failed = factor.failed.expand(len(weights))
         if settings.scales == "searched":
             with watch.compute("refit"):
-                better = gptq.refit(weights, result, energies)
+                better = gptq.refit(weights, result, energies, settings.dampening)
                 result = gptq.Quantized(result.codes, torch.where(failed.view(-1, 1, 1), scale, better.scale))
         with watch.compute("errors"):
             errors.append(_lost(weights, result, scale, energies))

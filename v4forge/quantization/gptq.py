@@ -42,7 +42,7 @@ FACTOR_COLUMNS = 128  # a block of the batched Cholesky factorization
 # Where the search of a group's scale starts, in units of absmax / 7.5, with either sign. From 8 or 64 between the same
 # ends the output error on models/tiny is the same to 0.4% (benchmarks/results/codes-tiny-h200.json).
 SCALE_GRID = (1.0, *(0.5 + 0.8 * i / 11 for i in range(12)))
-REFIT_AT_MOST = 2.0  # by so much a scale may grow or shrink in the refit
+REFIT_AT_MOST = 1.25  # by so much a scale may grow or shrink in the refit
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,11 @@ def searched_scales(weights: Tensor, importance: Tensor) -> Tensor:
         steps = groups / (widest.float() * factor).unsqueeze(-1)
         for codes in (steps.round().clamp_(-8, 7), steps.neg_().round_().clamp_(-8, 7)):
             along, size = (weighted * codes).sum(-1), (codes.square() * by_input).sum(-1)
-            scale = along / size
-            explained = along * scale
+            fitted = along / size
+            scale = fitted.sign() * fitted.abs().clamp(
+                widest.float() * min(SCALE_GRID), widest.float() * max(SCALE_GRID)
+            )
+            explained = scale * (2 * along - scale * size)
             better = explained > most  # not for NaN, of a group without active inputs
             best = torch.where(better, scale, best)
             most = torch.where(better, explained, most)
@@ -243,8 +246,13 @@ def gptq(weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float) -> 
     return sweep(weights, factorize(hessians, dampening), scale)
 
 
-def refit(weights: Tensor, found: Quantized, hessians: Tensor) -> Quantized:
-    """The same codes with the scales that serve them better under the Hessians.
+def damp_of(hessians: Tensor, dampening: float) -> Tensor:
+    """hessians: [E, in, in] -> [E] f32, what dampening adds to their diagonals: so much is known of no input."""
+    return dampening * hessians.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def refit(weights: Tensor, found: Quantized, hessians: Tensor, dampening: float) -> Quantized:
+    """The same codes with the scales that serve them better under the dampened Hessians.
 
     weights: [E, out, in]; hessians: [E, in, in] f32, means of x^T x, or one for all. With Q = C s a row's error
     (w - C s) H (w - C s)^T is a quadratic in its scales s: one step of conjugate gradients from those found, with its
@@ -257,15 +265,17 @@ def refit(weights: Tensor, found: Quantized, hessians: Tensor) -> Quantized:
     h = hessians.to(rough)
     own = h.unflatten(-1, (-1, INT4_GROUP)).unflatten(-3, (-1, INT4_GROUP)).diagonal(dim1=-4, dim2=-2)
     own = own.permute(0, 3, 1, 2)  # [E, groups, 128, 128], each group's part of H
+    damp = damp_of(hessians, dampening).view(-1, 1, 1)
     with tf32():
         left = weights.float() - (grouped * scale.unsqueeze(-1)).flatten(-2)
-        slope = (torch.matmul(left, hessians).view_as(grouped) * grouped).sum(-1)
+        slope = ((torch.matmul(left, hessians) + damp * left).view_as(grouped) * grouped).sum(-1)
     del left
     codes = grouped.to(rough)
     curvature = (torch.einsum("ergi,egij->ergj", codes, own.expand(len(codes), -1, -1, -1)) * grouped).sum(-1)
+    curvature += damp * grouped.square().sum(-1)
     step = torch.where(curvature > 0, slope / curvature, 0.0)
     moved = (grouped * step.unsqueeze(-1)).flatten(-2).to(rough)
-    along = (torch.matmul(moved, h).float() * moved).sum(-1, keepdim=True)
+    along = ((torch.matmul(moved, h) + damp * moved).float() * moved).sum(-1, keepdim=True)
     length = torch.where(along > 0, (step * slope).sum(-1, keepdim=True) / along, 0.0)
     better = scale + length * step
     grown = better / scale

@@ -32,6 +32,8 @@ def _searched_scales(
     best_scale,
     rows,
     columns,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     G: tl.constexpr,
@@ -57,10 +59,14 @@ def _searched_scales(
             code = tl.minimum(tl.maximum(steps if sign == 0 else -steps, -8.0), 7.0)
             code = (code + ROUNDER) - ROUNDER
             along = tl.sum(weighted * code, axis=1)
-            scale = tl.div_rn(along, tl.sum(code * code * h[None, :], axis=1))
-            better = along * scale > most
+            size = tl.sum(code * code * h[None, :], axis=1)
+            fitted = tl.div_rn(along, size)
+            bounded = tl.minimum(tl.maximum(tl.abs(fitted), wide * LEAST), wide * MOST)
+            scale = tl.where(fitted < 0, -bounded, bounded)
+            explained = scale * (2 * along - scale * size)
+            better = explained > most
             best = tl.where(better, scale, best)
-            most = tl.where(better, along * scale, most)
+            most = tl.where(better, explained, most)
     tl.store(best_scale + where, best, mask=inside)
 
 
@@ -77,6 +83,8 @@ def searched_scales(weights: Tensor, importance: Tensor, widest: Tensor, grid: t
         best,
         rows,
         columns,
+        LEAST=min(grid),
+        MOST=max(grid),
         N=len(grid),
         ROWS=SEARCH_ROWS,
         G=INT4_GROUP,

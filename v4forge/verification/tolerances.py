@@ -15,9 +15,9 @@ INT4_RELATIVE_ERROR = 0.80
 SLOPES = (0.55, 1.7)
 TOLERATED_ROWS = 1 / 200  # of a matrix, at either end: none of fewer than 200 rows, 10 of 2,048
 COLUMN_SHARE = 0.5  # a column of groups counts from this part of the columns' mean norm: a faint one takes up errors
-# Share of a layer's codes that differ from the nearest ones at the same scales: 0 for round-to-nearest, 4% to 8% for
-# GPTQ on models/tiny, 1.4% for inputs that know nothing of one another.
-MOVED_CODES = 0.002
+# Share of a layer's codes that differ from the nearest ones at the same scales: 0 for round-to-nearest, 0.5% for
+# llm-compressor's, which divides in BF16; 4% to 8% for GPTQ on models/tiny, at least 2.7% on the hardest of matrices.
+MOVED_CODES = 0.008
 DISTINCT_CODES = 8  # at least, in a matrix; good output uses all 16
 # --deep, beside the source on the same tokens; models/tiny, 8,192 tokens: GPTQ, round-to-nearest. A check fails when
 # the whole 95% interval lies beyond the bound, so that few tokens do not fail a good artifact.
@@ -47,7 +47,7 @@ class Risk:
 
 # By check; those that are not here compare exactly. The chances of errors, slopes and rounding are what
 # `benchmarks/verify_bounds.py` found for a Flash all of whose experts are of the worst of its kinds but UNBOUNDED.
-UNBOUNDED = "columns of lognormal sizes"  # too few of these weights were measured to bound errors and columns of slopes
+UNBOUNDED = "columns of lognormal sizes"  # too few of these weights were measured to bound columns of slopes
 RISKS = {
     "expert codes": Risk(
         f"{DISTINCT_CODES} of 16 codes in use",
@@ -57,21 +57,21 @@ RISKS = {
     ),
     "expert errors": Risk(
         f"relative error at most {INT4_RELATIVE_ERROR}",
-        2e-5,
-        "0.51 is the greatest, of heavy-tailed weights where some inputs are 100 times as large",
+        1e-9,
+        "0.32 is the greatest, of heavy-tailed weights where some inputs are 100 times as large",
         "a third of a matrix's rows from another, a zeroed matrix, all scales off by 1.8",
     ),
     "expert slopes": Risk(
         f"{SLOPES[0]} to {SLOPES[1]}, but for 1 row in {round(1 / TOLERATED_ROWS)} at either end",
-        1e-9,
+        1e-3,
         "means over a row's groups, and over a column's rows, of columns that are not faint",
         "11 rows of 2,048 with scales off by 2, one of fewer than 200; a column of groups off by 2",
     ),
     "rounding": Risk(
         f"GPTQ moves {MOVED_CODES:.1%} of a layer's codes",
-        1e-9,
-        "for uncorrelated inputs 1.4% move at four tokens an input, and fewer as its square root: 200 have the bound",
-        "a layer by round-to-nearest, of which none move",
+        1e-6,
+        "2.7% is the least, of heavy-tailed weights where hardly a token reaches: the refit moves scales, too",
+        "a layer by round-to-nearest, of which none move, or 0.5% where another tool divided in BF16",
     ),
     "quality": Risk(
         f"perplexity +{PERPLEXITY_PERCENT:.0f}%, KL {KL_NATS} nats, agreement {AGREEMENT:.0%}, acceptance"
