@@ -69,7 +69,7 @@ B :=
 # Soak is what repeats: `make ci` has the first few of each.
 parallel = -n logical --maxprocesses 8 --dist loadgroup
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
-# Where the tests are that serve. Two at a time: a start is mostly imports, on one core.
+# Where the tests are that serve.
 SERVED := tests/vllm tests/project/test_vllm_cpu.py tests/project/test_upstream.py tests/project/test_metrics_profile.py
 SOAK := soak or (hypothesis and not images and not gpu and not serve)
 
@@ -285,7 +285,7 @@ test-images: env ## Tests that need docker: builds, registry, stages in containe
 
 .PHONY: test-serve
 test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "serve and not soak" $(SERVED)
+	@.venv/bin/python -m pytest -m "serve and not soak" $(SERVED)
 
 .PHONY: soak
 soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours

@@ -12,7 +12,7 @@ from benchmarks.machine import clocked
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import deepseek_v4, expert_dispatch
 from v4forge.model.distributed import Ranks
-from v4forge.quantization import experts, gptq, layer, layer_files
+from v4forge.quantization import experts, gptq, layer, layer_files, peer_gptq
 
 PEER_BATCH = 32  # experts llm-compressor quantizes at a time
 CHECKED = 4  # experts of a batch whose loss is computed in float64
@@ -99,15 +99,9 @@ def against_peer(source: Checkpoint, tokens: Tensor, device: torch.device, peer:
 def peer_codes(
     weights: Tensor, hessians: Tensor, scale: Tensor, dampening: float, device: torch.device
 ) -> tuple[float, Tensor]:
-    """llm-compressor's quantize_weight: seconds and codes. It may overwrite `hessians`."""
-    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-    wide, whole = scale.float().contiguous(), weights.float().contiguous()
-    zero = torch.zeros_like(wide)
-    spent, (values, _, _) = clocked(
-        lambda: quantize_weight(whole, hessians, wide, zero, None, gptq.QUANT_ARGS, 128, dampening), device
-    )
-    return spent, (values.unflatten(-1, (-1, 128)) / wide.unsqueeze(-1)).round().to(torch.int8).flatten(-2)
+    """llm-compressor's GPTQ: seconds and codes."""
+    spent, (found, _) = clocked(lambda: peer_gptq.quantized(weights, hessians, scale, dampening), device)
+    return spent, found.codes
 
 
 def weighted_loss(weights: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> float:

@@ -30,12 +30,14 @@ from scripts.evaluate import heldout_tokens
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
 from v4forge.files import write_json
+from v4forge.intervals import Estimate
 from v4forge.model import corpus
-from v4forge.model.evaluation import Quality, evaluate
+from v4forge.model.evaluation import Quality, evaluate, perplexity_change
 from v4forge.pipeline.stages import PROFILES
 from v4forge.quantization import calibrate, layer_files
 from v4forge.quantization.layer_reports import mean_losses
 from v4forge.quantization.postprocess import assemble
+from v4forge.reporting.tables import plus_minus
 
 CPU = torch.device("cpu")
 TINY = PROFILES["tiny"]
@@ -89,13 +91,13 @@ def pooled(found: Sequence[Outcome]) -> Outcome:
 def row(
     settings: layer_files.Settings, seed: int | str, found: Outcome, best: Quality, default: Quality
 ) -> dict[str, Any]:
-    """One line's figures. Changes are percent of perplexity and their standard errors over the held-out sequences."""
+    """One line's figures. Changes are percent of perplexity, with 95% intervals over the held-out sequences."""
     return {
         "settings": asdict(settings),
         "seed": seed,
         "perplexity": found.quality.perplexity,
-        "change_from_source": found.quality.change_from(best),
-        "change_from_default": found.quality.change_from(default),
+        "change_from_source": perplexity_change(found.quality, best).json(),
+        "change_from_default": perplexity_change(found.quality, default).json(),
         "mtp_acceptance": found.quality.mtp_acceptance,
         "loss": found.loss,
         "calibrate_s": found.calibrate_s,
@@ -116,8 +118,8 @@ def table(rows: Sequence[dict[str, Any]], source: Quality) -> Table:
             f"{settings['experts']} tokens" if loss else "round-to-nearest",
             f"{settings['dampening']}" if loss else "",
             str(each["seed"]),
-            "{:+.2f} ±{:.2f}%".format(*each["change_from_source"]),
-            "{:+.2f} ±{:.2f}%".format(*each["change_from_default"]) if settings != asdict(DEFAULT) else "",
+            plus_minus(Estimate.of(each["change_from_source"]), "+.2f", "%"),
+            plus_minus(Estimate.of(each["change_from_default"]), "+.2f", "%") if settings != asdict(DEFAULT) else "",
             f"{each['mtp_acceptance']:.1%}",
             f"{loss['gptq']:.3%} of {loss['rtn']:.3%}" if loss else "",
             f"{each['calibrate_s']:.0f}",

@@ -1,9 +1,9 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
-`make test-images` waits for disk and network and `make test-serve` for servers that start, so they run beside the tests
-of the CPU. What a part says is kept in scratch/ci/<part>.log and shown whole when it
-ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2 cores:
-what is over one is marked and fails nothing, since seconds on a shared machine are noise.
+Beside `make test`, which takes both cores, are the servers that start, one after the other; beside the images, which
+wait for disk and network, the commands of the pages. What a part says is kept in scratch/ci/<part>.log and shown whole
+when it ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2
+cores: what is over one is marked and fails nothing, since seconds on a shared machine are noise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from v4forge.errors import UserError, run_main
 LOGS = Path("scratch/ci")  # below the checkout
 # Parts of one row follow each other, rows run beside each other.
 Rows = Sequence[Sequence[str]]
-ROWS: Rows = (("lint", "lock-check", "test", "docs-check"), ("env-serve-cpu", "test-images", "test-serve"))
+ROWS: Rows = (("lint", "lock-check", "test", "test-images"), ("env-serve-cpu", "test-serve", "docs-check"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, the environment.
 BEFORE = "V4FORGE_CI_BEFORE"
 

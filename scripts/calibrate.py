@@ -52,12 +52,9 @@ def main() -> None:
         default=defaults.method,
         help="rtn: round-to-nearest, without a corpus, to compare with (default: %(default)s)",
     )
-    add(
-        "--scales",
-        choices=layer_files.SCALES,
-        default=defaults.scales,
-        help="of GPTQ; absmax is llm-compressor's default rule (default: %(default)s)",
-    )
+    rule = "of GPTQ; absmax is llm-compressor's default rule (default: %(default)s)"
+    add("--scales", choices=layer_files.SCALES, default=defaults.scales, help=rule)
+    add("--engine", choices=layer_files.ENGINES, default=defaults.engine, help="whose GPTQ (default: %(default)s)")
     add(
         "--dampening",
         type=float,
@@ -129,6 +126,7 @@ def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.d
     settings = layer_files.Settings(
         method=arguments.method,
         scales=arguments.scales,
+        engine=arguments.engine,
         dampening=arguments.dampening,
         experts="all" if arguments.calibrate_all_experts else "routed",
         micro_batch_tokens=arguments.micro_batch_tokens,

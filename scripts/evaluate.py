@@ -1,4 +1,5 @@
-"""Measures perplexity and greedy MTP acceptance of the source and of two artifacts on the same held-out tokens.
+"""Measures the source and two artifacts on the same held-out tokens: KL divergence from the source, agreement on the
+most likely token, perplexity and greedy MTP drafts, with 95% intervals, as `verify --deep` does for one artifact.
 
     python -m scripts.evaluate --source models/tiny --heldout models/tiny/heldout.txt \\
         --artifact scratch/tiny/artifact --baseline scratch/tiny/artifact-rtn --out scratch/tiny/reports/evaluation.json
@@ -7,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,28 +34,16 @@ def open_checkpoint(directory: Path, form: str, what: str, hint: str) -> Checkpo
 
 def measure(
     models: dict[str, Checkpoint], tokens: torch.Tensor, device: torch.device, progress: Callable[[int, str], None]
-) -> dict[str, dict[str, Any]]:
-    """Quality and bytes of the shards of each model, the first of which is the source; one line each on stderr."""
-    from v4forge.model.evaluation import compare
+) -> dict[str, Any]:
+    """The figures of each model, the first of which is the source, and the bytes of its shards."""
+    from v4forge.model.evaluation import compare, figures
 
-    qualities = compare(list(models.values()), tokens, device, progress, count=1)
-    figures: dict[str, dict[str, Any]] = {}
-    for (name, checkpoint), quality in zip(models.items(), qualities, strict=True):
-        print(
-            f"evaluate: {name:<6}  perplexity {quality.perplexity:.3f}, "
-            f"greedy MTP acceptance {quality.mtp_acceptance:.1%}",
-            file=sys.stderr,
-            flush=True,
+    found = figures(compare(list(models.values()), tokens, device, progress, count=1), list(models))
+    for name, checkpoint in models.items():
+        found["models"][name]["bytes"] = sum(
+            (checkpoint.directory / shard).stat().st_size for shard in checkpoint.shard_names
         )
-        percent, error = quality.change_from(qualities[0])
-        figures[name] = {
-            "perplexity": quality.perplexity,
-            "perplexity_change": {"percent": percent, "standard_error": error},
-            "mtp_acceptance": quality.mtp_acceptance,
-            "tokens": quality.tokens,
-            "bytes": sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shard_names),
-        }
-    return figures
+    return found
 
 
 def main() -> None:
@@ -94,13 +82,13 @@ def main() -> None:
     tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
     total = step_count(list(models.values()))
     with steps("evaluate", total, "parts") as progress:
-        figures = measure(models, tokens, torch.device(args.device or some_device()), progress)
+        found = measure(models, tokens, torch.device(args.device or some_device()), progress)
     heldout = {
         "file": args.heldout.name,
         "sha256": hashlib.sha256(args.heldout.read_bytes()).hexdigest(),
         "tokens": tokens.numel(),
     }
-    content = {"heldout": heldout, "unigram_perplexity": unigram_perplexity(tokens), "models": figures}
+    content = {"heldout": heldout, "unigram_perplexity": unigram_perplexity(tokens), **found}
     write_json(args.out, {**content, "sums_sha256": sums_sha256(args.artifact)})  # which artifact they are of
 
 

@@ -33,6 +33,7 @@ def table_of(original: reproduce.Original, device: str, pinned: bool) -> dict[st
     """The stages, with the manifest's settings. pinned: its text is the pinned data set, whatever the profile's is."""
     made = original.settings
     words: list[str | tuple[str, str]] = ["--work", "{work}/layers", "--method", made.method, "--scales", made.scales]
+    words += ["--engine", made.engine]
     words += ["--dampening", repr(made.dampening), "--micro-batch-tokens", str(made.micro_batch_tokens)]
     words += ["--threads", str(made.threads), "--compare", f"{{work}}/{ORIGINAL}/{MANIFEST}"]
     words += ["--calibrate-all-experts"] if made.experts == "all" else []

@@ -22,6 +22,7 @@ from v4forge import artifact_folder
 from v4forge.errors import run_main
 from v4forge.files import write_text
 from v4forge.reporting import run_sections
+from v4forge.reporting.tables import plus_minus
 
 if TYPE_CHECKING:
     from v4forge.bench.results import Result
@@ -70,16 +71,16 @@ def models_table(evaluation: Mapping[str, Any]) -> Table:
     """The same as the page's, for 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, caption=run_sections.heldout_line(evaluation), caption_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in ("size, MB", "perplexity", "change", "MTP acc.", "points"):
+    for heading in ("size, MB", "KL, nats", "same", "perplexity", "drafts"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in run_sections.model_rows(evaluation):
         table.add_row(
             row.name,
             f"{row.megabytes:,.1f}",
-            f"{row.perplexity:.3f}",
-            "" if row.perplexity_change is None else "{:+.2f}±{:.2f}%".format(*row.perplexity_change),
-            f"{row.acceptance:.1f}%",
-            "" if row.acceptance_change is None else f"{row.acceptance_change:+.2f}",
+            "" if row.kl is None else plus_minus(row.kl, ".4f"),
+            "" if row.agreement is None else f"{100 * row.agreement.value:.1f}%",
+            f"{row.perplexity.value:.3f}",
+            f"{100 * row.acceptance.value:.1f}%",
         )
     return table
 

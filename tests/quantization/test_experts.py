@@ -227,3 +227,23 @@ def test_what_the_report_says_is_lost_is_what_the_codes_lose(calibrated: Calibra
 
 def test_the_rules_for_scales_that_calibrate_offers_are_those_there_are() -> None:
     assert tuple(experts.SCALES) == layer_files.SCALES
+
+
+def test_another_engine_chooses_nearly_the_same_codes_and_is_part_of_the_fingerprint() -> None:
+    p = problem(6)
+    down, inner = p.weights[..., :128], p.hessians[:, :128, :128].contiguous()
+    p.hessians[1] = indefinite(p.hessians.shape[-1])
+
+    def by(engine: str) -> experts.Experts:
+        settings = layer_files.Settings(engine=engine)
+        return experts.quantize(
+            p.weights, down, experts.Hessians(p.hessians, inner, []), settings, range(3), Watch(CPU)
+        )
+
+    ours, theirs = (by(engine) for engine in layer_files.ENGINES)
+    assert theirs.fallback == ours.fallback == ["w1, w3 of expert 1"]
+    for kind in ("gate_up", "down"):
+        assert float((getattr(ours, kind).codes == getattr(theirs, kind).codes).double().mean()) > 0.97
+    mark = layer_files.fingerprint({}, None, layer_files.Settings(engine="llmcompressor"), CPU)
+    assert mark["settings"]["engine"] == "llmcompressor" and mark["versions"]["llmcompressor"]
+    assert "llmcompressor" not in layer_files.fingerprint({}, None, layer_files.Settings(), CPU)["versions"]

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from problems import DAMPENING, EXPERTS, IN, OUT, TOKENS, OnGpu, Problem, indefinite, problem, weighted_error
 from torch import Tensor
 
-from v4forge.quantization import gptq
+from v4forge.quantization import gptq, peer_gptq
 
 SCALES: dict[str, Callable[[Problem], Tensor]] = {
     "absmax": lambda p: gptq.absmax_scales(p.weights),
@@ -274,14 +273,11 @@ def test_one_factor_serves_all_experts_that_read_the_same_input() -> None:
 def test_gptq_agrees_with_llm_compressor_s(seed: int) -> None:
     p = problem(20 + seed)
     ours, _ = quantized(p)
-    scale = ours.scale.float()
-    theirs, _, fallback = quantize_weight(
-        p.weights.float(), p.hessians.clone(), scale, torch.zeros_like(scale), None, gptq.QUANT_ARGS, 128, DAMPENING
-    )
-    assert not bool(fallback.any())
-    codes = (theirs / scale.repeat_interleave(128, -1)).round().to(torch.int8)
-    assert float((codes == ours.codes).double().mean()) > 0.99
-    lost = [lost_by_row(p.weights, gptq.Quantized(c, ours.scale), p.hessians).sum(1) for c in (ours.codes, codes)]
+    before = p.hessians.clone()
+    theirs, fallback = peer_gptq.quantized(p.weights, p.hessians, ours.scale, DAMPENING)
+    assert not bool(fallback.any()) and torch.equal(p.hessians, before)
+    assert float((theirs.codes == ours.codes).double().mean()) > 0.99
+    lost = [lost_by_row(p.weights, each, p.hessians).sum(1) for each in (ours, theirs)]
     assert bool((lost[0] <= 1.001 * lost[1]).all()), lost
 
 

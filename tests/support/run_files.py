@@ -6,22 +6,33 @@ from typing import Any
 
 SOURCE_FILES = {f"model-{i}.safetensors": {"sha256": f"{i}" * 64, "bytes": 9_000_000} for i in (1, 2)}
 
+
+def around(value: float, half: float) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
 EVALUATION = {
     "heldout": {"file": "heldout.txt", "sha256": "a" * 64, "tokens": 16384},
     "unigram_perplexity": 306.5,
     "models": {
         name: {
-            "perplexity": perplexity,
-            "perplexity_change": {"percent": 100 * (perplexity / 10.0 - 1), "standard_error": error},
-            "mtp_acceptance": acceptance,
-            "tokens": 16352,
+            "perplexity": around(perplexity, 1.0),
+            **(
+                {
+                    "perplexity_change_percent": around(100 * (perplexity / 10.0 - 1), 0.4),
+                    "top1_agreement": around(same, 0.006),
+                    "kl_nats": {"mean": around(kl, 0.002), "p99": 10 * kl},
+                }
+                if kl
+                else {}
+            ),
+            "drafts": [{"k": 1, "acceptance_after_accepted": around(acceptance, 0.02)}],
             "bytes": size,
-            "elapsed_s": 13.0,
         }
-        for name, perplexity, error, acceptance, size in (
-            ("source", 10.0, 0.0, 0.60, 18_400_000),
-            ("rtn", 10.8, 0.2, 0.57, 21_900_000),
-            ("gptq", 10.25, 0.1, 0.59, 21_900_000),
+        for name, perplexity, kl, same, acceptance, size in (
+            ("source", 10.0, 0.0, 1.0, 0.60, 18_400_000),
+            ("rtn", 10.8, 0.024, 0.918, 0.57, 21_900_000),
+            ("gptq", 10.25, 0.011, 0.947, 0.59, 21_900_000),
         )
     },
 }

@@ -65,12 +65,6 @@ class Quality:
         """Share of positions where the MTP block's first greedy draft is the main model's greedy token."""
         return int(self.accepted[0].sum()) / int(self.judged[0].sum())
 
-    def change_from(self, other: Quality) -> tuple[float, float]:
-        """Percent by which perplexity differs from that of `other` on the same tokens, and its standard error."""
-        difference = mean(self.nll - other.nll)
-        factor = math.exp(difference.value)
-        return 100 * (factor - 1), 100 * factor * difference.standard_error
-
     def acceptance(self) -> list[Figure]:
         """p_1, p_2, …: the share of drafts accepted at each step, where those before were."""
         return [ratio(a, j) for a, j in zip(self.accepted.numpy(), self.judged.numpy(), strict=True)]

@@ -16,7 +16,7 @@ from v4forge.checkpoint.codec import decode_int4, encode_int4
 from v4forge.checkpoint.layout import Config
 from v4forge.model import deepseek_v4
 from v4forge.profiling import Watch
-from v4forge.quantization import gptq
+from v4forge.quantization import gptq, peer_gptq
 from v4forge.quantization.layer_files import LOST, Settings, layer_file
 
 SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -128,11 +128,14 @@ def quantize(
             diagonal = energies.diagonal(dim1=-2, dim2=-1) + gptq.damp_of(energies, settings.dampening).unsqueeze(-1)
             importance = diagonal.expand(len(weights), -1)
             scale = SCALES[settings.scales](weights, importance)
-        with watch.compute("factorize"):
-            factor = gptq.factorize(energies, settings.dampening)
-        with watch.compute("sweep"):
-            result = gptq.sweep(weights, factor, scale)
-        failed = factor.failed.expand(len(weights))
+        if settings.engine == "llmcompressor":
+            with watch.compute("sweep"):
+                result, failed = peer_gptq.quantized(weights, energies, scale, settings.dampening)
+        else:
+            with watch.compute("factorize"):
+                factor = gptq.factorize(energies, settings.dampening)
+            with watch.compute("sweep"):
+                result, failed = gptq.sweep(weights, factor, scale), factor.failed.expand(len(weights))
         if settings.scales == "searched":
             with watch.compute("refit"):
                 better = gptq.refit(weights, result, energies, settings.dampening)

@@ -36,6 +36,7 @@ DETERMINING_PACKAGES = ("torch", "triton", "transformers", "compressed-tensors")
 METHODS = {"gptq": "GPTQ", "rtn": "round-to-nearest"}
 # What a layer's report says is lost: by GPTQ, by stock round-to-nearest, and by it at the scales that GPTQ begins with.
 LOST = ("gptq", "rtn", "rtn_same_scales")
+ENGINES = ("v4forge", "llmcompressor")
 SCALES = ("searched", "absmax")  # how GPTQ's are chosen, by experts.SCALES
 
 
@@ -45,10 +46,16 @@ class Settings:
 
     method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
     scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
+    engine: str = "v4forge"  # whose GPTQ; or "llmcompressor", a second implementation
     dampening: float = 0.02  # share of the mean of the Hessian's diagonal (benchmarks/codes.py)
     experts: str = "routed"  # whose tokens make an expert's Hessian: those routed to it, or "all"
     micro_batch_tokens: int = 4096  # of a forward pass; Hessians are summed in this order
     threads: int = 2  # of a process on the CPU: Cholesky bits differ between thread counts
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What determines bytes besides DETERMINING_PACKAGES."""
+        return (self.engine,) if self.engine != "v4forge" else ()
 
     def micro_batch(self, seq_len: int) -> int:
         """Samples of `seq_len` tokens in a forward pass: as many as its tokens allow, and one at least."""
@@ -90,7 +97,7 @@ def fingerprint(
         "corpus": None if corpus is None else _described(corpus),
         "settings": asdict(settings),
         "code": {m: code_digest(m) for m in determining.modules(DETERMINING_LOOP)},
-        "versions": {p: version(p) for p in DETERMINING_PACKAGES},
+        "versions": {p: version(p) for p in (*DETERMINING_PACKAGES, *settings.packages)},
         "hardware": hardware,
     }
 

@@ -12,7 +12,7 @@ from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import run_sections
 from v4forge.reporting.benches import BENCHES, Told
 from v4forge.reporting.inputs import Inputs
-from v4forge.reporting.tables import NOT_MEASURED, Cell, Json, Table, columns
+from v4forge.reporting.tables import NOT_MEASURED, Cell, Json, Table, columns, plus_minus
 
 
 def table(inputs: Inputs) -> Table:
@@ -54,12 +54,17 @@ def _certificate(certificate: Json) -> Cell:
     return Cell(f"FAILED, {len(found.failed)} of {len(found.checks)} checks", ", ".join(found.failed), "bad")
 
 
-def _perplexity(evaluation: Json) -> Cell:
+def _prediction(evaluation: Json) -> Cell:
+    """KL divergence and agreement of GPTQ's artifact, and what round-to-nearest's has."""
     rows = {row.name: row for row in run_sections.model_rows(evaluation)}
-    changes = {name: "{:+.2f} ±{:.2f}%".format(*row.perplexity_change or (0, 0)) for name, row in rows.items()}
-    gptq, rtn = run_sections.MODELS["gptq"], run_sections.MODELS["rtn"]
-    drafts = f"greedy MTP drafts accepted: {rows[gptq].acceptance_change or 0:+.2f} points"
-    return Cell(f"{changes[gptq]} against the source", f"{rtn} {changes[rtn]}; {drafts}")
+
+    def told(name: str) -> str:
+        row = rows[run_sections.MODELS[name]]
+        assert row.kl and row.agreement
+        same = plus_minus(row.agreement.mapped(lambda share: 100 * share), ".1f", "%")
+        return f"KL {plus_minus(row.kl, '.4f')} nats a token, {same} of the most likely tokens the same"
+
+    return Cell(told("gptq"), f"{run_sections.MODELS['rtn']}: {told('rtn')}")
 
 
 def _losses(layers: Sequence[Json]) -> Cell:
@@ -77,6 +82,6 @@ def _losses(layers: Sequence[Json]) -> Cell:
 STAGES: dict[str, tuple[str, str, Callable[..., Cell]]] = {
     "manifest": ("Artifact", "make postprocess", _artifact),
     "certificate": ("Certificate", "make verify", _certificate),
-    "evaluation": ("Perplexity of held-out text", "make demo", _perplexity),
+    "evaluation": ("Prediction of held-out text", "make demo", _prediction),
     "layers": ("Losses by layer", "make calibrate", _losses),
 }

@@ -1,7 +1,7 @@
 """What the stages of a run left, as rows and tables: perplexity, losses, certificate, provenance, seconds.
 
 Pure functions of the JSON files' contents. A key that they lack is a KeyError; the caller knows the file that it
-belongs to. Perplexities are per token; shares are kept as percent where they are shown.
+belongs to.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4forge.artifact_folder import Verdict
+from v4forge.intervals import Estimate
 from v4forge.quantization.layer_reports import KINDS, LayerRow
-from v4forge.reporting.tables import Cell, Json, Table, columns, number
+from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent, plus_minus
 from v4forge.units import MB, MIB
 
 MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
@@ -24,35 +25,28 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model on the held-out tokens. Changes are against the source, None for the source itself."""
+    """One model on the held-out tokens, with 95% intervals; what sets it beside the source is None for that itself."""
 
     name: str
     megabytes: float  # 10^6 bytes of shards
-    perplexity: float
-    perplexity_change: tuple[float, float] | None  # percent, and its standard error over the sequences
-    acceptance: float  # percent of greedy MTP drafts that the main model would choose too
-    acceptance_change: float | None  # percentage points
+    perplexity: Estimate
+    acceptance: Estimate  # share of greedy MTP drafts that the main model would choose too
+    kl: Estimate | None  # nats a token
+    agreement: Estimate | None  # share of tokens with the same most likely one
+    perplexity_change: Estimate | None  # percent
 
 
 def model_rows(evaluation: Json) -> list[ModelRow]:
     """Source, round-to-nearest and GPTQ, in this order."""
-    models = evaluation["models"]
-    source = models["source"]
     rows = []
     for key, name in MODELS.items():
-        model = models[key]
-        change = model["perplexity_change"]["percent"], model["perplexity_change"]["standard_error"]
-        points = 100 * (model["mtp_acceptance"] - source["mtp_acceptance"])
-        rows.append(
-            ModelRow(
-                name,
-                megabytes=model["bytes"] / MB,
-                perplexity=model["perplexity"],
-                perplexity_change=None if key == "source" else change,
-                acceptance=100 * model["mtp_acceptance"],
-                acceptance_change=None if key == "source" else points,
-            )
-        )
+        model = evaluation["models"][key]
+        beside: list[Estimate | None] = [None] * 3
+        if key != "source":
+            told = (model["kl_nats"]["mean"], model["top1_agreement"], model["perplexity_change_percent"])
+            beside = [Estimate.of(each) for each in told]
+        perplexity, drafts = model["perplexity"], model["drafts"][0]["acceptance_after_accepted"]
+        rows.append(ModelRow(name, model["bytes"] / MB, Estimate.of(perplexity), Estimate.of(drafts), *beside))
     return rows
 
 
@@ -162,18 +156,19 @@ def models_table(evaluation: Json) -> Table:
     """Source, round-to-nearest and GPTQ on the held-out tokens."""
     rows = []
     for row in model_rows(evaluation):
-        change = "" if row.perplexity_change is None else "{:+.2f} ±{:.2f}%".format(*row.perplexity_change)
-        points = "" if row.acceptance_change is None else f"{row.acceptance_change:+.2f} points"
-        size, perplexity = number(row.megabytes, 1), Cell(f"{row.perplexity:.3f}", change)
-        rows.append([Cell(row.name), size, perplexity, Cell(f"{row.acceptance:.1f}%", points)])
+        kl = NONE if row.kl is None else Cell(f"{row.kl.value:.4f}", ends(row.kl, ".4f"))
+        same = NONE if row.agreement is None else percent(row.agreement)
+        change = "" if row.perplexity_change is None else plus_minus(row.perplexity_change, "+.2f", "%")
+        perplexity = Cell(f"{row.perplexity.value:.3f}", change)
+        rows.append([Cell(row.name), number(row.megabytes, 1), kl, same, perplexity, percent(row.acceptance)])
     return Table(
         "models",
-        "Size, perplexity, draft acceptance",
-        columns("<", "size, MB", "perplexity", "greedy MTP acceptance"),
+        "Prediction beside the source",
+        columns("<", "size, MB", "KL, nats a token", "same most likely token", "perplexity", "greedy drafts accepted"),
         rows,
         note=(
-            f"{heldout_line(evaluation)}. Changes are against the source, ± the standard error. Acceptance is the "
-            "share of positions where the MTP block's greedy draft is the token that the same model chooses itself."
+            f"{heldout_line(evaluation)}. 95% intervals over sequences. A draft is accepted where the MTP block's "
+            "greedy one is the token that the same model chooses itself."
         ),
     )
 

@@ -95,6 +95,12 @@ def ends(value: Estimate, form: str, scale: float = 1.0) -> str:
     return "" if math.isnan(value.low) else f"{scale * value.low:{form}} to {scale * value.high:{form}}"
 
 
+def plus_minus(value: Estimate, form: str, unit: str = "") -> str:
+    """A figure with half the width of its interval, in a line of text."""
+    half = (value.high - value.low) / 2
+    return f"{value.value:{form}}±{half:{form.removeprefix('+')}}{unit}"
+
+
 def percent(value: Estimate) -> Cell:
     """A share with its interval below it."""
     if math.isnan(value.value):
