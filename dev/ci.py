@@ -1,8 +1,7 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
-Beside `make test`, which takes both cores, are the servers that start, one after the other; beside the images, which
-wait for disk and network, the commands of the pages. What a part says is kept in scratch/ci/<part>.log and shown whole
-when it ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2
+The servers start one after the other, mostly on one core and often waiting, so they run beside everything else. What
+a part says is kept in scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2
 cores: what is over one is marked and fails nothing, since seconds on a shared machine are noise.
 """
 
@@ -26,7 +25,7 @@ from v4forge.errors import UserError, run_main
 LOGS = Path("scratch/ci")  # below the checkout
 # Parts of one row follow each other, rows run beside each other.
 Rows = Sequence[Sequence[str]]
-ROWS: Rows = (("lint", "lock-check", "test", "test-images"), ("env-serve-cpu", "test-serve", "docs-check"))
+ROWS: Rows = (("lint", "lock-check", "test", "test-images", "docs-check"), ("env-serve-cpu", "test-serve"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, the environment.
 BEFORE = "V4FORGE_CI_BEFORE"
 

@@ -75,8 +75,8 @@ def hang_up(handler: Handler) -> None:
 
 
 def restart(handler: Handler) -> None:
+    handler.server.started_s += 50  # before the answer ends the client's wait for it
     handler.answer(16)
-    handler.server.started_s += 50
 
 
 def others(handler: Handler) -> None:
@@ -85,8 +85,8 @@ def others(handler: Handler) -> None:
 
 
 def impossible(handler: Handler) -> None:
-    handler.answer(16)
     handler.server.counts["at"][0] += 100
+    handler.answer(16)
 
 
 FAULTS: dict[str, tuple[Callable[[Handler], None], str]] = {

@@ -42,7 +42,7 @@ FACTOR_COLUMNS = 128  # a block of the batched Cholesky factorization
 # Where the search of a group's scale starts, in units of absmax / 7.5, with either sign. From 8 or 64 between the same
 # ends the output error on models/tiny is the same to 0.4% (benchmarks/results/codes-tiny-h200.json).
 SCALE_GRID = (1.0, *(0.5 + 0.8 * i / 11 for i in range(12)))
-REFIT_AT_MOST = 1.25  # by so much a scale may grow or shrink in the refit
+REFIT_AT_MOST = 1.25  # by so much a scale may grow or shrink in the refit, for the same reason
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def searched_scales(weights: Tensor, importance: Tensor) -> Tensor:
     """weights: [E, out, in]; importance: [E, in] f32, the Hessians' diagonals -> [E, out, in/128] bf16.
 
     Per group the scale whose rounding error is smallest, weighted by how active each input is, h: every candidate of
-    SCALE_GRID, of either sign, gives codes c, for which sum(h w c) / sum(h c^2) is the best scale. FP4 source weights
+    SCALE_GRID, of either sign, gives codes c, for which sum(h w c) / sum(h c^2) is the best scale; between the grid's
+    ends, or a group whose active inputs have small weights would have the large ones cut to half. FP4 source weights
     lie on few values, which absmax / 7.5 misses as a rule.
     """
     widest = absmax_scales(weights)
