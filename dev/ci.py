@@ -1,8 +1,9 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
 The servers start one after the other, mostly on one core and often waiting, so they run beside everything else. What
-a part says is kept in scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2
-cores: what is over one is marked and fails nothing, since seconds on a shared machine are noise.
+a part says is kept in scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from
+running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2 cores: what is over one is marked and fails nothing,
+since seconds on a shared machine are noise.
 """
 
 from __future__ import annotations
