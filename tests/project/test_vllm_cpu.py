@@ -51,7 +51,12 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            # Of a free string a small model need not find the end.
+            "properties": {"city": {"type": "string", "enum": ["Berlin", "Paris"]}},
+            "required": ["city"],
+        },
     },
 }
 
