@@ -152,10 +152,13 @@ def quantized(weights: Tensor, hessians: Tensor, way: Way) -> gptq.Quantized:
     return found
 
 
+def dampened(hessians: Tensor, dampening: float) -> Tensor:
+    return hessians + torch.diag_embed(gptq.damp_of(hessians, dampening).unsqueeze(-1).expand(hessians.shape[:2]))
+
+
 def solved(weights: Tensor, found: gptq.Quantized, hessians: Tensor, dampening: float) -> gptq.Quantized:
     """gptq.refit to the end: the groups' scales from the normal equations of every row."""
-    damp = gptq.damp_of(hessians, dampening).unsqueeze(-1)
-    hessians = hessians + torch.diag_embed(damp.expand(hessians.shape[:2]))
+    hessians = dampened(hessians, dampening)
     codes = found.codes.float()
     count = codes.shape[-1] // INT4_GROUP
     grouped = (torch.matmul(weights.float(), hessians) * codes).unflatten(-1, (count, INT4_GROUP)).sum(-1)
@@ -167,14 +170,14 @@ def solved(weights: Tensor, found: gptq.Quantized, hessians: Tensor, dampening: 
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True)
     scale = torch.linalg.solve(normal, grouped)
-    usable = scale.isfinite() & (scale / found.scale.float()).clamp(0.5, 2).eq(scale / found.scale.float())
+    grown = scale / found.scale.float()
+    usable = scale.isfinite() & (grown >= 0.5) & (grown <= 2)
     return gptq.Quantized(found.codes, torch.where(usable, scale, found.scale.float()).to(torch.bfloat16))
 
 
 def descended(weights: Tensor, found: gptq.Quantized, hessians: Tensor, dampening: float) -> gptq.Quantized:
     """One pass of coordinate descent: each code in turn the best one beside all others."""
-    diagonal = hessians.diagonal(dim1=-2, dim2=-1)
-    h = hessians + torch.diag_embed((dampening * diagonal.mean(-1, keepdim=True)).expand_as(diagonal))
+    h = dampened(hessians, dampening)
     steps = found.scale.float().repeat_interleave(INT4_GROUP, -1)
     codes = found.codes.float()
     left = weights.float() - codes * steps

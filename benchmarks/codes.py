@@ -37,12 +37,12 @@ from v4forge.quantization import experts, gptq
 TINY = PROFILES["tiny"]
 HELDOUT = 32, 256  # sequences, and tokens in each
 AT_ONCE = 16  # sequences of a forward pass
-WIDE_WAYS = 4  # experts of a set of --wide
+WIDE_EXPERTS = 4  # of a set of --wide
 
 
 @dataclass
 class Lab:
-    """The model's layers, their inputs behind layers that are not quantized or, with `through`, that are."""
+    """The model's layers with the tokens of the corpus and then of the held-out text."""
 
     source: Checkpoint
     samples: int
@@ -156,7 +156,7 @@ def tiny(names: Sequence[str], samples: int, device: torch.device, kl: bool) -> 
 def wide(names: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for each in SETS:
-        made = wide_experts(each, WIDE_WAYS, device)
+        made = wide_experts(each, WIDE_EXPERTS, device)
         base: torch.Tensor | None = None
         for name in [DEFAULT, *(n for n in names if n != DEFAULT)]:
             start = time.perf_counter()

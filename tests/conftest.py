@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Fixtures of a session that are servers: one worker starts each.
-SERVERS = ("tiny", "pair")
-
 # What repeats a run's random draws: its seed is told in the first lines, and on the workers of a parallel run the same.
 SEED = "V4FORGE_TEST_SEED"
 
@@ -51,17 +48,14 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share servers, or what is made once for their file, run in one worker: it is made once there too."""
+    """Tests that share what is made once for their file run in one worker, so that it is made once there too."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None and (group := _group(item)):
             item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _group(item: pytest.Item) -> str:
-    """The servers that a test shares; else the file of one that uses a fixture of its module, with that fixture's
-    parameters; "" for any other test."""
-    if isinstance(item, pytest.Function) and (servers := [name for name in SERVERS if name in item.fixturenames]):
-        return servers[0]
+    """The file of a test that uses a fixture of its module, with that fixture's parameters; "" for any other test."""
     info = getattr(item, "_fixtureinfo", None)
     found = info.name2fixturedefs if info else {}
     shared = [name for name, definitions in found.items() if definitions[-1].scope == "module"]
