@@ -42,7 +42,7 @@ def _some(q: Tensor, keys: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scali
 
     Logits are changed in place as far as a gradient allows, and go through one pass of exponentials."""
     flat = q.flatten(0, 1)
-    if q.is_cuda and q.dtype == torch.bfloat16:
+    if q.is_cuda and q.dtype == torch.bfloat16 and not q.requires_grad:  # such a product has no gradient
         logits = torch.mm(flat, keys, out_dtype=torch.float32)
     else:
         logits = flat.float() @ keys.float()
