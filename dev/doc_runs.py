@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,12 +11,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 from dev.doc_commands import PLACEHOLDER, SYNTAX, USAGE, Command, Step, commands, steps, unfilled
 from v4forge import checkout
@@ -29,6 +31,29 @@ ADDED = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "
 COMMIT = ("-c", "user.name=docs-check", "-c", "user.email=docs-check@localhost", "-c", "commit.gpgsign=false", "commit")
 PROGRAM = re.compile(r"-m ((?:scripts|dev|benchmarks)\.\w+)([^;&|\n]*)")
 OPTION = re.compile(r"(?<!\S)(--[a-z][\w-]*)")
+ANY_OPTION = re.compile(r"--[a-z][\w-]*")
+Words = tuple[str, ...]  # a module and what stands before --help, if anything does
+Named = tuple[str, list[tuple[str, str]]]
+# Each argument is a program with its words: what it says to --help, "" where it has none, all as JSON in the last line.
+# In one process, so that what they share, seconds of torch with some, is imported once.
+HELPS = """
+import contextlib, io, json, runpy, sys
+found = []
+for line in sys.argv[1:]:
+    module, *words = line.split()
+    sys.argv = [module, *words, "--help"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        code = 1
+    found.append("" if code else said.getvalue())
+print("\\n" + json.dumps(found))
+"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,9 @@ class Runs:
         self.copy = copy
         self.done: dict[str, Outcome] = {}
         self._ahead: dict[str, Future[Outcome]] = {}
-        self._help: dict[tuple[str, ...], str] = {}
+        self._told: dict[str, Named] = {}
+        self._help: dict[Words, str] = {}
+        self._asking = Lock()
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -94,6 +121,7 @@ class Runs:
         found = [step for page, text in texts.items() for command in commands(page, text) for step in steps(command)]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as beside:
             try:
+                beside.submit(self._ask_all, [step.run for step in found if step.how == USAGE])
                 for step in found:
                     if step.beside and _key(step) not in self._ahead:
                         self._ahead[_key(step)] = beside.submit(self._timed, step)
@@ -160,26 +188,48 @@ class Runs:
 
     def _usage(self, text: str) -> str:
         """Whether the target, the program and the options of a command exist; nothing of it is run."""
-        text = PLACEHOLDER.sub("placeholder", text)
-        if text.startswith("make "):
-            code, expanded = self._run(["make", "-n", *shlex.split(text)[1:]])
-            if code:
-                return f"make -n: {expanded.strip()}"
-            text = expanded
-        elif missing := [word for word in text.split() if word.endswith(".py") and not (self.copy / word).is_file()]:
-            return f"there is no {missing[0]}"
-        for module, rest in PROGRAM.findall(text):
-            words = rest.split()
-            action = words[:1] if words and words[0].isalpha() else []
-            known = self._options(module) | self._options(module, *action)
+        fault, programs = self._named(text)
+        self._ask(form for module, rest in programs for form in _forms(module, rest))
+        for module, rest in programs:
+            known = {option for form in _forms(module, rest) for option in ANY_OPTION.findall(self._help[form])}
             if not known:
                 return f"{module} has no --help"
             if unknown := sorted(set(OPTION.findall(rest)) - known):
                 return f"{module} has no option {unknown[0]}"
-        return ""
+        return fault
 
-    def _options(self, *words: str) -> set[str]:
-        if words not in self._help:
-            code, said = self._run([".venv/bin/python", "-m", *words, "--help"])
-            self._help[words] = "" if code else said
-        return set(re.findall(r"--[a-z][\w-]*", self._help[words]))
+    def _named(self, text: str) -> Named:
+        """What is wrong with a command's target or file, "" for nothing; its programs, each with the words after it."""
+        if text not in self._told:
+            self._told[text] = self._look_up(text)
+        return self._told[text]
+
+    def _look_up(self, text: str) -> Named:
+        text = PLACEHOLDER.sub("placeholder", text)
+        if text.startswith("make "):
+            code, expanded = self._run(["make", "-n", *shlex.split(text)[1:]])
+            if code:
+                return f"make -n: {expanded.strip()}", []
+            text = expanded
+        elif missing := [word for word in text.split() if word.endswith(".py") and not (self.copy / word).is_file()]:
+            return f"there is no {missing[0]}", []
+        return "", PROGRAM.findall(text)
+
+    def _ask_all(self, texts: Sequence[str]) -> None:
+        """Asks at once for what the lines of USAGE need of their programs."""
+        named = [program for text in texts for program in self._named(text)[1]]
+        self._ask(form for module, rest in named for form in _forms(module, rest))
+
+    def _ask(self, forms: Iterable[Words]) -> None:
+        """Has each of these programs asked for its --help, unless it was."""
+        with self._asking:
+            new = [form for form in dict.fromkeys(forms) if form not in self._help]
+            if new:
+                _, said = self._run([".venv/bin/python", "-c", HELPS, *map(" ".join, new)])
+                self._help |= zip(new, json.loads(said.splitlines()[-1]), strict=True)
+
+
+def _forms(module: str, rest: str) -> list[Words]:
+    """The program alone, and with its first word, which may be one of its commands."""
+    words = rest.split()
+    return [(module,), *([(module, words[0])] if words and words[0].isalpha() else [])]
