@@ -209,7 +209,7 @@ def test_a_killed_bench_takes_lm_eval_along_and_asks_no_answered_question_again(
 
 def lm_evals(reports: Path) -> list[str]:
     listed = subprocess.run(["ps", "-wweo", "args="], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if "-m lm_eval run" in line and str(reports) in line]
+    return [line for line in listed.splitlines() if "lm_eval_start.py run" in line and str(reports) in line]
 
 
 def test_a_dry_run_says_what_would_be_asked_and_asks_nobody(tmp_path: Path) -> None:

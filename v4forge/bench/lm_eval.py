@@ -309,8 +309,9 @@ class Asked:
     limit: int | None
 
 
-def command(python: str, task: Task, asked: Asked, tasks: Path, folder: Path) -> list[str]:
-    """lm-eval's command line; tasks: the derived ones, folder: where results and the cache of answers go."""
+def command(program: Sequence[str], task: Task, asked: Asked, tasks: Path, folder: Path) -> list[str]:
+    """lm-eval's command line. program: what starts it; tasks: the derived ones; folder: where results and the cache of
+    answers go."""
     chat = task.api == "chat"
     model: dict[str, Any] = {
         "base_url": f"{asked.url}/v1/{'chat/completions' if chat else 'completions'}",
@@ -325,7 +326,7 @@ def command(python: str, task: Task, asked: Asked, tasks: Path, folder: Path) ->
     }
     if task.scores_prompts:
         model |= {"tokenizer": asked.tokenizer, "max_length": task.context}
-    words = [python, "-m", "lm_eval", "run", "--model", "local-chat-completions" if chat else "local-completions"]
+    words = [*program, "run", "--model", "local-chat-completions" if chat else "local-completions"]
     words += ["--model_args", json.dumps(model), "--tasks", task.lm_eval, "--include_path", str(tasks)]
     words += ["--num_fewshot", str(task.fewshot), "--batch_size", "1"]
     words += ["--gen_kwargs", json.dumps({"temperature": 0, "do_sample": False})] if not task.scores_prompts else []

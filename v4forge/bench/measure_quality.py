@@ -125,7 +125,7 @@ class Bench:
         shutil.rmtree(folder / "results", ignore_errors=True)  # of a run that was killed after lm-eval had ended
         make_folder(folder)
         make_folder(self.kept)
-        words = lm_eval.command(self.prepared.environment.python, task, asked, self.prepared.tasks / task.name, folder)
+        words = lm_eval.command(self.prepared.program, task, asked, self.prepared.tasks / task.name, folder)
         limits = Limits(asked.timeout_s)
         said = lm_eval.run(
             self.prepared.environment,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import pins
-from v4forge.bench import lm_eval, lm_eval_tasks
+from v4forge.bench import lm_eval, lm_eval_start, lm_eval_tasks
 from v4forge.bench.lm_eval import Environment, Limits
 from v4forge.bench.quality import Task
 from v4forge.bench.served_model import sha256_of
@@ -55,6 +55,11 @@ class Prepared:
     def tasks(self) -> Path:
         return self.environment.work / "tasks"
 
+    @property
+    def program(self) -> list[str]:
+        """What starts lm-eval."""
+        return [self.environment.python, str(_start(self.environment))]
+
 
 def revision_of(task: Task) -> str:
     """The pinned commit of a task's data set; "" where there is none."""
@@ -95,6 +100,7 @@ def prepare(
     environment = environment_of(session, options)
     program, spec = environment.work / "derive.py", environment.work / "spec.json"
     shutil.copyfile(lm_eval_tasks.__file__, program)
+    shutil.copyfile(lm_eval_start.__file__, _start(environment))
     specs = {task.name: spec_of(options, task, data[task.name]) for task in tasks}
     write_json(spec, {"folder": str(environment.work / "tasks"), "tasks": specs})
     log = environment.work / "derive.log"
@@ -112,6 +118,10 @@ def prepare(
             parts = f"{len(missing)} of {len(names) + len(missing)} parts, {missing[0]} first"
             raise UserError(f"there are no data for {task.name}: {parts}", "copy all, or try some: --limit 10")
     return prepared
+
+
+def _start(environment: Environment) -> Path:
+    return environment.work / "lm_eval_start.py"
 
 
 def environment_of(session: Session, options: Options) -> Environment:
