@@ -66,13 +66,19 @@ class Environment:
             raise UserError(failed, hint)
         return done.stdout
 
+    @property
+    def bytecode(self) -> list[str]:
+        """pip's option against the bytecode of every module, half of its time: a program leaves that of those it
+        imports, unless it may not (PYTHONDONTWRITEBYTECODE). An image keeps none."""
+        return [] if sys.dont_write_bytecode and self.name != "calib" else ["--no-compile"]
+
     def install(self, lock: Path) -> None:
         print(f"env: installing {lock.relative_to(ROOT)}", flush=True)
         self.pip_install(lock, lock, WHEELS_ONLY)
 
     def pip_install(self, listed: Path, lock: Path, *options: str) -> None:
         """Installs what the file `listed` names, which is the lock or a part of it."""
-        command: list[str | Path] = [*PIP_INSTALL, "-qq", "--require-hashes", *options, "-r", listed]
+        command: list[str | Path] = [*PIP_INSTALL, *self.bytecode, "-qq", "--require-hashes", *options, "-r", listed]
         self.run(
             *command,
             failed=f"pip could not install {lock.relative_to(ROOT)} (above)",
@@ -90,7 +96,8 @@ class Environment:
             file.flush()
             for index in ([], ["--extra-index-url", TORCH_CPU_INDEX, "--retries", "0", "--timeout", "20"]):
                 options = ["-qqq", WHEELS_ONLY, "--require-hashes", *index, "-r", file.name]
-                if subprocess.run([str(self.path / "bin/python"), *PIP_INSTALL, *options]).returncode == 0:
+                command = [str(self.path / "bin/python"), *PIP_INSTALL, *self.bytecode, *options]
+                if subprocess.run(command).returncode == 0:
                     return True
         return False
 

@@ -87,7 +87,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory, wheel: Path, lock: loc
     assert len(wanted) == len(IMPORTED)
     requirements = folder / "requirements.txt"
     requirements.write_text(locks.dump(wanted, "requirements-serve.in"))
-    pip("install", "--no-deps", "--require-hashes", "--only-binary=:all:", "--target", site, "-r", requirements)
+    pip(
+        "install",
+        "--no-compile",
+        "--no-deps",
+        "--require-hashes",
+        "--only-binary=:all:",
+        "--target",
+        site,
+        "-r",
+        requirements,
+    )
     return site
 
 
@@ -97,7 +107,7 @@ def patched(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     patches.apply(patches.series("vllm"), environment)
     source = tmp_path_factory.mktemp("plugin") / "plugin"
     shutil.copytree(PLUGIN, source)
-    pip("install", "--no-deps", "--no-index", "--no-build-isolation", "--target", environment, source)
+    pip("install", "--no-compile", "--no-deps", "--no-index", "--no-build-isolation", "--target", environment, source)
     return environment
 
 
