@@ -46,7 +46,7 @@ def build(arguments: argparse.Namespace) -> None:
             apt_snapshot=base.apt_snapshot,
             revision=arguments.revision or image_build.revision(),
             no_cache=arguments.no_cache,
-            tag=arguments.tag or definitions.tag(image.name),
+            tag=tag_of(arguments, image),
             chosen=dict(arguments.set),
         )
         if wanted.lane == "cpu":
@@ -85,18 +85,18 @@ def push(arguments: argparse.Namespace) -> None:
     client = containers.connect().client
     for image in arguments.images:
         documents = {name: read_document(arguments.documents / image.name / file) for name, file in DOCUMENTS.items()}
-        repository = f"{arguments.to.rstrip('/')}/v4forge-{image.name}"
+        repository, tag = f"{arguments.to.rstrip('/')}/v4forge-{image.name}", tag_of(arguments, image)
         entry = registry.push(
             client,
             image.name,
-            definitions.tag(image.name),
+            tag,
             repository,
             documents,
             say,
             arguments.sign_key,
             arguments.lock,
         )
-        say(f"image: {definitions.tag(image.name)} is {entry.reference}; commit {arguments.lock.name}")
+        say(f"image: {tag} is {entry.reference}; commit {arguments.lock.name}")
 
 
 def read_document(path: Path) -> bytes:
@@ -110,12 +110,11 @@ def pull(arguments: argparse.Namespace) -> None:
     """Pulls images by the digests of images.lock, and refuses what differs from it."""
     client = containers.connect().client
     for image in arguments.images:
-        documents = registry.pull(
-            client, image.name, definitions.tag(image.name), say, arguments.verify_key, arguments.lock
-        )
+        tag = tag_of(arguments, image)
+        documents = registry.pull(client, image.name, tag, say, arguments.verify_key, arguments.lock)
         for name, content in documents.items():
             write_text(arguments.documents / image.name / DOCUMENTS[name], content.decode())
-        say(f"image: {definitions.tag(image.name)} is what {arguments.lock.name} says")
+        say(f"image: {tag} is what {arguments.lock.name} says")
 
 
 def shell(arguments: argparse.Namespace) -> None:
@@ -126,6 +125,10 @@ def shell(arguments: argparse.Namespace) -> None:
     gpus = 0 if found.lane == "cpu" else arguments.gpus
     make_folder(arguments.scratch)
     containers.shell(engine, Job(image=found.id, command=["bash"], work=arguments.scratch, gpus=gpus, online=True))
+
+
+def tag_of(arguments: argparse.Namespace, image: definitions.Image) -> str:
+    return arguments.tag or definitions.tag(image.name)
 
 
 def option(*names: str, **settings: object) -> argparse.ArgumentParser:
@@ -147,7 +150,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="build|push|pull|shell")
     folder = option("--documents", type=Path, default=ROOT / "scratch/images", help="default: scratch/images")
     lock = option("--lock", type=Path, default=definitions.LOCK, metavar="FILE", help="default: images.lock")
-    for run, parents in ((build, [folder]), (push, [folder, lock]), (pull, [folder, lock]), (shell, [])):
+    tag = option("--tag", default="", help="default: v4forge-<image>:local")
+    for run, parents in ((build, [folder, tag]), (push, [folder, lock, tag]), (pull, [folder, lock, tag]), (shell, [])):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, parents=parents)
         command.add_argument("images", nargs="+", type=image_argument, metavar="calib|serve")
         command.set_defaults(run=run)
@@ -165,7 +169,6 @@ def main() -> None:
         help="other values for ARGs of the Dockerfile",
     )
     add("--no-cache", action="store_true", help="run every step anew")
-    add("--tag", default="", help="default: v4forge-<image>:local")
 
     add = commands.choices["push"].add_argument
     add("--to", required=True, metavar="REGISTRY", help="such as registry.example.org/v4forge")

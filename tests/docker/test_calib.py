@@ -1,5 +1,5 @@
-"""The calibration image for real: built here and from another checkout, pushed, wiped, pulled by digest, and the whole
-pipeline run in it. Built twice without cache by night (soak)."""
+"""The calibration image for real: built here and from another checkout, and the whole pipeline run in it. By night
+(soak) built twice without cache, and pushed, wiped and pulled by digest."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def test_the_documents_describe_it(documents: Path) -> None:
     assert re.search(r"together, \d+% of 2\.5 GiB", (documents / "sizes.txt").read_text())
 
 
-def test_pushed_wiped_pulled_by_digest_and_the_demo_run_in_it(documents: Path, tmp_path: Path) -> None:
+@pytest.mark.soak  # of an image of small layers, tests/docker/test_registry.py
+def test_pushed_wiped_and_pulled_by_digest_it_is_that_image(documents: Path, tmp_path: Path) -> None:
     client = docker.from_env()
     built = client.images.get(TAG).id
     lock = tmp_path / "images.lock"
@@ -150,6 +151,8 @@ def test_pushed_wiped_pulled_by_digest_and_the_demo_run_in_it(documents: Path, t
     client.images.remove(pins.parse(lock.read_text(), lock.name)["CALIB_IMAGE"])
     assert client.images.get(TAG).id == built
 
+
+def test_the_demo_runs_in_it(documents: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # pytest's own folder lets nobody else in
         log = demo_as_somebody(Path(scratch))
         assert "certificate: ok" in log

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -22,7 +23,9 @@ from docker import DockerClient
 from docker.errors import ImageNotFound
 from registries import BASIC, PASSWORD, Plain, Server, guarded_by_password, guarded_by_token
 
+from scripts.image import DOCUMENTS
 from v4forge.errors import UserError
+from v4forge.files import write_text
 from v4forge.images import archive, attestation, definitions, registry
 from v4forge.images.containers import Engine
 from v4forge.images.oci import Repository, digest_of
@@ -151,6 +154,32 @@ def test_what_was_pushed_and_wiped_comes_back_by_digest(shop: Shop, make_image: 
     assert attestation.subjects(back["provenance"]) == {image, entry.reference.split("@")[1]}
     (layer,) = archive.of_daemon(shop.client, TAG).layers
     assert layer.files["/hello.txt"].content == hashlib.sha256(b"pushed and pulled").hexdigest()
+
+
+def test_the_programs_push_and_pull_an_image_of_many_layers(
+    shop: Shop, make_image: Callable[..., str], tmp_path: Path
+) -> None:
+    names = [f"layer-{number}" for number in range(5)]
+    for name in names:
+        (tmp_path / name).write_text(name * 100_000)
+    steps = [f"FROM {make_image('the first layer')}", *(f"COPY {name} /{name}" for name in names)]
+    (tmp_path / "Dockerfile").write_text("\n".join(steps))
+    built, _ = shop.client.images.build(path=str(tmp_path), tag="v4forge-registry-test:built")
+    for name, content in documents(built.id).items():
+        write_text(tmp_path / "calib" / DOCUMENTS[name], content.decode())
+    shared = ("--documents", str(tmp_path), "--lock", str(shop.lock), "--tag")
+    program("push", "calib", "--to", f"{shop.server.host}/v4forge", *shared, "v4forge-registry-test:built")
+    remove(shop.client, "v4forge-registry-test:built", built.id)
+    assert not shop.here(built.id)
+    program("pull", "calib", *shared, TAG)
+    assert shop.client.images.get(TAG).id == built.id
+    layers = archive.of_daemon(shop.client, TAG).layers
+    assert [list(layer.files) for layer in layers[1:]] == [[f"/{name}"] for name in names]
+
+
+def program(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "scripts.image", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_push_leaves_no_tag_behind_and_says_what_it_does(shop: Shop, make_image: Callable[..., str]) -> None:
