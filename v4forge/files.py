@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +22,48 @@ LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.05
 
 T = TypeVar("T")
 
+ROOM = "free disk space or choose another folder"
+LOCAL_DISK = "choose a SCRATCH on a local disk"
+OTHER_FOLDER = "choose another folder, or move what is in its place"
+BROKEN = "sudo dmesg | tail says what is wrong with the disk, or with the network to it"
+# What helps against a refusal to write, by its errno.
+HELP = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ls -ld {folder} says whose it is; choose a folder of yours"),
+    **dict.fromkeys(
+        (errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN), BROKEN
+    ),
+    **dict.fromkeys((errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK), LOCAL_DISK),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "ulimit -n 65536, then the same command again"),
+    errno.EROFS: "choose a folder on a file system that can be written: make … SCRATCH=<folder>",
+    errno.ENAMETOOLONG: "choose a folder with a shorter path",
+}
+# How a file system says that it cannot make an fsync of what is asked for.
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes the system's refusal to write `path` an error that a user can act on."""
+    """Makes the system's refusal to write `path` an error that a user can act on, with the system's own reason."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}", "free disk space or choose another folder"
-        ) from None
+        raise refused(path, error) from None
+
+
+def refused(path: Path, error: OSError) -> UserError:
+    """The error for what could not be written; it names the other file where it is that one's fault."""
+    why = error.strerror or str(error)
+    if isinstance(error.filename, str) and not _of(path, error.filename):
+        why = f"{error.filename}: {why}"
+    hint = HELP.get(error.errno or 0, OTHER_FOLDER)
+    return UserError(f"cannot write {path}: {why}", hint.format(folder=shlex.quote(str(path.parent))))
+
+
+def _of(path: Path, name: str) -> bool:
+    """Whether `name` is `path`, a temporary file of it, or a folder of its path."""
+    found = Path(name)
+    return found == path or found in path.parents or (found.parent == path.parent and path.name in found.name)
 
 
 @contextmanager
@@ -42,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
             os.replace(temporary, path)
     finally:
         with suppress(OSError):
@@ -51,16 +84,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy on another file system; whole or not at all."""
+    """Makes `target` the same file as `source`, or a copy where the system makes no link; whole or not at all.
+
+    Not across file systems, nor a container's mounts of one; not on many that are of a network or in user space; not of
+    another user's file.
+    """
     if target.exists() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
         try:
             os.link(source, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK):
-                raise
+        except OSError:  # should it be the source's fault, the copy says so
             shutil.copyfile(source, temporary)
+
+
+def can_link(source: Path, folder: Path) -> bool:
+    """Whether `source` can be linked into `folder`, which is made."""
+    probe = folder / f".{os.getpid()}.link.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(source, probe)
+    except OSError:
+        return False
+    probe.unlink()
+    return True
 
 
 @contextmanager
@@ -94,8 +141,12 @@ def _lock(descriptor: int, path: Path) -> bool:
         except BlockingIOError:
             continue
         except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror}", "choose a SCRATCH on a local disk") from None
+            raise _unlockable(path, error) from None
     return False
+
+
+def _unlockable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot lock {path}: {error.strerror}: its file system has no locks", LOCAL_DISK)
 
 
 def is_locked(path: Path) -> bool:
@@ -117,11 +168,21 @@ def is_locked(path: Path) -> bool:
 
 def sync_folder(directory: Path) -> None:
     """Makes the names in `directory` durable."""
-    folder = os.open(directory, os.O_RDONLY)
+    with writing(directory):
+        folder = os.open(directory, os.O_RDONLY)
+        try:
+            sync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Makes what was written durable, where the file system can: some of networks and in user space cannot."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def make_folder(directory: Path) -> None:
@@ -131,7 +192,7 @@ def make_folder(directory: Path) -> None:
     except OSError as error:
         raise UserError(
             f"cannot make the folder {directory}: {error.strerror}",
-            "choose another folder, or move what is in its place",
+            HELP.get(error.errno or 0, OTHER_FOLDER).format(folder=shlex.quote(str(directory.parent))),
         ) from None
 
 
@@ -205,7 +266,10 @@ def changed_json(path: Path) -> Iterator[dict[str, Any]]:
     at the same time, each waits for the one before."""
     make_folder(path.parent)
     with writing(path), open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _unlockable(path, error) from None
         content = read_json(path)
         yield content
         write_json(path, content)

@@ -16,7 +16,7 @@ from torch import Tensor
 from v4forge.checkpoint.codec import spec_of
 from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.incoming import INDEX
-from v4forge.files import atomic_path, sync_folder, write_json, writing
+from v4forge.files import atomic_path, sync, sync_folder, write_json, writing
 
 
 def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int], int]:
@@ -89,7 +89,7 @@ class SharedShard:
                 while len(data):
                     count = os.pwrite(self._file, data, offset)
                     data, offset = data[count:], offset + count
-            os.fdatasync(self._file)
+            sync(self._file)
 
     def close(self) -> None:
         if self._file >= 0:
@@ -99,7 +99,7 @@ class SharedShard:
     def publish(self) -> None:
         """Gives the file its name, once everybody has written."""
         with writing(self.path):
-            os.fsync(self._file)
+            sync(self._file)
             os.replace(self._temporary, self.path)
             sync_folder(self.path.parent)
 

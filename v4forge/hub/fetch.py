@@ -20,7 +20,7 @@ from v4forge.checkpoint import incoming, safetensors_header
 from v4forge.checkpoint.incoming import INDEX, Expected
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, link_or_copy, sync_folder, writing
+from v4forge.files import atomic_path, can_link, link_or_copy, sync_folder, writing
 from v4forge.hub import partial_file
 from v4forge.hub.folder_source import FolderSource
 from v4forge.hub.hub_source import Hub
@@ -160,14 +160,7 @@ class Fetch:
     def _links(self, source: FolderSource) -> bool:
         """Whether files of the source's folder can be linked here: not across file systems, nor across a container's
         mounts of one, nor always those of another user."""
-        probe = incoming.incoming(self.out) / "probe"
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source.paths[INDEX], probe)
-        except OSError:
-            return False
-        probe.unlink()
-        return True
+        return can_link(source.paths[INDEX], incoming.incoming(self.out))
 
     def _origin(self) -> str:
         return f"{self.source.folder}" if isinstance(self.source, FolderSource) else "the hub"

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from v4forge.checkpoint import incoming
 from v4forge.checkpoint.incoming import Expected
 from v4forge.digests import CHUNK_BYTES
-from v4forge.files import make_folder, sync_folder, writing
+from v4forge.files import make_folder, sync, sync_folder, writing
 
 
 def git_blob(size: int) -> hashlib._Hash:
@@ -91,6 +91,6 @@ class Partial:
         """Gives the file its name, on the disk before that."""
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.fsync(self._descriptor)
+            sync(self._descriptor)
             os.replace(self.path, target)
             sync_folder(target.parent)

@@ -18,8 +18,9 @@ from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, link_or_copy, make_folder, read_json, remove_leftovers, write_json
+from v4forge.files import atomic_path, can_link, link_or_copy, make_folder, read_json, remove_leftovers, write_json
 from v4forge.quantization import layer_files, manifest
+from v4forge.units import GB
 
 REQUIRED_FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = (
@@ -84,6 +85,23 @@ def claim_output(out: Path, inputs: Sequence[Path], own: Set[str]) -> None:
         path.unlink()
 
 
+def check_room_for_layers(finished: Sequence[Path], out: Path) -> None:
+    """Raises UserError where layer files cannot be linked into `out` and their copies do not fit there."""
+    if can_link(finished[0], out):
+        return
+    here = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    needed = sum(path.stat().st_size for path in finished) - here
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        fact = (
+            f"{out} takes no links to files of {finished[0].parent}, and copies take {needed / GB:,.1f} GB:"
+            f" {(needed - free) / GB:,.1f} GB are missing"
+        )
+        raise UserError(
+            fact, "free that much there, or choose a local disk, which makes links: make … SCRATCH=<folder>"
+        )
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where an artifact's decoder layers come from."""
@@ -110,6 +128,8 @@ def assemble(
             f"{source.directory} is not the source that {work} was calibrated on",
             "pass that --source, or calibrate again",
         )
+
+    check_room_for_layers(finished, out)
 
     def place(layer: int, path: Path) -> Mapping[str, Any]:
         link_or_copy(finished[layer], path)
