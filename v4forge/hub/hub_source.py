@@ -6,7 +6,7 @@ here every byte that came stays. The token goes to the hub alone: a redirect to 
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,9 +24,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+from v4forge import http_clients, network
 from v4forge.checkpoint.incoming import Expected
 from v4forge.errors import UserError
 from v4forge.hub.partial_file import Partial
+from v4forge.network import Network
 
 RETRIES = 5  # one after the other, none of which brought anything
 BACKOFF_S = 1.0  # before the first, doubled for each further one
@@ -36,7 +38,10 @@ LISTING_TIMEOUT_S = 30.0
 AGAIN = "check the network, then run it again, it goes on where it stopped: make fetch PROFILE=flash"
 LOGIN = ".venv/bin/hf auth login"
 
+TOLD_S = 3.0  # a wait from here on is told
+
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -49,10 +54,13 @@ class Hub:
 
     repo: str
     revision: str
-    endpoint: str = field(default_factory=lambda: (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"))
+    endpoint: str = field(default_factory=lambda: Network().hub())
     stop: threading.Event = field(default_factory=threading.Event)
 
     attempts = 2  # of a file that comes damaged
+
+    def __post_init__(self) -> None:
+        http_clients.serve_hub()
 
     def listing(self) -> list[Expected]:
         """All files, with the hub's hashes. Raises UserError for a repository that the caller cannot see."""
@@ -119,7 +127,10 @@ class Hub:
                 failures, before = (0, size()) if size() > before else (failures + 1, before)
                 if failures > RETRIES:
                     raise UserError(f"{what} could not be downloaded: {_said(error)}", AGAIN) from None
-                if self.stop.wait(min(_patience(error, failures), LONGEST_BACKOFF_S)):
+                pause_s = _patience(error, failures)
+                if pause_s >= TOLD_S:
+                    log.warning("%s: %s; once more in %.0f s", what, _said(error), pause_s)
+                if self.stop.wait(pause_s):
                     raise Stopped from None
 
     def _refusal(self, error: Exception, what: str) -> UserError:
@@ -136,6 +147,8 @@ class Hub:
             return UserError(
                 "HF_HUB_OFFLINE is set, and fetch downloads", "unset it, or: make fetch PROFILE=flash FROM=<folder>"
             )
+        if network.is_distrust(error):
+            return network.distrusted(self.endpoint, error)
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403) and get_token():
             return UserError(f"the hub refuses the token: {_said(error)} for {what}", LOGIN)
         return UserError(f"{what} could not be downloaded: {_said(error)}", AGAIN)
@@ -151,7 +164,8 @@ def _expected(sibling: RepoSibling) -> Expected:
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT
-    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+    is_final = isinstance(error, httpx.UnsupportedProtocol) or network.is_distrust(error)
+    return isinstance(error, httpx.TransportError) and not is_final
 
 
 def _said(error: Exception) -> str:
@@ -162,6 +176,8 @@ def _said(error: Exception) -> str:
 
 
 def _patience(error: Exception, failures: int) -> float:
-    """Seconds until the next attempt: what the answer asks for, else doubled each time."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return float(asked) if asked.isdigit() else BACKOFF_S * 2 ** max(failures - 1, 0)
+    """Seconds until the next attempt: what the answer asks for, else doubled each time up to LONGEST_BACKOFF_S."""
+    asked = (
+        network.retry_after(error.response.headers.get("Retry-After")) if isinstance(error, HfHubHTTPError) else None
+    )
+    return min(BACKOFF_S * 2 ** max(failures - 1, 0), LONGEST_BACKOFF_S) if asked is None else asked

@@ -6,7 +6,6 @@ was sent before a break is not sent again: the hub knows it by its hash. Nothing
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,10 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 from huggingface_hub.utils import validate_repo_id as validate
 
+from v4forge import http_clients, network
 from v4forge.errors import UserError
 from v4forge.hub.publication import Member, Progress, Remote
+from v4forge.network import Network
 
 AT_A_TIME = 4  # large files that are sent beside one another
 LOGIN = "hf auth login, or HF_TOKEN=<a token that may write>"
@@ -70,8 +71,8 @@ class Repository:
 
     @cached_property
     def _api(self) -> HfApi:
-        endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        return HfApi(endpoint, token=self._token or False)
+        http_clients.serve_hub()
+        return HfApi(Network().hub(), token=self._token or False)
 
     @property
     def address(self) -> str:
@@ -158,6 +159,8 @@ class Repository:
             return UserError(f"{endpoint} does not know the token", LOGIN)
         if status == 403:
             return UserError(f"{endpoint} {what}: the token may not write there", LOGIN)
+        if network.is_distrust(error):
+            return network.distrusted(endpoint, error)
         if status is None and isinstance(error, httpx.HTTPError | OSError):
             return UserError(f"{endpoint} {what}: {self._said(error)}", f"check the network, then go on: {self.again}")
         return UserError(f"{endpoint} {what}: {self._said(error)}", f"it goes on where it stopped: {self.again}")

@@ -18,6 +18,7 @@ from typing import Any
 from docker.types import DeviceRequest, Mount, Ulimit
 
 from v4forge.errors import UserError
+from v4forge.network import Network
 
 RUN_LABEL = "io.v4forge.run"  # the folder that a run's container writes to
 
@@ -36,7 +37,7 @@ ONLINE = (
     "ALL_PROXY",
     "NO_PROXY",
 )
-CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 CA_FILE = "/run/v4forge/ca.pem"
 
 # NCCL registers memory with network cards, which memlock limits.
@@ -98,8 +99,7 @@ def _check_hides_nothing(target: Path) -> None:
 
 
 def _ca_file() -> Path | None:
-    named = next((os.environ[name] for name in CA_VARIABLES if os.environ.get(name)), "")
-    return Path(named) if named else None
+    return Network().authority_file()
 
 
 def environment(job: Job) -> dict[str, str]:

@@ -24,6 +24,7 @@ import oras.container
 import oras.provider
 import requests
 
+from v4forge import http_clients, network
 from v4forge.errors import UserError
 
 MANIFESTS = (
@@ -183,9 +184,10 @@ class Repository:
     def _client(self) -> Client:
         scheme = "http" if is_loopback(self.host) else "https"
         with self._reaching():
-            challenge = requests.get(f"{scheme}://{self._address()}/v2/", timeout=TIMEOUT_S)
+            challenge = http_clients.session().get(f"{scheme}://{self._address()}/v2/", timeout=TIMEOUT_S)
         basic = challenge.headers.get("WWW-Authenticate", "").lower().startswith("basic")
         client = Client(insecure=scheme == "http", auth_backend="basic" if basic else "token")
+        http_clients.equip(client.session)
         client.session.request = functools.partial(client.session.request, timeout=TIMEOUT_S)
         self.container.registry = self._address()
         known = None
@@ -220,6 +222,8 @@ class Repository:
         try:
             yield
         except requests.RequestException as error:
+            if network.is_distrust(error):
+                raise network.distrusted(self.host, error) from None
             raise unreachable(self.host, type(error).__name__) from None
         except ValueError:  # what oras raises when it cannot answer a challenge
             raise self._unauthorized() from None

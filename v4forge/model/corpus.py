@@ -209,7 +209,12 @@ def _pinned() -> _Source:
     try:
         import datasets
 
+        from v4forge import http_clients
+
+        http_clients.serve_hub()
         rows = datasets.load_dataset(repo, revision=revision, split=split)
+    except UserError:
+        raise
     except Exception as error:  # no package, no network, no such revision: many libraries' errors, one remedy
         reason = str(error).strip().split("\n")[0]
         raise UserError(

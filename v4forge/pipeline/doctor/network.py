@@ -14,13 +14,14 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from v4forge import pins
+from v4forge import http_clients, pins
+from v4forge import network as of_network
 from v4forge.errors import UserError
+from v4forge.network import Network
 from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
 from v4forge.pipeline.doctor.host import Host
 
-HUB = "https://huggingface.co"
 LIMIT_S = 5.0
 # A certificate's times are exact to the second, those of signed requests to some minutes.
 SKEW_WARNING_S, SKEW_FAILED_S = 30.0, 300.0
@@ -44,7 +45,7 @@ class Answer:
 
 
 def endpoint(host: Host) -> str:
-    return (host.environment.get("HF_ENDPOINT") or HUB).rstrip("/")
+    return Network(host.environment).hub()
 
 
 def shown(host: Host) -> str:
@@ -69,10 +70,13 @@ def ask(host: Host, repository: str, token: str = "") -> Answer:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         before, started = host.clock(), time.monotonic()
         try:
-            found = httpx.get(f"{endpoint(host)}/api/{repository}", headers=headers, timeout=LIMIT_S)
+            with http_clients.client(Network(host.environment), timeout=LIMIT_S) as client:
+                found = client.get(f"{endpoint(host)}/api/{repository}", headers=headers)
         except httpx.TimeoutException:
             raise UserError(f"{shown(host)} did not answer within {LIMIT_S:.0f} s", _try(host)) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            if of_network.is_distrust(error):
+                raise of_network.distrusted(shown(host), error) from None
             why = str(error) or type(error).__name__
             raise UserError(f"{shown(host)} cannot be reached: {why}", _try(host)) from None
         taken_s = time.monotonic() - started
