@@ -56,9 +56,10 @@ ALLOW :=
 KEEP :=
 TIMEOUT :=
 NAMES :=
-# Benchmarks. URL: measure what is served there; LIMIT: a trial of so many; FRESH: start anew; DATASETS: a folder of local
+# Benchmarks. URL: measure what is served there, MODEL of several models; LIMIT: a trial of so many; FRESH: start anew; DATASETS: a folder of local
 # copies; WITH: further options of the bench. A and B: two runs to compare, folders of reports or result files.
 URL :=
+MODEL :=
 LIMIT :=
 FRESH :=
 DATASETS :=
@@ -104,7 +105,7 @@ bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
 longest = max-model-len=40960
 bench_options = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_options) $(serve_start) --seed '$(SEED)' \
-	$(if $(URL),--url '$(URL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
+	$(if $(URL),--url '$(URL)') $(if $(MODEL),--model '$(MODEL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \

@@ -27,6 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--request-timeout", type=float, default=REQUEST_LIMIT_S, metavar="S",
         help="for one answer; default: %(default)s")  # fmt: skip
     add("--url", default="", metavar="URL", help="measure what is served there, http://127.0.0.1:8000 say")
+    add("--model", default="", metavar="NAME", help="which is measured, where several are served")
     add("--folder", type=Path, default=serve_options.FOLDER, metavar="DIR",
         help="of a deployment of make serve, which is measured if it runs; default: %(default)s")  # fmt: skip
     serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
@@ -52,6 +53,7 @@ def session_of(arguments: argparse.Namespace) -> Session:
         start=serve_options.start(arguments),
         steps=steps,
         key=launch.read_key(arguments.api_key_file),
+        model=arguments.model,
         artifact=Path(arguments.artifact) if arguments.artifact != serve_options.ARTIFACT else None,
         limit=arguments.limit,
         fresh=arguments.fresh,

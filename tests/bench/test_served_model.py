@@ -141,3 +141,39 @@ def test_files_and_values_have_digests(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert served_model.sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
     assert served_model.sha256_of({"b": 1, "a": 2}) == served_model.sha256_of({"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{url}",
+        "{host}",
+        " {host}/v1 ",
+        "{url}/v1/chat/completions",
+        "{host}/v1/completions/",
+        "{url}//",
+        "{url}/v1/models",
+    ],
+)
+def test_an_address_is_taken_however_people_write_it(url: str, form: str) -> None:
+    assert served_model.look(form.format(url=url, host=url.partition("://")[2])).url == url
+
+
+@pytest.mark.parametrize("given", ["", "http://", "ftp://a:1", "http://a:b", "a b", "http://[::1", "me:pw@host:1"])
+def test_an_address_that_is_none_is_named(given: str) -> None:
+    with pytest.raises(UserError) as found:
+        served_model.look(given)
+    assert "make bench" in found.value.hint and "pw" not in found.value.fact
+
+
+def test_of_several_models_the_user_chooses(url: str, pages: dict[str, Any]) -> None:
+    two = [{"id": "a", "max_model_len": 1}, {"id": "b", "max_model_len": 2}]
+    pages["/v1/models"] = {"data": two}
+    with pytest.raises(UserError, match="serves several models: a, b") as found:
+        served_model.look(url)
+    assert found.value.hint.endswith("MODEL=a")
+    assert served_model.look(url, model="b").facts["max_model_len"] == 2
+    with pytest.raises(UserError, match="serves no c, but a, b"):
+        served_model.look(url, model="c")
+    pages["/v1/models"] = {"data": [each | {"root": "/same"} for each in two]}  # two names of one
+    assert served_model.look(url).model == "a"

@@ -28,6 +28,7 @@ from v4forge.errors import UserError
 from v4forge.images import jobs, refusals
 from v4forge.images.containers import Engine
 from v4forge.images.jobs import RUN_LABEL, Job
+from v4forge.network import Network
 from v4forge.serving.client import LOGS, short
 
 POLL_S = 0.2
@@ -109,7 +110,7 @@ class Environment:
     def start(self, words: Sequence[str], variables: Mapping[str, str], log: Path) -> Process:
         """Starts a program whose output goes to `log`. Raises UserError where it cannot."""
         if self.program:
-            return HostProcess(words, variables, log)
+            return HostProcess(words, Network().for_programs(self.work) | dict(variables), log)
         assert self.engine
         job = Job(self.image, list(words), self.work, self.reads, online=True, name="", environment=variables)
         return ContainerProcess(self.engine, job, log)

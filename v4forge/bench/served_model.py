@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ from v4forge.units import GIB
 PACKAGES = ("torch", "transformers")
 SETTLE_S = 5.0  # in which requests leave the queue whose client has left
 BETWEEN_S = 0.05
+MODELS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,16 @@ class Target:
             time.sleep(BETWEEN_S)
 
 
-def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | None = None) -> Target:
-    """The model served at `url`, http://host:port.
+def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | None = None, model: str = "") -> Target:
+    """The model served at `url`, http://host:port; `model` says which, where there are several.
 
     folder: where its deployment is kept, if it is one of `make serve` on this machine; artifact: what it serves, where
     the server does not tell or this machine has it elsewhere. Raises UserError when nothing OpenAI-like answers.
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    url = client.address(url)
     at = Endpoint(0, url, key, pinned=False)
     with client.form_of(f"{url}/v1/models"):
-        served = ask(at, "/v1/models")["data"][0]
+        served = _chosen(url, ask(at, "/v1/models")["data"], model)
         model, root, length = str(served["id"]), str(served.get("root") or ""), served.get("max_model_len")
     deployment = Deployment.load(folder) if folder else None
     if deployment and deployment.url != url:
@@ -87,6 +89,21 @@ def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | N
         **_facts(deployment),
     }
     return Target(url, model, deployment.endpoints if deployment else [at], facts, key)
+
+
+def _chosen(url: str, served: Sequence[Mapping[str, Any]], model: str) -> Mapping[str, Any]:
+    """The entry of a model among those that a server lists; of one that has several names, the first. Raises UserError
+    where there are several, and where the one that is asked for is not among them."""
+    names = [str(each["id"]) for each in served]
+    listed = ", ".join(names[:MODELS_SHOWN]) + (" and more" if len(names) > MODELS_SHOWN else "")
+    again = f"make bench URL={url} MODEL={shlex.quote(names[0])}" if names else client.LOGS
+    if model:
+        if model not in names:
+            raise UserError(f"{url} serves no {model}, but {listed}", again)
+        return served[names.index(model)]
+    if len({str(each.get("root") or each["id"]) for each in served}) > 1:
+        raise UserError(f"{url} serves several models: {listed}", again)
+    return served[0]
 
 
 def planned(deployment: Deployment, vllm: str, options: Mapping[str, str]) -> dict[str, Any]:

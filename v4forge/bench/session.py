@@ -23,7 +23,7 @@ class Session:
 
     `url` is measured if there is one, or else the deployment that runs in `folder`, or else `wanted`, which is started
     as `start` says. `key` is what clients send, "" for none or for the running deployment's own; `artifact` is what the
-    user says that is served. `command` is for people to repeat.
+    user says that is served, `model` which of several models. `command` is for people to repeat.
     """
 
     bench: str
@@ -34,6 +34,7 @@ class Session:
     steps: Steps
     key: str = field(default="", repr=False)
     artifact: Path | None = None
+    model: str = ""
     limit: int | None = None
     fresh: bool = False
     seed: int = 42
@@ -68,10 +69,10 @@ class Session:
         if own:
             self.check_stopped()
         if self.url:
-            yield served_model.look(self.url, self.key, self.folder, self._given_artifact())
+            yield served_model.look(self.url, self.key, self.folder, self._given_artifact(), self.model)
             return
         if running := Deployment.load(self.folder):
-            yield served_model.look(running.url, self.key or running.key, self.folder)
+            yield served_model.look(running.url, self.key or running.key, self.folder, model=self.model)
             return
         folder = self.folder.with_name(f"{self.folder.name}-bench")
         if Deployment.load(folder):  # of a bench that was killed

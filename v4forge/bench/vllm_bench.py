@@ -18,6 +18,7 @@ from v4forge.errors import UserError
 from v4forge.files import read_json, write_text
 from v4forge.images import containers, jobs
 from v4forge.images.jobs import Job
+from v4forge.network import Network
 from v4forge.serving import client
 from v4forge.serving.client import LOGS, Endpoint
 
@@ -48,6 +49,7 @@ class Client:
         variables = ENVIRONMENT | ({"OPENAI_API_KEY": key} if key else {})
         if not self.image:
             kept = {name: value for name, value in os.environ.items() if name not in ("OPENAI_API_KEY", "API_KEY")}
+            kept |= Network().for_programs(folder)
             return Words([f"{self.program}/{command[0]}", *command[1:]], kept | variables)
         home = {"HOME": "/tmp", "HF_TOKEN": ""}
         job = Job(self.image, list(command), folder, reads, online=True, environment=variables | home)

@@ -6,15 +6,19 @@ Whatever it may answer instead is a UserError, and so is the answer of another r
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
+from v4forge import http_clients, network
 from v4forge.errors import UserError
 from v4forge.serving import metrics as vllm_metrics
 from v4forge.serving.metrics import Reading
@@ -23,9 +27,12 @@ PIN = "X-V4Forge-Replica"
 GET_LIMIT_S = 15.0
 # The first requests of a shape may compile kernels.
 ANSWER_LIMIT_S = 180.0
+# Between requests that were refused for now, where the answer does not say; doubled each time.
+BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
 # Of an answer: more than any model writes, and no more than a program can hold.
 MOST_BYTES = 64 << 20
 LOGS = "make serve-logs"
+API = re.compile(r"/*(/v1(/(chat/)?completions|/models|/responses)?)?/*$")
 
 STATUS_HINTS = {
     401: "ask with the API key that the replicas were started with",
@@ -79,31 +86,17 @@ def fetch(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_
     method = "GET" if body is None else "POST"
     where = f"{method} {at.url}{path}"
     ends_s = time.monotonic() + limit_s
-    try:
-        with requests.Session() as session:
-            session.trust_env = False  # neither a proxy nor .netrc is for a replica on this machine
-            with session.request(
-                method, at.url + path, json=body, headers=headers, timeout=limit_s, allow_redirects=False, stream=True
-            ) as answer:
-                parts, size = [], 0
-                # What has come; iter_content would wait for a whole piece, however slowly it comes.
-                while part := answer.raw.read1(1 << 16):
-                    parts.append(part)
-                    size += len(part)
-                    if size > MOST_BYTES:
-                        raise UserError(f"{where} answered more than {MOST_BYTES >> 20} MiB", LOGS)
-                    if time.monotonic() > ends_s:
-                        raise requests.ReadTimeout
-    except (requests.Timeout, ReadTimeoutError):
-        raise UserError(f"{where} was not answered within {limit_s:.0f} s", LOGS) from None
-    except (requests.ConnectionError, HTTPError):
-        raise UserError(f"{where}: the connection was refused or broke off", "make serve-status") from None
-    except (requests.RequestException, ValueError) as error:
-        # Their text may hold the headers, and so the key.
-        raise UserError(
-            f"{where} cannot be asked: {type(error).__name__}", "is the address right, the key printable?"
-        ) from None
-    text = b"".join(parts).decode(errors="replace")
+    for attempt in count():
+        answer, text = _asked(where, method, at.url + path, body, headers, limit_s, ends_s)
+        pause_s = _come_back(answer, attempt)
+        if pause_s is None:
+            break
+        if time.monotonic() + pause_s >= ends_s:
+            fact = (
+                f"{where}: HTTP {answer.status_code}, come back in {pause_s:.0f} s, where an answer has {limit_s:.0f} s"
+            )
+            raise UserError(fact, "wait that long, or ask for less at a time, then the same command again")
+        time.sleep(pause_s)
     if at.pinned and (served := answer.headers.get(PIN)) != str(at.replica):
         who = f"replica {served}" if served else "no replica of the router's"
         raise UserError(f"{where}: {who} answered (HTTP {answer.status_code}); {at} is down?", "make serve-status")
@@ -111,6 +104,75 @@ def fetch(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_
         hint = STATUS_HINTS.get(answer.status_code, LOGS)
         raise UserError(f"{where}: HTTP {answer.status_code}, {short(text)}", hint)
     return text
+
+
+def _asked(
+    where: str,
+    method: str,
+    url: str,
+    body: Mapping[str, Any] | None,
+    headers: Mapping[str, str],
+    limit_s: float,
+    ends_s: float,
+) -> tuple[requests.Response, str]:
+    """An answer, of whatever status, and its text. Raises UserError where none comes, or too much of it."""
+    try:
+        # Neither a proxy nor .netrc is for what is measured.
+        with (
+            http_clients.session(proxied=False) as session,
+            session.request(
+                method, url, json=body, headers=headers, timeout=limit_s, allow_redirects=False, stream=True
+            ) as answer,
+        ):
+            parts, size = [], 0
+            # What has come; iter_content would wait for a whole piece, however slowly it comes.
+            while part := answer.raw.read1(1 << 16):
+                parts.append(part)
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise UserError(f"{where} answered more than {MOST_BYTES >> 20} MiB", LOGS)
+                if time.monotonic() > ends_s:
+                    raise requests.ReadTimeout
+    except (requests.Timeout, ReadTimeoutError):
+        raise UserError(f"{where} was not answered within {limit_s:.0f} s", LOGS) from None
+    except requests.exceptions.SSLError as error:
+        if network.is_distrust(error):
+            raise network.distrusted(where, error) from None
+        raise UserError(f"{where}: it does not speak TLS as we do", "is it http:// and not https://?") from None
+    except (requests.ConnectionError, HTTPError):
+        raise UserError(f"{where}: the connection was refused or broke off", "make serve-status") from None
+    except (requests.RequestException, ValueError) as error:
+        # Their text may hold the headers, and so the key.
+        raise UserError(
+            f"{where} cannot be asked: {type(error).__name__}", "is the address right, the key printable?"
+        ) from None
+    return answer, b"".join(parts).decode(errors="replace")
+
+
+def _come_back(answer: requests.Response, attempt: int) -> float | None:
+    """Seconds until a request may be made again that was refused for now; None where it was not."""
+    asked_s = network.retry_after(answer.headers.get("Retry-After"))
+    if answer.status_code == 429:
+        return asked_s if asked_s is not None else min(BACKOFF_S * 2**attempt, LONGEST_BACKOFF_S)
+    return asked_s if answer.status_code == 503 else None
+
+
+def address(given: str) -> str:
+    """What an address that a user gives stands for, http://host:port or https://…, without what OpenAI's API has below.
+
+    Raises UserError for one that is none.
+    """
+    url = given.strip()
+    url = url if "://" in url else f"http://{url}"
+    hint = "make bench URL=http://<host>:<port>"
+    if fault := network.fault_of(url, ("http", "https")):
+        raise UserError(f"{network.shown(given)} {fault}", hint)
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        raise UserError(
+            f"{network.shown(url)} has a name or a password in it", "give the key: make bench API_KEY_FILE=<file>"
+        )
+    return f"{parts.scheme}://{parts.netloc}{API.sub('', parts.path)}"
 
 
 @contextmanager
