@@ -1,6 +1,7 @@
-"""Two or more processes add their numbers, and compare the sum with what it has to be: can these GPUs talk?
+r"""Two or more processes add their numbers, and compare the sum with what it has to be: can these GPUs talk?
 
-    NCCL_NVLS_ENABLE=0 python -m torch.distributed.run --standalone --nproc-per-node 2 -m scripts.all_reduce
+    NCCL_NVLS_ENABLE=0 python -m torch.distributed.run --standalone --local-addr 127.0.0.1 \
+        --nproc-per-node 2 -m scripts.all_reduce
 
 --backend gloo is for processes without GPUs; it says nothing about NCCL.
 """

@@ -20,6 +20,7 @@ import torch
 from programs import (
     ROOT,
     ForkServer,
+    Place,
     calibrate_arguments,
     contents,
     free_port,
@@ -30,7 +31,8 @@ from programs import (
 from synthetic import TINY, Tensors, edit
 from torch import Tensor
 
-from v4forge.model import distributed
+from v4forge.errors import UserError
+from v4forge.model import distributed, rendezvous
 from v4forge.model.distributed import Ranks
 from v4forge.model.expert_dispatch import Dispatch
 
@@ -415,3 +417,63 @@ CHECKS = [check_gather, check_told_after, check_barrier, check_exchange, check_o
 def test_three_processes_agree_with_one(shop: Shop, tmp_path: Path, check: Sequence) -> None:
     statuses = shop.server.run_ranks(3, f"tests.quantization.test_ranks:{check.__name__}", [str(tmp_path)], shop.log)
     assert statuses == [0, 0, 0], "\n".join(shop.logs(3))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "many", "LOCAL_RANK": "x"},
+    ],
+)
+def test_what_a_pod_leaves_is_ignored_with_a_line(shop: Shop, tmp_path: Path, left: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "scripts.calibrate", *shop.tiny_arguments(tmp_path / "work"), "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | left, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"WORLD_SIZE={left['WORLD_SIZE']}" in done.stderr and "ignored" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_machine_whose_name_does_not_resolve_is_met_at_its_own_address(shop: Shop, tmp_path: Path) -> None:
+    arguments = [*shop.tiny_arguments(tmp_path / "work"), "--dry-run"]
+    started = time.monotonic()
+    statuses = shop.server.run_ranks(2, "calibrate", arguments, shop.log, address="no-such-host.invalid")
+    assert statuses == [0, 0], shop.logs(2)
+    assert time.monotonic() - started < ENDS_WITHIN_S
+    assert "MASTER_ADDR=no-such-host.invalid does not resolve" in shop.logs(2)[0]
+
+
+def wait_alone(folder: str) -> None:
+    """One of two ranks, the other of which does not come."""
+    rendezvous.JOIN_LIMIT_S, rendezvous.TOLD_S = 3.0, 1.0
+    try:
+        with distributed.joined(CPU):
+            pass
+    except UserError as error:
+        Path(folder, f"said.{os.environ['RANK']}").write_text(str(error))
+
+
+@pytest.mark.parametrize(("rank", "absent"), [(0, 1), (1, 0)])
+def test_a_rank_that_waits_says_for_whom_and_gives_up(shop: Shop, tmp_path: Path, rank: int, absent: int) -> None:
+    log = tmp_path / "log"
+    place = Place(rank, 2, free_port())
+    pid = shop.server.start(f"tests.quantization.test_ranks:{wait_alone.__name__}", [str(tmp_path)], log, place=place)
+    assert shop.server.reap(pid) == 0, log.read_text()
+    assert re.search(rf"rank {rank} waits for rank {absent} of 2 at 127\.0\.0\.1:\d+ \(\d+ s\)", log.read_text())
+    assert f"rank {absent} of 2 did not come to 127.0.0.1:" in (tmp_path / f"said.{rank}").read_text()
+
+
+def come_late(_folder: str) -> None:
+    """The second of two ranks comes late to a collective."""
+    rendezvous.PULSE_S, rendezvous.PATIENCE_S = 0.2, 0.5
+    with distributed.joined(CPU) as (place, _):
+        if place.rank:
+            time.sleep(3)
+        assert place.gather(place.rank) == [0, 1]
+
+
+def test_a_rank_that_waits_in_a_run_says_for_whom(shop: Shop, tmp_path: Path) -> None:
+    function = f"tests.quantization.test_ranks:{come_late.__name__}"
+    assert shop.server.run_ranks(2, function, [str(tmp_path)], shop.log) == [0, 0], shop.logs(2)
+    assert "rank 0 waits for rank 1 (" in shop.logs(2)[0] and "waits for" not in shop.logs(2)[1]

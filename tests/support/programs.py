@@ -123,10 +123,13 @@ class Place:
     rank: int
     size: int
     port: int
+    address: str = "127.0.0.1"
 
     def environment(self) -> dict[str, str]:
         ranks = {"RANK": self.rank, "LOCAL_RANK": self.rank, "WORLD_SIZE": self.size, "MASTER_PORT": self.port}
-        return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in ranks.items()}}
+        ranks["LOCAL_WORLD_SIZE"] = self.size
+        told = {"TORCHELASTIC_RUN_ID": "a test", "MASTER_ADDR": self.address}
+        return told | {name: str(value) for name, value in ranks.items()}
 
 
 def free_port() -> int:
@@ -204,12 +207,15 @@ class ForkServer:
         log: Path,
         until: Callable[[], bool] | None = None,
         victims: Sequence[int] | None = None,
+        address: str = "127.0.0.1",
     ) -> list[int]:
         """The same as `size` ranks of one run, without torchrun -> their exit statuses. Rank r's log is `log`.r; at the
         moment `until`, all ranks or `victims` are killed."""
         port = free_port()
         logs = [log.with_name(f"{log.name}.{rank}") for rank in range(size)]
-        pids = [self.start(stage, arguments, logs[rank], place=Place(rank, size, port)) for rank in range(size)]
+        pids = [
+            self.start(stage, arguments, logs[rank], place=Place(rank, size, port, address)) for rank in range(size)
+        ]
         if until is not None:
             kill_when(until, [pids[rank] for rank in (range(size) if victims is None else victims)])
         return [self.reap(pid) for pid in pids]

@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from v4forge import launched
 from v4forge.checkpoint.safetensors_header import Slice, parsed, read_head
 from v4forge.errors import UserError
 from v4forge.files import exclusive, is_locked, read_json, write_json
@@ -138,7 +139,7 @@ def wait_until(
             return True if there() else None
         if given_up():
             return False
-        if not said and os.environ.get("RANK", "0") == "0":
+        if not said and launched.rank() == 0:
             log.warning("waiting for %s, which fetch is bringing", what)
         said = True
         time.sleep(POLL_S)

@@ -6,9 +6,9 @@ ranks changes no bit. Rows travel as bytes, over NCCL between GPUs and gloo betw
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Event, Thread
@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from v4forge import launched
 from v4forge.errors import UserError
+from v4forge.model import rendezvous
 
 # Of a collective. A rank that dies is noticed at once, because its connections close; what rank 0 does alone for long,
 # such as to hash a source on a slow disk, is no part of it (Ranks.told_after).
@@ -27,6 +29,9 @@ PULSE_S = 60.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_watch: rendezvous.Watch | None = None  # of the run that this process has joined
 
 
 def _together(collective: Callable[P, T]) -> Callable[P, T]:
@@ -34,7 +39,8 @@ def _together(collective: Callable[P, T]) -> Callable[P, T]:
 
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return collective(*args, **kwargs)
+            with _watch.waiting() if _watch else nullcontext():
+                return collective(*args, **kwargs)
         except (RuntimeError, dist.DistError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -140,19 +146,30 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """The place that torchrun gave this process, and its device: `cuda` becomes the GPU of its local rank."""
+    """The place that torchrun gave this process, and its device: `cuda` becomes the GPU of its local rank. What
+    something else has set for ranks is ignored, with a line."""
+    global _watch
+    place = launched.place()
+    if place is None and (line := launched.ignored()):
+        log.warning("%s", line)
     if device.type == "cuda":
-        local = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        local = device.index if device.index is not None else place.local_rank if place else 0
         if local >= torch.cuda.device_count():
             raise UserError(f"there is no GPU {local} here", f"start at most {torch.cuda.device_count()} processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if place is None:
         yield Ranks(), device
         return
     backend, bound = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    _together(dist.init_process_group)(backend, timeout=TIMEOUT, device_id=bound)
+    store = rendezvous.meet(place, TIMEOUT)
+    _together(dist.init_process_group)(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=TIMEOUT, device_id=bound
+    )
+    _watch = rendezvous.Watch(place, store)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
+        yield Ranks(place.rank, place.size), device
     finally:
+        _watch.end()
+        _watch = None
         dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from datetime import timedelta
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from v4forge import launched
 from v4forge.errors import UserError
 from v4forge.units import GB
 
@@ -36,13 +36,14 @@ def check(found: Tensor, ranks: int) -> None:
 
 def run(backend: str) -> None:
     """Adds over all processes; the first one says how it went. Raises UserError for one process, or a wrong sum."""
-    if "WORLD_SIZE" not in os.environ:
+    place = launched.place()
+    if place is None:
         raise UserError(
             "one process has nobody to add with",
-            ".venv/bin/torchrun --standalone --nproc-per-node 2 -m scripts.all_reduce",
+            ".venv/bin/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m scripts.all_reduce",
         )
     signal.alarm(LIMIT_S)  # ends a process that hangs in a library, which no timeout of torch's reaches
-    local = int(os.environ["LOCAL_RANK"])
+    local = place.local_rank
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():

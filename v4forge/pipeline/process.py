@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from v4forge import launched
 from v4forge.errors import UserError
 
 
 def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
     """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
     while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
-    environment = {**os.environ, **environment, "PYTHONPATH": str(root)}
+    environment = {**launched.without(), **environment, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
         previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
         try:

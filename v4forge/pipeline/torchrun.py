@@ -1,6 +1,6 @@
 """torchrun without its tracebacks: a rank has said why it ended, and who stopped the run knows it.
 
-python -m v4forge.pipeline.torchrun --standalone --nproc-per-node 8 -m scripts.calibrate …
+python -m v4forge.pipeline.torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 8 -m scripts.calibrate …
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+from v4forge import launched
+
 
 def main() -> int:
+    for name in os.environ.keys() - launched.without().keys():  # torchrun takes PET_NNODES, say, for its own options
+        del os.environ[name]
     try:
         run(parse_args(None))
     except SignalException as stopped:

@@ -27,7 +27,10 @@ NCCL_FAILURES = (
     ("system not yet initialized", "sudo systemctl restart nvidia-fabricmanager"),
     ("out of memory", "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv"),
 )
-ALL_REDUCE = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PAIR), "-m", "scripts.all_reduce")
+ALL_REDUCE = (
+    *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(PAIR)),
+    *("-m", "scripts.all_reduce"),
+)
 # Multicast over NVSwitch: where a machine's fabric is not set up for it, NCCL hangs or fails on its first use.
 NCCL_ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}
 

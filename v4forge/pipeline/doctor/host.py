@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from v4forge import gpus
+from v4forge import gpus, launched
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.layout import Config
 from v4forge.errors import UserError
@@ -198,7 +198,7 @@ class Host:
                 text=True,
                 errors="replace",
                 cwd=ROOT,
-                env={**self.environment, **(added or {})},
+                env={**launched.without(self.environment), **(added or {})},
             )
         except OSError:
             return None
