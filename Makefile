@@ -3,6 +3,15 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules --no-print-directory
+# Goals are steps of one run, in their order, whatever -j says.
+.NOTPARALLEL:
+# What a shell has for its own Python is not for ours: another safetensors, another standard library, no current folder.
+$(foreach name,$(filter-out PYTHON PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX PYTHONFAULTHANDLER,\
+	$(filter PYTHON%,$(.VARIABLES))),$(eval unexport $(name)))
+
+# A variable's value as one word of the shell, and any text so: paths may have blanks, quotes and dollars.
+q = $(call quoted,$(value $(1)))
+quoted = '$(subst ','\'',$(1))'
 
 # The model: tiny is the one in models/tiny, flash is DeepSeek-V4-Flash.
 PROFILE := tiny
@@ -77,35 +86,35 @@ SOAK := soak or (hypothesis and not images and not gpu and not serve)
 # A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once.
 PYTHON = $(eval PYTHON := $(found_python))$(PYTHON)
 found_python = $(shell for python in python3.12 python3.11 python3; do \
-	if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
+	if $$python -E -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 
 ifneq ($(DEVICES),)
 export CUDA_VISIBLE_DEVICES := $(DEVICES)
 endif
 
-settings = --scratch '$(SCRATCH)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' --seed '$(SEED)' \
-	$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)') \
-	$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') \
-	$(if $(FROM),--from '$(FROM)') $(if $(DRY_RUN),--dry-run)
-work = --work '$(SCRATCH)/$(PROFILE)'
+settings = --scratch $(call q,SCRATCH) --runtime $(call q,RUNTIME) --gpus $(call q,GPUS) --seed $(call q,SEED) \
+	$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) \
+	$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
+	$(if $(value FROM),--from $(call q,FROM)) $(if $(value DRY_RUN),--dry-run)
+work = --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 stage = .venv/bin/python -m scripts.stage
 run = $(stage) run
 image = .venv/bin/python -m scripts.image
 serve = .venv/bin/python -m scripts.serve
-serve_folder = --folder '$(SCRATCH)/$(PROFILE)/serve'
-serve_options = $(serve_folder) --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
-	--backend '$(BACKEND)' --serve-profile '$(SERVE_PROFILE)' --bind '$(BIND)' --port '$(PORT)' \
-	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(REPLICAS),--replicas '$(REPLICAS)') \
-	$(if $(DEVICES),--devices '$(DEVICES)') $(if $(DRAFTS),--drafts $(DRAFTS)) $(if $(SET),--set $(SET)) \
-	$(if $(AFFINITY),--affinity) $(if $(DRAIN),--drain '$(DRAIN)') $(if $(METRICS),--metrics)
-serve_start = $(if $(ALLOW),--allow $(ALLOW)) $(if $(KEEP),--keep) $(if $(TIMEOUT),--timeout '$(TIMEOUT)') \
-	$(if $(API_KEY_FILE),--api-key-file '$(API_KEY_FILE)')
+serve_folder = --folder $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve)
+serve_options = $(serve_folder) --artifact $(call quoted,$(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)) \
+	--backend $(call q,BACKEND) --serve-profile $(call q,SERVE_PROFILE) --bind $(call q,BIND) --port $(call q,PORT) \
+	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) \
+	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
+	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics)
+serve_start = $(if $(value ALLOW),--allow $(ALLOW)) $(if $(value KEEP),--keep) $(if $(value TIMEOUT),--timeout $(call q,TIMEOUT)) \
+	$(if $(value API_KEY_FILE),--api-key-file $(call q,API_KEY_FILE))
 bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
 longest = max-model-len=40960
-bench_options = --reports '$(SCRATCH)/$(PROFILE)/reports' $(serve_options) $(serve_start) --seed '$(SEED)' \
-	$(if $(URL),--url '$(URL)') $(if $(MODEL),--model '$(MODEL)') $(if $(LIMIT),--limit '$(LIMIT)') $(if $(FRESH),--fresh) $(WITH)
+bench_options = --reports $(call quoted,$(value SCRATCH)/$(value PROFILE)/reports) $(serve_options) $(serve_start) --seed $(call q,SEED) \
+	$(if $(value URL),--url $(call q,URL)) $(if $(value MODEL),--model $(call q,MODEL)) $(if $(value LIMIT),--limit $(call q,LIMIT)) $(if $(value FRESH),--fresh) $(WITH)
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \
@@ -125,91 +134,91 @@ demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GP
 
 .PHONY: artifact
 artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card
-	@$(run) fetch calibrate postprocess verify card --title artifact --profile '$(PROFILE)' $(settings)
+	@$(run) fetch calibrate postprocess verify card --title artifact --profile $(call q,PROFILE) $(settings)
 
 .PHONY: fetch
 fetch: env ## Download the upstream checkpoint at its pinned revision, resumable, or take it FROM=<folder>
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: dequant
 dequant: env ## The checkpoint in BF16 with MTP, for other tools; the pipeline does not need it
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: calibrate
 calibrate: env ## GPTQ of the routed experts, one file a layer, resumable
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: postprocess
 postprocess: env ## Layer files and pass-through tensors to the artifact
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: verify
 verify: env ## Check every tensor of the artifact, write its certificate
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: card
 card: env ## The model card, from manifest, certificate and what the benches measured
-	@$(run) $@ --profile '$(PROFILE)' $(settings)
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: why
 why: env ## Say why STAGE=<stage> would run, or that it is up to date
-	@$(stage) why '$(STAGE)' --profile '$(PROFILE)' $(settings)
+	@$(stage) why $(call q,STAGE) --profile $(call q,PROFILE) $(settings)
 
 .PHONY: doctor
 doctor: env ## Everything that can go wrong on this machine, with the command that helps; JSON=1
-	@.venv/bin/python -m scripts.doctor $(work) --profile '$(PROFILE)' --gpus '$(GPUS)' --runtime '$(RUNTIME)' \
-		$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)') \
-		$(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') $(if $(JSON),--json)
+	@.venv/bin/python -m scripts.doctor $(work) --profile $(call q,PROFILE) --gpus $(call q,GPUS) --runtime $(call q,RUNTIME) \
+		$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) \
+		$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) $(if $(value JSON),--json)
 
 .PHONY: plan
 plan: env ## What would run, with disk, memory, hours and, with PRICE= an hour, money
-	@.venv/bin/python -m scripts.plan $(if $(SOURCE),--source '$(SOURCE)',--profile '$(PROFILE)') $(work) \
-		--gpus '$(GPUS)' $(if $(SAMPLES),--samples '$(SAMPLES)') $(if $(SEQ_LEN),--seq-len '$(SEQ_LEN)') \
-		$(if $(PRICE),--price '$(PRICE)') $(if $(NETWORK_GB_S),--network-gb-s '$(NETWORK_GB_S)') \
-		$(if $(JSON),--json)
+	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile $(call q,PROFILE)) $(work) \
+		--gpus $(call q,GPUS) $(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
+		$(if $(value PRICE),--price $(call q,PRICE)) $(if $(value NETWORK_GB_S),--network-gb-s $(call q,NETWORK_GB_S)) \
+		$(if $(value JSON),--json)
 
 .PHONY: status
 status: env ## From another terminal: how far the run is, and when it will be done; WATCH=1 until it is; JSON=1
-	@.venv/bin/python -m scripts.status $(work) $(if $(WATCH),--watch) $(if $(JSON),--json)
+	@.venv/bin/python -m scripts.status $(work) $(if $(value WATCH),--watch) $(if $(value JSON),--json)
 
 .PHONY: reproduce
 reproduce: env ## Make the artifact of MANIFEST=<manifest.json> again and compare, layer by layer
-	@.venv/bin/python -m scripts.replay '$(or $(MANIFEST),$(SCRATCH)/$(PROFILE)/artifact/manifest.json)' \
-		--scratch '$(SCRATCH)' --profile '$(PROFILE)' --runtime '$(RUNTIME)' --gpus '$(GPUS)' \
-		$(if $(SOURCE),--source '$(SOURCE)') $(if $(CORPUS),--corpus '$(CORPUS)')
+	@.venv/bin/python -m scripts.replay $(call quoted,$(or $(value MANIFEST),$(value SCRATCH)/$(value PROFILE)/artifact/manifest.json)) \
+		--scratch $(call q,SCRATCH) --profile $(call q,PROFILE) --runtime $(call q,RUNTIME) --gpus $(call q,GPUS) \
+		$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS))
 
 .PHONY: publish
 publish: env ## What an upload to REPO=<org>/<name> would do; with CONFIRM=1 does it, and reads it back
-	@.venv/bin/python -m scripts.publish --artifact '$(or $(ARTIFACT),$(SCRATCH)/$(PROFILE)/artifact)' \
-		--repo '$(REPO)' $(if $(CONFIRM),--yes) $(WITH)
+	@.venv/bin/python -m scripts.publish --artifact $(call quoted,$(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)) \
+		--repo $(call q,REPO) $(if $(value CONFIRM),--yes) $(WITH)
 
 .PHONY: release-check
 release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
-	@.venv/bin/python -m scripts.release_check $(work) $(if $(JSON),--json)
+	@.venv/bin/python -m scripts.release_check $(work) $(if $(value JSON),--json)
 
 .PHONY: images
 images: env ## Build the images, or IMAGE=calib; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
-	@$(image) build $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' $(if $(SET),--set $(SET)) \
-		$(if $(LANE),--lane '$(LANE)') $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
+	@$(image) build $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) $(if $(value SET),--set $(SET)) \
+		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
 
 .PHONY: image-reproduce
 image-reproduce: env ## Build IMAGE twice without cache and compare everything
-	@.venv/bin/python -m scripts.reproduce '$(or $(IMAGE),calib)' \
-		$(if $(LANE),--lane '$(LANE)') $(if $(BASE_IMAGE),--base '$(BASE_IMAGE)')
+	@.venv/bin/python -m scripts.reproduce $(call quoted,$(or $(value IMAGE),calib)) \
+		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
 
 .PHONY: push
 push: env ## Push the images to REGISTRY with SBOM and provenance, write images.lock
-	@$(image) push $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
-		--to '$(REGISTRY)' $(if $(SIGN_KEY),--sign-key '$(SIGN_KEY)')
+	@$(image) push $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
+		--to $(call q,REGISTRY) $(if $(value SIGN_KEY),--sign-key $(call q,SIGN_KEY))
 
 .PHONY: pull
 pull: env ## Pull the images by the digests of images.lock, refuse any other
-	@$(image) pull $(or $(IMAGE),calib serve) --documents '$(SCRATCH)/images' \
-		$(if $(VERIFY_KEY),--verify-key '$(VERIFY_KEY)')
+	@$(image) pull $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
+		$(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
 
 .PHONY: shell
 shell: env ## A shell in IMAGE with what a stage sees
-	@$(image) shell $(or $(IMAGE),calib) --scratch '$(SCRATCH)' --gpus '$(GPUS)'
+	@$(image) shell $(or $(IMAGE),calib) --scratch $(call q,SCRATCH) --gpus $(call q,GPUS)
 
 .PHONY: serve
 serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT; returns when they are ready and probed
@@ -237,13 +246,13 @@ serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node
 
 .PHONY: bench
 bench: env ## Everything below about ARTIFACT, served by itself, then the report; resumable; LIMIT=2 tries it out
-	@if [ -z '$(URL)' ] && [ -e '$(SCRATCH)/$(PROFILE)/serve/serving.json' ]; then \
+	@if [ -z $(call q,URL) ] && [ -e $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve/serving.json) ]; then \
 	echo 'error: replicas of $(PROFILE) are served already, where bench starts its own' >&2; \
 	echo 'hint: make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)' >&2; exit 1; fi
 	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
-	trap 'exit 130' INT TERM; $(if $(URL),,trap '$(MAKE) serve-stop' EXIT;) \
+	trap 'exit 130' INT TERM; $(if $(value URL),,trap '$(MAKE) serve-stop' EXIT;) \
 	try bench-speed; \
-	if $(if $(URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
+	if $(if $(value URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
 	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
 	try report; \
 	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }
@@ -258,7 +267,7 @@ bench-draft: env ## How many drafts are accepted: random tokens, code, chat, pro
 
 .PHONY: bench-quality
 bench-quality: env ## lm-eval's tasks of the published table; DATASETS=<folder> for local copies
-	@$(bench) quality $(bench_options) $(if $(DATASETS),--datasets '$(DATASETS)')
+	@$(bench) quality $(bench_options) $(if $(value DATASETS),--datasets $(call q,DATASETS))
 
 .PHONY: bench-tools
 bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outcomes
@@ -266,11 +275,11 @@ bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outco
 
 .PHONY: report
 report: env ## One page of what PROFILE's reports hold: index.html, and its tables as benchmarks.md
-	@.venv/bin/python -m scripts.report --work '$(SCRATCH)/$(PROFILE)'
+	@.venv/bin/python -m scripts.report --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 
 .PHONY: compare
 compare: env ## Two runs of the benches beside each other, A=<reports or result file> B=<the other>
-	@.venv/bin/python -m scripts.compare '$(A)' '$(B)'
+	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
 
 .PHONY: env-serve-cpu
 env-serve-cpu: env ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
@@ -290,7 +299,7 @@ test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs
 
 .PHONY: soak
 soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours
-	@.venv/bin/python -m pytest -m '$(SOAK)' --hypothesis-profile soak --timeout 3600
+	@.venv/bin/python -m pytest -m $(call q,SOAK) --hypothesis-profile soak --timeout 3600
 
 .PHONY: docs-check
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
@@ -326,8 +335,8 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 
 .PHONY: clean
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
-	@folder='$(or $(SCRATCH),$(error SCRATCH is empty))/$(or $(PROFILE),$(error PROFILE is empty))'; \
-	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* '$(SCRATCH)'/replay-*/'$(PROFILE)' \
+	@folder=$(call quoted,$(or $(value SCRATCH),$(error SCRATCH is empty))/$(or $(value PROFILE),$(error PROFILE is empty))); \
+	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* $(call q,SCRATCH)/replay-*/$(call q,PROFILE) \
 		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json ! -name disk.json -delete; fi

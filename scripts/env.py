@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,8 +111,7 @@ class Environment:
             package = f"python3.{sys.version_info.minor}-venv"
             raise UserError(f"{sys.executable} cannot make environments", f"apt-get install {package}") from None
         print(f"env: building {self.path.name} with Python {platform.python_version()}", flush=True)
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        clear(self.path)
         venv.create(self.path, with_pip=True, symlinks=True)
         wants_cpu = torch == "cpu" or (torch == "auto" and not NVIDIA_DRIVER.exists())
         if wants_cpu and not self.install_cpu_torch() and torch == "cpu":
@@ -179,6 +179,22 @@ class Environment:
             for group, points in project.get("entry-points", {}).items():
                 lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
             self.note_distribution(project["name"], project["version"], "\n".join([*lines, ""]))
+
+
+def clear(path: Path) -> None:
+    """Removes an environment. Behind a link may be somebody else's, which stays: then UserError. An empty folder there
+    is one that the environment is to be built in."""
+    if not path.is_symlink():
+        if path.exists():
+            shutil.rmtree(path)
+        return
+    target = path.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        fact = f"{path} is a link to {target}, an environment of other locks or another Python"
+        raise UserError(
+            fact, f"rm {shlex.quote(str(path))} && make env, which builds one here and leaves that as it is"
+        )
+    target.mkdir(parents=True, exist_ok=True)
 
 
 def lock_file(name: str) -> Path:

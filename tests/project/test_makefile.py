@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -78,3 +80,54 @@ def test_clean_refuses_an_empty_folder_and_keeps_the_download_and_what_was_measu
     assert [path.name for path in (tmp_path / "tiny/reports").iterdir()] == ["draft-1.json"]  # hours of measuring
     kept = sorted(path.name for path in (tmp_path / "tiny/.stamps").iterdir())
     assert kept == ["disk.json", "fetch.json"]
+
+
+def shown(*arguments: str, **variables: str) -> str:
+    """The last command that make would run."""
+    command = ["make", "-n", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.replace("\\\n", " ").splitlines() if ".venv/bin/python" in line][-1]
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b", "/it's", "/$HOME", "/a$(b", '/"q"', "/a,b", "/#1", "/a;b&c|d", "/ä`x`", "/%s\\n"]
+)
+def test_any_path_reaches_the_program_as_it_is(path: str) -> None:
+    words = shlex.split(shown("calibrate", f"SCRATCH={path}", f"SOURCE={path}"))
+    assert words[words.index("--scratch") + 1] == path and words[words.index("--source") + 1] == path
+    words = shlex.split(shown("verify", f"FROM={path}", "PROFILE=flash"))
+    assert words[words.index("--from") + 1] == path
+    words = shlex.split(shown("status", f"SCRATCH={path}"))
+    assert words[words.index("--work") + 1] == f"{path}/tiny"
+    words = shlex.split(shown("publish", f"ARTIFACT={path}"))
+    assert words[words.index("--artifact") + 1] == path
+
+
+def probe(tmp_path: Path, goals: str) -> Path:
+    """The Makefile, whose programs are a stub that writes down when it ran and with which variables of Python."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    stub = tmp_path / ".venv/bin/python"
+    stub.write_text(
+        '#!/bin/bash\necho "begin $4" >>log; env | grep ^PYTHON >>environment; sleep 0.2; echo "end $4" >>log\n'
+    )
+    stub.chmod(0o755)
+    own = MAKEFILE.replace("@$(PYTHON) -m scripts.env", "@true -m scripts.env")
+    (tmp_path / "Makefile").write_text(own)
+    variables = {"PYTHONPATH": "/foreign", "PYTHONHOME": "/nowhere", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    command = ["make", "-j8", *goals.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return tmp_path
+
+
+def test_goals_run_one_after_the_other_whatever_j_says(tmp_path: Path) -> None:
+    goals = "calibrate postprocess verify card"
+    lines = (probe(tmp_path, goals) / "log").read_text().splitlines()
+    assert lines == [f"{moment} {goal}" for goal in goals.split() for moment in ("begin", "end")]
+
+
+def test_what_a_shell_has_for_its_own_python_is_not_for_ours(tmp_path: Path) -> None:
+    found = (probe(tmp_path, "verify") / "environment").read_text().splitlines()
+    assert {line.partition("=")[0] for line in found} <= {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHON"}
+    assert "PYTHONUNBUFFERED=1" in found

@@ -1,4 +1,4 @@
-"""Environments from the locks: how pip is asked."""
+"""Environments from the locks: where `make env` builds, never over what a link leads to; how pip is asked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ from pathlib import Path
 
 import pytest
 
-from scripts.env import Environment
+from scripts.env import Environment, clear
+from v4forge.errors import UserError
+
+
+def test_behind_a_link_somebody_s_environment_stays(tmp_path: Path) -> None:
+    theirs, link = tmp_path / "theirs", tmp_path / ".venv"
+    (theirs / "bin").mkdir(parents=True)
+    link.symlink_to(theirs)
+    with pytest.raises(UserError) as found:
+        clear(link)
+    assert found.value.fact.startswith(f"{link} is a link to {theirs}") and f"rm {link} && make env" in found.value.hint
+    assert (theirs / "bin").is_dir()
+
+
+def test_an_environment_may_be_built_behind_a_link(tmp_path: Path) -> None:
+    link = tmp_path / ".venv"
+    link.symlink_to(tmp_path / "another disk")
+    for _ in range(2):  # dangling, then empty
+        clear(link)
+        assert link.is_symlink() and (tmp_path / "another disk").is_dir()
+
+
+def test_an_environment_of_its_own_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    clear(tmp_path / ".venv")
+    assert not (tmp_path / ".venv").exists()
+    clear(tmp_path / ".venv")
 
 
 @pytest.mark.parametrize(

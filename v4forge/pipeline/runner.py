@@ -32,7 +32,8 @@ from v4forge.pipeline.stamps import Files
 
 REASONS_SHOWN = 4
 READ_ONLY = ("source", "corpus", "heldout")
-LAUNCHER = ("v4forge.pipeline.torchrun", "--standalone", "--nproc-per-node")
+# The address: torchrun would have its processes meet by this machine's own name, which need not resolve.
+LAUNCHER = ("v4forge.pipeline.torchrun", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node")
 
 
 class StageFailed(Exception):
@@ -56,6 +57,7 @@ class Runner:
         self.unsaid: list[str] = []  # about stages that need not run: said once another one runs
         self.seconds: dict[str, float] = {}  # of the stages that ran
         self.fetch: Fetch | None = None  # that runs beside the stages
+        self.says_no_revision = False
 
     def files(self, names: Sequence[str]) -> list[Files]:
         """The files under these names; one whose setting is empty is left out."""
@@ -138,6 +140,14 @@ class Runner:
     def machine(self) -> dict[str, Any]:
         """The machine for run.json, asked once a run: NVML may have to wake every GPU first."""
         return machine.facts()
+
+    def revision(self) -> str | None:
+        """The checkout's, for run.json; says so, once a run, where git does not tell it."""
+        found = checkout.told("--untracked-files=no", root=self.root)
+        if found.why and not self.says_no_revision:
+            self.says_no_revision = True
+            say(f"the revision of this checkout is not known, and not noted: {found.why}")
+        return found.revision
 
     def job(self, name: str) -> Job:
         """The stage in a container, where it can write to the work folder, but not to a source in it."""
@@ -261,7 +271,7 @@ class Runner:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": self.shown_command(name),
             "machine": self.machine,
-            "revision": checkout.revision("--untracked-files=no", root=self.root),
+            "revision": self.revision(),
         }
         if job:
             entry["image"] = self.image_layers

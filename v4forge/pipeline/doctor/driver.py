@@ -24,7 +24,7 @@ NVML_FAILURES = (
     ("Insufficient Permissions", "ls -l /dev/nvidia*"),
 )
 KERNEL_LOG = "sudo dmesg | grep -iE 'nvrm|xid'"
-REBUILD = "rm -r .venv && make env"
+REBUILD = "rm -rf .venv && make env"
 
 # cuInit's codes -> what is wrong, the command. https://docs.nvidia.com/cuda/cuda-driver-api, CUresult
 CUDA_FAILURES = {
