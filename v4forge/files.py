@@ -20,6 +20,10 @@ from v4forge.errors import UserError
 # Who asks whether a file is locked holds its lock for a moment.
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 20, 0.05
 
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+LFS_POINTER = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+LFS_POINTER_BYTES = 1024  # at most
+
 T = TypeVar("T")
 
 ROOM = "free disk space or choose another folder"
@@ -224,6 +228,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON with sorted keys, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-LFS left its pointer in a file's place; not where the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LFS_POINTER_BYTES + 1)
+    except OSError:
+        return False
+    return len(content) <= LFS_POINTER_BYTES and content.startswith(LFS_POINTER)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raises UserError where git-LFS left its pointer in a file's place."""
+    if is_pointer(path):
+        fact = f"{path} is a git-LFS pointer, {path.stat().st_size} bytes that say what belongs there"
+        raise UserError(fact, f"cd {shlex.quote(str(path.parent))} && git lfs pull, then the same command again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def test_too_small_a_disk_is_said_before_anything_comes(
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 1 << 20))
     assert fetched(tmp_path / "upstream") == 1
     assert "GB free, the checkpoint takes" in error(capsys)
-    assert not served.asked("/resolve/")
+    assert len(served.asked("/resolve/")) == len(served.asked_for(REPO, "config.json")) == 1
 
 
 def test_a_disk_that_fills_up_is_an_error_and_the_rest_goes_on_later(
@@ -320,6 +320,47 @@ def test_a_checkpoint_of_another_kind_is_refused_by_its_headers(
     for name in shards(upstream):
         assert asked_bytes(served, name) < (upstream / name).stat().st_size
     assert not incoming_folder.ready(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [({"expert_dtype": "fp8"}, "that is the Base release"), ({"scoring_func": "softmax"}, "it must be 'sqrtsoftplus'")],
+)
+def test_a_model_that_is_not_supported_is_refused_by_its_config_alone(
+    served: Hub,
+    upstream: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    fact: str,
+) -> None:
+    out, commit = tmp_path / "upstream", "b" * 40
+    assert fetched(out) == 0
+    files = served.repos[REPO].commits[MAIN]
+    config = json.dumps(json.loads(files["config.json"]) | changes).encode()
+    served.repos[REPO].commits[commit] = files | {"config.json": config}
+    before = len(served.requests)
+    assert fetched(out, "--revision", commit) == 1
+    said_of_it = error(capsys)
+    assert said_of_it.startswith(f"config.json of {REPO} at {commit[:12]}: ") and fact in said_of_it
+    assert sum(request.sent for request in served.requests[before:] if "/resolve/" in request.path) == len(config)
+    assert_same(out, upstream)  # the folder is as it was
+
+
+def test_a_config_that_came_damaged_comes_once_more(served: Hub, upstream: Path, tmp_path: Path) -> None:
+    served.faults.append(Fault("/resolve/.*/config.json", flip=1))
+    assert fetched(tmp_path / "upstream") == 0
+    assert_same(tmp_path / "upstream", upstream)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_repository_that_is_no_checkpoint_is_refused(
+    served: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    del served.repos[REPO].commits[MAIN][name]
+    assert fetched(tmp_path / "upstream") == 1
+    assert f" has no {name}" in error(capsys)
+    assert not served.asked("/resolve/")
 
 
 def test_a_repository_without_an_index_is_refused(

@@ -190,3 +190,17 @@ def test_a_folder_of_another_revision_is_refused(
     assert fetched(tmp_path / "upstream", "--from", tmp_path / "none") == 1
     assert error(capsys) == f"{tmp_path / 'none'} is not a folder"
     assert fetched(tmp_path / "upstream", "--from", tmp_path / "upstream") == 1
+
+
+@pytest.mark.parametrize("which", ["shard", "tokenizer.json", "config.json"])
+def test_a_folder_of_git_lfs_pointers_is_refused_as_that(
+    upstream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    folder = Path(shutil.copytree(upstream, tmp_path / "clone"))
+    path = folder / (shards(upstream)[-1] if which == "shard" else which)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n")
+    out = tmp_path / "upstream"
+    assert fetched(out, "--from", folder) == 1
+    captured = capsys.readouterr().err
+    assert f"error: {path} is a git-LFS pointer" in captured and f"cd {folder} && git lfs pull" in captured
+    assert not [each for each in out.rglob("*.*") if ".fetch" not in each.parts]

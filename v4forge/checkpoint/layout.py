@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+from v4forge.checkpoint import config_schema
+from v4forge.checkpoint.config_schema import COMPRESS_RATIOS, PINNED, shown
 from v4forge.checkpoint.formats import FP4_GROUP, INT4_GROUP, PARTS, Shape, TensorSpec
 from v4forge.checkpoint.recipe import ALIASES, rule_for
 from v4forge.errors import UserError
-
-COMPRESS_RATIOS = {0: "sliding window", 4: "CSA", 128: "HCA"}
+from v4forge.files import check_no_pointer
 
 
 @dataclass(frozen=True)
@@ -45,73 +47,111 @@ class Config:
     def layers(self) -> range:
         return range(self.num_hidden_layers)
 
+    @property
+    def forward(self) -> dict[str, Any]:
+        """What the layers are made from: the settings that were checked, and no others."""
+        return config_schema.forward(self.raw)
 
-def load_config(directory: Path) -> Config:
-    """Reads and checks `directory`/config.json; UserError for anything that is not DeepSeek-V4 with one MTP block."""
+
+def load_config(directory: Path, form: str = "source") -> Config:
+    """Reads and checks `directory`/config.json, of a "source" or an "artifact"; UserError for anything that is not
+    DeepSeek-V4 with one MTP block."""
     path = directory / "config.json"
     try:
-        raw = json.loads(path.read_text())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist", "point --source at a DeepSeek-V4 checkpoint folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}", "make it a readable file") from None
+    check_no_pointer(path)
+    return read_config(content, str(path), form)
+
+
+def read_config(content: bytes, where: str, form: str = "source") -> Config:
+    """The checked Config of a config.json's bytes; `where` names it in errors. Raises UserError."""
+    try:
+        raw = json.loads(content, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}", "download the file again") from None
-    return parse_config(raw, str(path))
+        raise UserError(f"{where} is not JSON: {error}", "download the file again") from None
+    return parse_config(raw, where, form)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that comes twice, readers differ in which value they take."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{shown(name)} is there twice")
+        found[name] = value
+    return found
 
 
-def parse_config(raw: Any, where: str) -> Config:
-    """The checked Config of a config.json's content; `where` names it in errors."""
-    pinned = "use the first release of DeepSeek-V4-Flash (FLASH_REVISION in versions.env)"
+def parse_config(raw: Any, where: str, form: str = "source") -> Config:
+    """The checked Config of a config.json's content; `where` names it in errors. Raises UserError.
 
-    def refuse(fact: str, hint: str = pinned) -> NoReturn:
+    form: "source", "artifact", or "saved" by another tool, of which only the sizes are checked.
+    """
+
+    def refuse(fact: str, hint: str = PINNED) -> NoReturn:
         raise UserError(f"{where}: {fact}", hint)
 
     if not isinstance(raw, dict):
         refuse("not an object of settings", "download the file again")
     if raw.get("model_type") != "deepseek_v4" or raw.get("architectures") != ["DeepseekV4ForCausalLM"]:
-        refuse(f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')!r} is not DeepSeek-V4")
-    names = [n for n in Config.__dataclass_fields__ if n != "raw"]
-    missing = [n for n in names if n not in raw]
-    if missing:
-        refuse(f"no {missing[0]!r}: this is not DeepSeek-V4's upstream config")
-    ratios = raw["compress_ratios"]
-    if not isinstance(ratios, list) or not all(_is_count(r) for r in ratios):
-        refuse(f"compress_ratios is {ratios!r}, it must be a list with one of {sorted(COMPRESS_RATIOS)} a layer")
-    counts = {n: raw[n] for n in names if n != "compress_ratios"}
-    for name, value in counts.items():
-        if not _is_count(value) or (value == 0 and name != "num_hash_layers"):
-            refuse(f"{name} is {value!r}, it must be a positive integer")
-    config = Config(raw=raw, compress_ratios=tuple(ratios), **counts)
-    if raw.get("num_nextn_predict_layers") != 1:
-        refuse(f"num_nextn_predict_layers is {raw.get('num_nextn_predict_layers')!r}, only 1 MTP block is supported")
-    if len(config.compress_ratios) != config.num_hidden_layers + 1:
-        refuse(
-            f"compress_ratios has {len(config.compress_ratios)} entries for {config.num_hidden_layers} layers"
-            " + 1 MTP block (the -0731 release has more)"
-        )
-    if bad := [r for r in config.compress_ratios if r not in COMPRESS_RATIOS]:
-        refuse(f"compress_ratios holds {bad[0]}, known are {sorted(COMPRESS_RATIOS)}")
-    if config.compress_ratios[-1] != 0:
-        refuse(f"the MTP block's compress ratio is {config.compress_ratios[-1]}, it must be 0, sliding attention (N1)")
+        kind = f"model_type {shown(raw.get('model_type'))}, architectures {shown(raw.get('architectures'))}"
+        refuse(f"{kind} is not DeepSeek-V4")
+    if faults := config_schema.faults(raw, form):
+        refuse(*faults)
+    counts = {n: raw[n] for n in Config.__dataclass_fields__ if n not in ("raw", "compress_ratios")}
+    config = Config(raw=raw, compress_ratios=tuple(raw["compress_ratios"]), **counts)
+    disagreements = chain(_in_shape(config), () if form == "saved" else _in_forward(config))
+    if fault := next(disagreements, None):
+        refuse(*fault)
+    return config
+
+
+def _in_shape(c: Config) -> Iterator[tuple[str, str]]:
+    """Sizes that are fine by themselves and not beside each other: a fact and a hint each."""
+    if len(c.compress_ratios) != c.num_hidden_layers + 1:
+        count = f"compress_ratios has {len(c.compress_ratios)} entries for {c.num_hidden_layers} layers + 1 MTP block"
+        yield f"{count} (the -0731 release has more)", PINNED
+    if bad := [r for r in c.compress_ratios if r not in COMPRESS_RATIOS]:
+        yield f"compress_ratios holds {shown(bad[0])}, known are {sorted(COMPRESS_RATIOS)}", PINNED
+    if (last := c.compress_ratios[-1]) != 0:
+        yield f"the MTP block's compress ratio is {last}, it must be 0, sliding attention (N1)", PINNED
     for name, divisor in (
         ("hidden_size", INT4_GROUP),
         ("moe_intermediate_size", INT4_GROUP),
         ("hidden_size", FP4_GROUP),
         ("head_dim", 2),
     ):
-        if getattr(config, name) % divisor:
-            refuse(f"{name} {getattr(config, name)} is not divisible by {divisor}", "W4A16 g128 needs whole groups")
-    if (config.num_attention_heads * config.head_dim) % config.o_groups:
-        refuse(f"o_groups {config.o_groups} does not divide {config.num_attention_heads} heads of {config.head_dim}")
+        if getattr(c, name) % divisor:
+            yield f"{name} {getattr(c, name)} is not divisible by {divisor}", "W4A16 g128 needs whole groups"
+    if (c.num_attention_heads * c.head_dim) % c.o_groups:
+        yield f"o_groups {c.o_groups} does not divide {c.num_attention_heads} heads of {c.head_dim}", PINNED
     for part, whole in (("num_hash_layers", "num_hidden_layers"), ("num_experts_per_tok", "n_routed_experts")):
-        if (some := getattr(config, part)) > (everything := getattr(config, whole)):
-            refuse(f"{part} is {some}, more than {whole}, {everything}")
-    return config
+        if (some := getattr(c, part)) > (everything := getattr(c, whole)):
+            yield f"{part} is {some}, more than {whole}, {everything}", PINNED
+
+
+def _in_forward(c: Config) -> Iterator[tuple[str, str]]:
+    """The same of what the forward pass reads besides, and of token ids."""
+    values = c.forward
+    rope, yarn = values["qk_rope_head_dim"], values["rope_scaling"]
+    if rope % 2:
+        yield f"qk_rope_head_dim {rope} is not divisible by 2", "rotary embedding turns pairs"
+    for whole in ("head_dim", "index_head_dim"):
+        if rope > values[whole]:
+            yield f"qk_rope_head_dim is {rope}, more than {whole}, {values[whole]}", PINNED
+    if int(c.head_dim * (rope / c.head_dim)) != rope:  # as transformers computes it
+        yield f"qk_rope_head_dim {rope} is no share of head_dim {c.head_dim} in floating point", PINNED
+    if (fast := yarn["beta_fast"]) <= (slow := yarn["beta_slow"]):
+        yield f"rope_scaling.beta_fast is {fast:g}, not more than beta_slow, {slow:g}", PINNED
+    for name in ("bos_token_id", "eos_token_id"):
+        ids = c.raw.get(name)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and token >= c.vocab_size:
+                yield f"{name} is {shown(token)}, the vocabulary ends at {c.vocab_size - 1}", PINNED
 
 
 def _compressor(prefix: str, ratio: int, head_dim: int, hidden: int) -> Iterator[tuple[str, Shape]]:

@@ -23,6 +23,7 @@ from v4forge.checkpoint.incoming import INDEX
 from v4forge.checkpoint.layout import Config, load_config, stored_name
 from v4forge.checkpoint.recipe import rule_for
 from v4forge.errors import UserError
+from v4forge.files import check_no_pointer
 
 INTEGER_TABLES = ("I32", "I64")  # tid2eid keeps whichever its source has
 
@@ -53,6 +54,7 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"{self.directory / INDEX} cannot be read: {error.strerror}", self._hint) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            check_no_pointer(self.directory / INDEX)
             raise UserError(f"{self.directory / INDEX} is not a safetensors index", self._hint) from None
         self._shards = {shard: self._open(shard) for shard in sorted(set(self.weight_map.values()))}
         self._coming = {shard for shard, file in self._shards.items() if isinstance(file, incoming.Shard)}
@@ -73,12 +75,13 @@ class Checkpoint:
         except FileNotFoundError:
             raise UserError(f"shard {path} is missing", self._hint) from None
         except (SafetensorError, OSError, ValueError) as error:
+            check_no_pointer(path)
             raise UserError(f"shard {path} is truncated or not safetensors ({error})", self._hint) from None
 
     @cached_property
     def config(self) -> Config:
         """The checked config.json beside the shards."""
-        return load_config(self.directory)
+        return load_config(self.directory, self.form)
 
     @property
     def shard_names(self) -> list[str]:

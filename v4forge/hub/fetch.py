@@ -1,7 +1,9 @@
 """Fills a folder with a checkpoint, from the hub or from another folder, every file checked before it gets its name.
 
-First what a checkpoint is opened by, which lets calibration begin and a wrong one be refused: the small files, and of
-each shard the header. Then the shards, those that hold root and MTP tensors first, then by their lowest layer.
+Before anything else config.json, a few kilobytes, by which a model that is not supported is refused while the folder is
+still as it was. Then what a checkpoint is opened by, which lets calibration begin and a wrong one be refused: the small
+files, and of each shard the header. Then the shards, those that hold root and MTP tensors first, then by their lowest
+layer.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from v4forge.checkpoint import incoming, safetensors_header
+from v4forge.checkpoint import incoming, layout, safetensors_header
 from v4forge.checkpoint.incoming import INDEX, Expected
 from v4forge.digests import Digests
 from v4forge.errors import UserError
-from v4forge.files import atomic_path, can_link, link_or_copy, sync_folder, writing
+from v4forge.files import atomic_path, can_link, check_no_pointer, link_or_copy, sync_folder, writing
 from v4forge.hub import partial_file
 from v4forge.hub.folder_source import FolderSource
 from v4forge.hub.hub_source import Hub
@@ -28,6 +30,7 @@ from v4forge.hub.partial_file import Partial
 from v4forge.hub.pending import SHARD_SUFFIX, Pending, in_order, is_wanted
 from v4forge.units import GB, MIB
 
+CONFIG = "config.json"
 HEADER_BYTES = 1 << 19  # asked for first of a shard; one of 1,600 tensors has a header of 200 KB
 TOLD_S = 0.25
 
@@ -50,6 +53,7 @@ class Fetch:
     def run(self, pending: Pending, progress: Progress, mark_ready: Callable[[], None]) -> None:
         """Brings what is missing. Calls mark_ready once a checkpoint can be opened. Raises UserError, and then or when
         killed leaves what came so far, from which the next run goes on."""
+        self._check_config(pending)
         self._count(pending)
         self._check(pending, progress)
         self._remove_former(pending)
@@ -68,12 +72,45 @@ class Fetch:
         self._all(coming, self._bring, progress)
         shutil.rmtree(incoming.incoming(self.out), ignore_errors=True)
 
+    def _check_config(self, pending: Pending) -> None:
+        """Refuses a model that is not supported, by config.json alone, which does not get its name yet; and a folder of
+        git-LFS pointers."""
+        if isinstance(self.source, FolderSource):
+            for name in pending.listing.files:
+                check_no_pointer(self.source.paths[name])
+        expected = pending.listing.files.get(CONFIG)
+        if expected is None:
+            raise UserError(f"{self._origin()} has no {CONFIG}", "correct FROM=, or FLASH_REPO")
+        here = self.out / CONFIG
+        if isinstance(self.source, FolderSource):
+            where, content = f"{self.source.folder / CONFIG}", self.source.paths[CONFIG].read_bytes()
+        else:
+            where = f"{CONFIG} of {self.source.repo} at {self.source.revision[:12]}"
+            is_here = here.is_file() and not self._fault(here, expected)
+            content = here.read_bytes() if is_here else self._downloaded(self.source, expected)
+        try:
+            layout.read_config(content, where)
+        except UserError:
+            partial_file.path_of(self.out, expected).unlink(missing_ok=True)
+            with suppress(OSError):  # it may hold what else came
+                incoming.incoming(self.out).rmdir()
+            raise
+
+    def _downloaded(self, source: Hub, file: Expected) -> bytes:
+        """A small file, whole and checked, which `_attempt` gives its name later."""
+        path = partial_file.path_of(self.out, file)
+        for _ in range(source.attempts):
+            with Partial(path, file) as held:
+                source.bring(held, lambda size: self._took(file, size))
+                fault = held.fault()
+            if not fault:
+                return path.read_bytes()
+            path.unlink()
+        raise source.blame(file.name, fault)
+
     def _check_layout(self) -> None:
         """Refuses what is no DeepSeek-V4 checkpoint, by the headers."""
-        from v4forge.checkpoint import (
-            layout,  # with torch, which takes seconds, and small files are not to wait for that
-        )
-        from v4forge.checkpoint.reader import Checkpoint
+        from v4forge.checkpoint.reader import Checkpoint  # with torch: small files are not to wait the seconds it takes
 
         try:
             opened = Checkpoint(self.out, by_fetch=True)

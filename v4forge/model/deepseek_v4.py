@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +33,7 @@ Parameters = Iterator[tuple[str, Shape]]
 
 def hf_config(config: Config) -> DeepseekV4Config:
     """transformers' config with one more layer than the model: index `num_hidden_layers` is the MTP block's."""
-    raw = {k: v for k, v in config.raw.items() if k not in ("quantization_config", "architectures", "torch_dtype")}
-    n = config.num_hidden_layers
-    made = DeepseekV4Config(**deepcopy(raw) | {"num_hidden_layers": n + 1})  # it writes into its nested arguments
+    made = DeepseekV4Config(**config.forward | {"num_hidden_layers": config.num_hidden_layers + 1})
     made._attn_implementation = ATTENTION
     return made
 

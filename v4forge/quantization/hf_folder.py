@@ -29,7 +29,7 @@ from v4forge.checkpoint.reader import INDEX, Checkpoint, matches
 from v4forge.checkpoint.recipe import ALIASES, Rule, rule_for
 from v4forge.checkpoint.vllm_schemes import unresolved
 from v4forge.errors import UserError
-from v4forge.files import read_json
+from v4forge.files import check_no_pointer, read_json
 from v4forge.model import names
 
 SINGLE = "model.safetensors"  # what transformers writes when one shard holds everything, without an index
@@ -143,7 +143,7 @@ class Foreign:
         """
         lines = [f"saved by {self.maker}, with {self.naming or 'the names of the artifact'}", *self.faults]
         try:
-            config = source.config if source else layout.parse_config(self.raw, "config.json")
+            config = source.config if source else layout.parse_config(self.raw, "config.json", "saved")
         except UserError as error:
             return [*lines, error.fact, "pass --source: its config.json says what must be there"]
         lines += [*_wrong_tensors(self, config), *_wrong_config(self, config)]
@@ -184,6 +184,7 @@ def opened(directory: Path) -> Foreign:
 def _open(path: Path) -> Any:
     if not path.is_file():  # also a pipe, which would be waited for
         raise FileNotFoundError(f"no file {path.name}")
+    check_no_pointer(path)
     return safe_open(path, framework="pt")
 
 
@@ -194,6 +195,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     try:
         if stated == single:
             return dict.fromkeys(_open(single).keys(), SINGLE)
+        check_no_pointer(index)
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(shard == Path(shard).name and shard.endswith(".safetensors") for shard in weight_map.values()):
             raise ValueError("it names a shard outside the folder")

@@ -18,7 +18,19 @@ from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError
+<<<<<<< HEAD
 from v4forge.files import atomic_path, can_link, link_or_copy, make_folder, read_json, remove_leftovers, write_json
+=======
+from v4forge.files import (
+    atomic_path,
+    check_no_pointer,
+    link_or_copy,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+>>>>>>> 20e4888 (config.json is checked field by field before anything is downloaded or hashed; git-LFS pointers are called that)
 from v4forge.quantization import layer_files, manifest
 from v4forge.units import GB
 
@@ -35,11 +47,15 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def tokenizer_files(source: Path) -> list[Path]:
-    """The files beside the weights that a server needs. Raises UserError when the tokenizer is missing."""
+    """The files beside the weights that a server needs. Raises UserError when the tokenizer is missing, or git-LFS left
+    a pointer in a file's place."""
     for name in REQUIRED_FILES:
         if not (source / name).is_file():
             raise UserError(f"{source / name} is missing", f"put the checkpoint's {name} there")
-    return [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in found:
+        check_no_pointer(path)
+    return found
 
 
 def finished_layers(source: Checkpoint, work: Path) -> list[Path]:

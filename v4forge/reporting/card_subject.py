@@ -96,7 +96,7 @@ def gathered(work: Path, artifact: Path) -> Subject:
         else:
             others["evaluation"] = f"{path.name} is of another artifact"
     run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
-    stands, config = artifact_folder.certificate_state(artifact), layout.load_config(artifact)
+    stands, config = artifact_folder.certificate_state(artifact), layout.load_config(artifact, "artifact")
     return Subject(
         *(artifact, manifest, config, run, certificate, stands, evaluation),
         benches=told(measured),
