@@ -24,6 +24,7 @@ DEVICES :=
 # Empty: what the profile says (v4forge/pipeline/stages.py).
 SOURCE :=
 CORPUS :=
+BAD_TEXT :=
 SAMPLES :=
 SEQ_LEN :=
 SEED := 42
@@ -96,6 +97,7 @@ endif
 settings = --scratch $(call q,SCRATCH) --runtime $(call q,RUNTIME) --gpus $(call q,GPUS) --seed $(call q,SEED) \
 	$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) \
 	$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
+	$(if $(value BAD_TEXT),--bad-text $(call q,BAD_TEXT)) \
 	$(if $(value FROM),--from $(call q,FROM)) $(if $(value DRY_RUN),--dry-run)
 work = --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 stage = .venv/bin/python -m scripts.stage
@@ -124,7 +126,7 @@ need_python = if [ -z "$(PYTHON)" ]; then \
 .PHONY: help
 help: ## Show this
 	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
-	@echo '              [SOURCE=<folder>] [CORPUS=<file>] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
+	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 

@@ -19,7 +19,7 @@ from v4forge import digests
 from v4forge.checkpoint.layout import upstream
 from v4forge.errors import UserError, run_main
 from v4forge.files import exclusive, read_json, write_text
-from v4forge.model import corpus
+from v4forge.model import corpus, corpus_rows, hub_rows
 from v4forge.pipeline import out_of_memory, requirements
 from v4forge.quantization import layer_files
 from v4forge.verification import reproduce
@@ -37,12 +37,10 @@ def main() -> None:
     add = parser.add_argument
     add("--source", type=Path, required=True, metavar="DIR", help="upstream shards, index, config.json, tokenizer.json")
     add("--work", type=Path, required=True, metavar="DIR", help="gets a layer-NNN.safetensors and a report a layer")
-    add(
-        "--corpus",
-        type=Path,
-        metavar="FILE",
-        help='.jsonl of {"messages": […]} or {"text": …}, or .txt (default: the pinned UltraChat split)',
-    )
+    forms = '.jsonl of {"messages": […]}, {"conversations": […]} or {"text": …}, or .txt, also .gz'
+    add("--corpus", metavar="FILE", help=f"{forms}, or {hub_rows.FORM} (default: the pinned UltraChat split)")
+    refuse = corpus_rows.BAD_TEXT[0]
+    add("--bad-text", choices=corpus_rows.BAD_TEXT, default=refuse, help="what is no text: an error, or U+FFFD instead")
     add("--samples", type=int, default=768, help="calibration samples (default: %(default)s)")
     add("--seq-len", type=int, default=512, help="tokens a sample (default: %(default)s)")
     add("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
@@ -236,9 +234,9 @@ def prepared(
     samples = None
     if settings.method == "gptq":
         vocab_size = source.config.vocab_size
-        samples = corpus.load(
-            arguments.source, arguments.corpus, arguments.samples, arguments.seq_len, arguments.seed, vocab_size
-        )
+        text = hub_rows.named(arguments.corpus) if arguments.corpus else None
+        sizes = (arguments.samples, arguments.seq_len, arguments.seed, vocab_size)
+        samples = corpus.load(arguments.source, text, *sizes, arguments.bad_text)
     cache = arguments.work.parent / ".stamps" / "digests.json"
     digests = layer_files.source_digests(arguments.source, source.shard_names, cache)
     return samples, layer_files.fingerprint(digests, samples, settings, device)

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from scripts.cli import QUIET_S, parser_for, table_console
 from v4forge.errors import run_main
+from v4forge.model import hub_rows
 from v4forge.outcomes import FAILED, OK, WARNING, Outcome
 from v4forge.pipeline.doctor import checks
 from v4forge.pipeline.doctor.host import Host
@@ -93,20 +94,22 @@ def main() -> int:
     )
     parser.add_argument("--runtime", choices=("", "host", "docker"), default="", help="default: the profile's")
     parser.add_argument("--source", type=Path, metavar="DIR", help="an upstream checkpoint that is here")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="a calibration text that is here")
+    parser.add_argument("--corpus", metavar="FILE", help=f"a calibration text that is here, or {hub_rows.FORM}")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="default: the profile's")
     parser.add_argument("--seq-len", type=int, default=0, metavar="N", help="default: the profile's")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args()
     if args.gpus < 1 or min(args.samples, args.seq_len) < 0:
         parser.error("--gpus, --samples and --seq-len are at least 1")
+    text = hub_rows.named(args.corpus) if args.corpus else None
     host = Host(
         work=args.work.absolute(),
         profile=args.profile,
         gpus_wanted=args.gpus,
         runtime=args.runtime,
         source=args.source.absolute() if args.source else None,
-        corpus=args.corpus.absolute() if args.corpus else None,
+        corpus=text.absolute() if isinstance(text, Path) else None,
+        data_set=text.argument if isinstance(text, hub_rows.DataSet) else "",
         samples=args.samples,
         seq_len=args.seq_len,
     )

@@ -16,6 +16,7 @@ from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge.artifact_folder import sums_sha256
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
+from v4forge.model.corpus_rows import BAD_TEXT
 from v4forge.model.heldout import tokens as heldout_tokens
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument(
         "--heldout", type=Path, required=True, metavar="FILE", help="text that nothing was fitted to, .txt or .jsonl"
     )
+    parser.add_argument(
+        "--bad-text", choices=BAD_TEXT, default=BAD_TEXT[0], help="as calibrate's (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="gets the figures as JSON")
     parser.add_argument("--sequences", type=int, default=32, help="how many sequences (default: %(default)s)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a sequence (default: %(default)s)")
@@ -79,7 +83,7 @@ def main() -> None:
         "gptq": open_checkpoint(args.artifact, "artifact", "artifact", "make artifact"),
     }
     vocab_size = models["source"].config.vocab_size
-    tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size)
+    tokens = heldout_tokens(args.source, args.heldout, args.sequences, args.seq_len, vocab_size, args.bad_text)
     total = step_count(list(models.values()))
     with steps("evaluate", total, "parts") as progress:
         found = measure(models, tokens, torch.device(args.device or some_device()), progress)

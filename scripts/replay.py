@@ -21,6 +21,7 @@ from scripts.cli import parser_for
 from v4forge.artifact_folder import MANIFEST
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json
+from v4forge.model.hub_rows import named
 from v4forge.pipeline.stages import CALIBRATE, PROFILES, STAGES, Stage
 from v4forge.quantization.layer_files import FINGERPRINT
 from v4forge.verification import reproduce
@@ -29,8 +30,8 @@ ORIGINAL = "original"  # folder of the work folder: the manifest, and what lies 
 FILES_SHOWN = 8
 
 
-def table_of(original: reproduce.Original, device: str, pinned: bool) -> dict[str, Stage]:
-    """The stages, with the manifest's settings. pinned: its text is the pinned data set, whatever the profile's is."""
+def table_of(original: reproduce.Original, device: str) -> dict[str, Stage]:
+    """The stages, with the manifest's settings."""
     made = original.settings
     words: list[str | tuple[str, str]] = ["--work", "{work}/layers", "--method", made.method, "--scales", made.scales]
     words += ["--engine", made.engine]
@@ -38,11 +39,7 @@ def table_of(original: reproduce.Original, device: str, pinned: bool) -> dict[st
     words += ["--threads", str(made.threads), "--compare", f"{{work}}/{ORIGINAL}/{MANIFEST}"]
     words += ["--calibrate-all-experts"] if made.experts == "all" else []
     words += ["--device", device] if device else []
-    words += [part for part in CALIBRATE if not (pinned and part == ("--corpus", "corpus"))]
-    calibrate = changed(STAGES["calibrate"], arguments=tuple(words))
-    if pinned:
-        calibrate = changed(calibrate, inputs=("source",), downloads="always")
-    return {**STAGES, "calibrate": calibrate}
+    return {**STAGES, "calibrate": changed(STAGES["calibrate"], arguments=(*words, *CALIBRATE))}
 
 
 def work_scratch(scratch: str, manifest: Path) -> str:
@@ -69,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     original = reproduce.load(args.manifest)
     profile = PROFILES[args.profile]
     source = args.source or profile.source or f"{args.scratch.rstrip('/')}/{args.profile}/upstream"
-    pinned = bool(original.corpus) and "repo" in (original.corpus or {}).get("origin", {})
-    text = args.corpus or ("" if pinned else profile.corpus)
-    reproduce.check_corpus(original, Path(text) if text else None)
+    of_hub = reproduce.data_set(original)
+    text = args.corpus or (of_hub.argument if of_hub else profile.corpus)
+    reproduce.check_corpus(original, named(text) if text else None)
     if not Path(source, "config.json").is_file():
         again = "" if args.profile == "tiny" else f" PROFILE={args.profile}"
         raise UserError(f"{source} is no checkpoint", f"make fetch{again}, or make reproduce … SOURCE=<folder>")
@@ -85,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if corpus := original.corpus:
         sizes = {"--samples": corpus["samples"], "--seq-len": corpus["seq_len"], "--seed": corpus["seed"]}
         words += [word for name, value in sizes.items() for word in (name, str(value))]
-    if code := stage.main(words, table_of(original, args.device, pinned), program="replay"):
+        words += ["--bad-text", "replace"] if corpus["origin"].get("bad_text") == "replace" else []
+    if code := stage.main(words, table_of(original, args.device), program="replay"):
         return code
     return verdict(original, work, args.gpus)
 

@@ -21,6 +21,7 @@ from typing import Any
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable, exclusive
+from v4forge.model import corpus_rows, hub_rows
 from v4forge.pipeline import estimate, events, explain, run_state
 from v4forge.pipeline.run_state import lock_file
 from v4forge.pipeline.runner import READ_ONLY, Runner, StageFailed, say
@@ -35,6 +36,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, key) not in (None, ""):
             values[key] = getattr(args, key)
     values |= {"profile": args.profile, "seed": args.seed, "gpus": args.gpus, "from": args.from_ or ""}
+    values |= {"data_set": "", "bad_text": args.bad_text or ""}
+    if values["corpus"].startswith(hub_rows.PREFIX):  # said to be wrong before anything is downloaded
+        values |= {"data_set": hub_rows.parsed(values["corpus"]).argument, "corpus": ""}
     values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
     values["source"] = values["source"] or f"{values['work']}/upstream"
     if values["runtime"] == "docker":  # a program there has another working folder
@@ -56,7 +60,11 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--gpus", type=int, default=1, help="processes of calibrate, each on a GPU if there are any")
     parser.add_argument("--source", help="another upstream checkpoint than the profile's")
     parser.add_argument("--from", dest="from_", metavar="DIR", help="a folder that fetch takes the checkpoint from")
-    parser.add_argument("--corpus", help="another calibration text than the profile's, .jsonl or .txt")
+    parser.add_argument(
+        "--corpus",
+        help=f"another calibration text than the profile's: .jsonl, .txt, either also .gz, or {hub_rows.FORM}",
+    )
+    parser.add_argument("--bad-text", choices=corpus_rows.BAD_TEXT, help="what becomes of what is no text in it")
     parser.add_argument("--heldout", help="another text to evaluate on than the profile's")
     parser.add_argument("--samples", type=int, help="calibration samples")
     parser.add_argument("--seq-len", type=int, help="tokens in a sample")

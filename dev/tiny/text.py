@@ -28,7 +28,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from dev.tiny.chats import conversations, name_hash
 from v4forge.errors import UserError
 from v4forge.model import chat_format
-from v4forge.model.corpus import DOCUMENT_BREAK, document_of, encode_documents, load_tokenizer, read_documents
+from v4forge.model.corpus import encode_documents, load_tokenizer
+from v4forge.model.corpus_rows import DOCUMENT_BREAK, document_of, read_documents
 
 VOCAB_SIZE = 1024
 

@@ -12,7 +12,7 @@ import pytest
 
 from dev.tiny.chats import conversations
 from dev.tiny.text import CALIBRATION_BYTES, HELDOUT_BYTES, HIDDEN_TOKENS, Document, split, standard_library
-from v4forge.model import corpus
+from v4forge.model import corpus_rows
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 
@@ -76,7 +76,7 @@ def test_every_form_of_conversation_can_be_read_as_a_prompt() -> None:
         f'def f{i}(a, b={i}):\n    """Adds a to b and returns the sum of both, {i} times."""' for i in range(64)
     )
     lines = list(conversations("pkg/__init__.py", body))
-    prompts = [corpus.document_of(line) for line in lines]
+    prompts = [corpus_rows.document_of(line) for line in lines]
     assert len(prompts) == 64 and all("pkg.f" in prompt and "Adds a to b" in prompt for prompt in prompts)
     assert {"tools" in line for line in lines} == {True, False}
     assert any("<think>" in prompt for prompt in prompts) and any("def f1(a, b=1)" in prompt for prompt in prompts)
@@ -85,11 +85,11 @@ def test_every_form_of_conversation_can_be_read_as_a_prompt() -> None:
 def test_the_committed_held_out_and_calibration_texts_share_no_passage() -> None:
     lines = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = [line["text"] if "text" in line else line["messages"][1].get("content") or "" for line in lines]
-    assert not passages(texts) & passages(corpus.read_documents(TINY / "heldout.txt"))
+    assert not passages(texts) & passages(corpus_rows.read_documents(TINY / "heldout.txt"))
 
 
 def test_the_committed_sources_are_whole_files() -> None:
-    for document in corpus.read_documents(TINY / "heldout.txt"):
+    for document in corpus_rows.read_documents(TINY / "heldout.txt"):
         if document.startswith(("import ", "from ", '"""', "#")):
             ast.parse(document)
 

@@ -26,6 +26,7 @@ from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -160,6 +161,27 @@ SOURCES: dict[str, tuple[Callable[[Path], None], str]] = {
         configured(compress_ratios=[0, 4, 128, 0, 0, 0], num_nextn_predict_layers=1),
         "{source}/config.json: compress_ratios has 6 entries for 3 layers",
     ),
+    "Base": (configured(expert_dtype="fp8"), "{source}/config.json: expert_dtype is 'fp8', that is the Base release"),
+    "no limit": (configured(swiglu_limit=None), "{source}/config.json: swiglu_limit is None"),
+    "another score": (configured(scoring_func="softmax"), "{source}/config.json: scoring_func is 'softmax'"),
+    "another rope": (
+        configured(rope_scaling={"type": "linear", "factor": 2}),
+        "{source}/config.json: no 'rope_scaling.original_max_position_embeddings'",
+    ),
+    "layer types": (configured(layer_types=["full_attention"]), "{source}/config.json: 'layer_types' is a setting of"),
+    "numbers as text": (configured(rms_norm_eps="1e-6"), "{source}/config.json: rms_norm_eps is '1e-6'"),
+    "tied": (configured(tie_word_embeddings=True), "{source}/config.json: tie_word_embeddings is True"),
+    "two shared experts": (configured(n_shared_experts=2), "{source}/config.json: n_shared_experts is 2"),
+    "another activation": (configured(hidden_act="gelu"), "{source}/config.json: hidden_act is 'gelu'"),
+    "biases": (configured(attention_bias=True), "{source}/config.json: attention_bias is True"),
+    "eight heads of keys": (configured(num_key_value_heads=8), "{source}/config.json: num_key_value_heads is 8"),
+    "a pointer as a shard": (containing(SHARDS[0], POINTER), "{source}/" + SHARDS[0] + " is a git-LFS pointer"),
+    "a pointer as the tokenizer": (
+        containing("tokenizer.json", POINTER),
+        "{source}/tokenizer.json is a git-LFS pointer",
+    ),
+    "a pointer as the index": (containing(INDEX, POINTER), "{source}/" + INDEX + " is a git-LFS pointer"),
+    "a pointer as the config": (containing("config.json", POINTER), "{source}/config.json is a git-LFS pointer"),
     "3 MTP blocks": (configured(num_nextn_predict_layers=3), "{source}/config.json: num_nextn_predict_layers is 3"),
     "odd hidden size": (configured(hidden_size=200), "{source}/config.json: hidden_size 200 is not divisible by 128"),
     "config of another checkpoint": (configured(q_lora_rank=128), "layers.0.attn.q_norm.weight is BF16 [160]"),
@@ -230,6 +252,14 @@ CORPORA: dict[str, tuple[str | None, str]] = {
     "small.txt": ("a few words", "holds 5 tokens, and 4 samples of 64 need 256"),
     "broken.jsonl": ('{"text": "fine"}\n{"text": \n', "{corpus}:2: not JSON"),
     "foreign.jsonl": ('{"prompt": "x"}\n', "{corpus}:1: neither a text nor messages"),
+    "half.jsonl": ('{"text": "fine"}\n{"text": "\\ud83d"}\n', "{corpus}:2: half of a UTF-16 pair"),
+    "digits.jsonl": ('{"text": ' + "9" * 5000 + "}", "{corpus}:1: not JSON"),
+    "call.jsonl": (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "tool_call_id": [1]}]}',
+        "{corpus}:1: message 1: tool_call_id is not a string",
+    ),
+    "pointer.txt": (POINTER, "{corpus} is a git-LFS pointer"),
+    "broken.txt.gz": ("no gzip", "{corpus} is not gzip"),
     "book.pdf": ("text", "the corpus {corpus} is neither .jsonl nor .txt"),
 }
 

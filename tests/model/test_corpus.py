@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from v4forge import pins
 from v4forge.errors import UserError
-from v4forge.model import chat_format, corpus
+from v4forge.model import chat_format, corpus, corpus_rows
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 VOCAB_SIZE = 1024
@@ -102,20 +102,20 @@ def test_a_conversation_is_read_as_its_chat_prompt(tmp_path: Path) -> None:
 def test_reasoning_and_tools_reach_the_prompt() -> None:
     thought = [CHAT[0], {**CHAT[1], "reasoning": "Add them."}]
     tool = {"type": "function", "function": {"name": "add"}}
-    prompt = corpus.document_of({"messages": thought, "tools": [tool]})
+    prompt = corpus_rows.document_of({"messages": thought, "tools": [tool]})
     assert "<think>Add them.</think>4" in prompt and '{"name": "add"}' in prompt
 
 
 def test_a_text_file_is_one_document_or_several_between_form_feeds(tmp_path: Path) -> None:
-    assert corpus.read_documents(written(tmp_path, "a.txt", "one\n\ntwo\n")) == ["one\n\ntwo\n"]
-    assert corpus.read_documents(written(tmp_path, "b.txt", "one\n\f\ntwo\n")) == ["one\n", "two\n"]
+    assert corpus_rows.read_documents(written(tmp_path, "a.txt", "one\n\ntwo\n")) == ["one\n\ntwo\n"]
+    assert corpus_rows.read_documents(written(tmp_path, "b.txt", "one\n\f\ntwo\n")) == ["one\n", "two\n"]
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1, max_size=5))
 def test_any_text_survives_the_jsonl_form(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> None:
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-    assert corpus.read_documents(written(tmp_path_factory.mktemp("c"), "c.jsonl", lines)) == documents
+    assert corpus_rows.read_documents(written(tmp_path_factory.mktemp("c"), "c.jsonl", lines)) == documents
 
 
 @settings(deadline=None)
@@ -191,7 +191,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> Non
 
 def test_a_corpus_that_is_too_small_says_what_would_fit(tmp_path: Path) -> None:
     path = written(tmp_path, "c.jsonl", json.dumps({"text": "0 1 2 3 4 5 6 7 8 9"}))
-    (ids,) = corpus.encode_documents(corpus.load_tokenizer(TINY), corpus.read_documents(path))
+    (ids,) = corpus.encode_documents(corpus.load_tokenizer(TINY), corpus_rows.read_documents(path))
     with pytest.raises(UserError) as caught:
         load(path, samples=100, seq_len=8)
     assert f"{len(ids)} tokens" in caught.value.fact and f"--samples {len(ids) // 8}" in caught.value.hint

@@ -18,7 +18,7 @@ from scripts import replay as program
 from v4forge import digests
 from v4forge.checkpoint.writer import write_shard
 from v4forge.errors import UserError
-from v4forge.model import corpus
+from v4forge.model import hub_rows
 from v4forge.quantization import layer_files
 from v4forge.verification import reproduce
 
@@ -241,8 +241,8 @@ def test_another_corpus_file_is_refused_by_its_content(made: Made, tmp_path: Pat
     reproduce.check_corpus(reproduce.load(made.manifest), same)
 
 
-def test_a_pinned_data_set_must_be_the_one_of_versions_env(made: Made, tmp_path: Path) -> None:
-    here = corpus.pinned_origin()
+def test_a_data_set_must_be_the_manifests(made: Made, tmp_path: Path) -> None:
+    here = hub_rows.pinned().origin
 
     def manifest_of(revision: str) -> reproduce.Original:
         def change(content: dict[str, Any]) -> None:
@@ -253,7 +253,8 @@ def test_a_pinned_data_set_must_be_the_one_of_versions_env(made: Made, tmp_path:
     reproduce.check_corpus(manifest_of(here["revision"]), None)
     with pytest.raises(UserError, match="this would be of ") as raised:
         reproduce.check_corpus(manifest_of("elsewhere"), None)
-    assert "CORPUS_REVISION=elsewhere" in raised.value.hint
+    assert f"CORPUS=hub:{here['repo']}@elsewhere,split={here['split']}" in raised.value.hint
+    reproduce.check_corpus(manifest_of("elsewhere"), reproduce.data_set(manifest_of("elsewhere")))
 
 
 def test_the_settings_that_make_does_not_have_come_from_the_manifest(made: Made, tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_the_settings_that_make_does_not_have_come_from_the_manifest(made: Made,
         content["calibration"]["settings"] |= {"experts": "all", "scales": "absmax", "dampening": 0.05, "threads": 1}
 
     original = reproduce.load(made.edited(tmp_path / "edited", change))
-    words = [str(part) for part in program.table_of(original, "cpu", pinned=False)["calibrate"].arguments]
+    words = [str(part) for part in program.table_of(original, "cpu")["calibrate"].arguments]
     told = {
         name: words[words.index(name) + 1] for name in ("--scales", "--dampening", "--threads", "--micro-batch-tokens")
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from v4forge.errors import UserError
-from v4forge.model.corpus import check_vocabulary, encode_documents, load_tokenizer, read_documents
+from v4forge.model.corpus import check_vocabulary, encode_documents, load_tokenizer
+from v4forge.model.corpus_rows import read_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,14 +18,16 @@ KEYS = (("tokens",), ("prompt_token_ids", "token_ids"), ("token_ids",))  # of a 
 FORMS = '[1, 2, …], {"tokens": […]} or vLLM\'s {"prompt_token_ids": […], "token_ids": […]} a line'
 
 
-def tokens(tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: int, vocab_size: int) -> Tensor:
+def tokens(
+    tokenizer_dir: Path, heldout: Path, sequences: int, seq_len: int, vocab_size: int, bad_text: str = "refuse"
+) -> Tensor:
     """The first tokens of the held-out documents, one after another: [sequences, seq_len] int64.
 
     Raises UserError when there are fewer, or one that the model does not know.
     """
     if not heldout.is_file():
         raise UserError(f"the held-out text {heldout} does not exist", "pass --heldout a .txt or .jsonl file")
-    encoded = encode_documents(load_tokenizer(tokenizer_dir), read_documents(heldout))
+    encoded = encode_documents(load_tokenizer(tokenizer_dir), read_documents(heldout, bad_text))
     stream = _as_tensor([token for document in encoded for token in document])
     wanted = sequences * seq_len
     if len(stream) < wanted:

@@ -10,7 +10,7 @@ class Profile:
     """Which model, and how much calibration."""
 
     source: str  # the upstream checkpoint; "" is what `fetch` downloads
-    corpus: str  # a file; "" is the pinned data set
+    corpus: str  # a file; "" is the pinned data set, or the one that is named
     heldout: str  # text for `evaluate`
     samples: int
     seq_len: int
@@ -83,8 +83,8 @@ NUMERICS = ("TORCH_VERSION", "TRITON_VERSION", "TRANSFORMERS_VERSION", "COMPRESS
 STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
 CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
 CALIBRATE = (
-    *("--source", "{source}", ("--corpus", "corpus"), "--samples", "{samples}", "--seq-len", "{seq_len}"),
-    *("--seed", "{seed}", "--on-mismatch", "move"),
+    *("--source", "{source}", ("--corpus", "corpus"), ("--corpus", "data_set"), ("--bad-text", "bad_text")),
+    *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}", "--on-mismatch", "move"),
 )
 
 STAGES: dict[str, Stage] = {
@@ -113,7 +113,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}/layers", "--method", "gptq", *CALIBRATE),
         inputs=("source", "corpus"),
         outputs=("layers",),
-        settings=("samples", "seq_len", "seed"),
+        settings=("samples", "seq_len", "seed", "data_set", "bad_text"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,
@@ -158,7 +158,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}/layers-rtn", "--method", "rtn", *CALIBRATE),
         inputs=("source", "corpus"),
         outputs=("layers-rtn",),
-        settings=("samples", "seq_len", "seed"),
+        settings=("samples", "seq_len", "seed", "data_set", "bad_text"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,

@@ -22,7 +22,8 @@ from v4forge.artifact_folder import FORMAT, MANIFEST, RUN
 from v4forge.checkpoint.incoming import INDEX
 from v4forge.errors import UserError
 from v4forge.files import atomic_path, make_folder, read, read_json, understood
-from v4forge.model import corpus
+from v4forge.model import corpus, hub_rows
+from v4forge.model.hub_rows import DataSet
 from v4forge.quantization import layer_files
 from v4forge.quantization.manifest import layer_entry
 from v4forge.verification.tolerances import REPLAY_EQUAL_CODES, REPLAY_LOSS_OFF
@@ -35,6 +36,7 @@ Json = Mapping[str, Any]
 KINDS = ("w1", "w2", "w3")
 GPU = "NVIDIA"  # the hardware of a fingerprint begins so, unless it is a processor
 SHOWN = 16  # hex digits of a digest
+TOLD_OF_TEXT = ("documents", "bad_text")  # of a text's origin, what is not where it is from
 
 
 @dataclass(frozen=True)
@@ -227,23 +229,27 @@ def equal_codes(one: Path, other: Path, device: torch.device) -> float:
     return equal / count
 
 
-def check_corpus(original: Original, file: Path | None) -> None:
+def data_set(original: Original) -> DataSet | None:
+    """The data set that the manifest was calibrated on, None for a file and for nothing."""
+    origin = (original.corpus or {}).get("origin", {})
+    return DataSet(*(str(origin.get(each.name, "")) for each in fields(DataSet))) if "repo" in origin else None
+
+
+def check_corpus(original: Original, file: Path | DataSet | None) -> None:
     """Raises UserError unless `file`, or for None the pinned data set, is what the manifest was calibrated on: said
     before anything is computed, and by content."""
     if original.corpus is None:
         return
-    stated = {name: value for name, value in original.corpus["origin"].items() if name != "documents"}
-    if "repo" in stated:
-        here = corpus.pinned_origin()
-        if file is not None or stated != here:
-            there, of = ("{repo}@{revision} ({split})".format(**each) for each in (stated, here))
-            fact = f"{original.path} is of {there}, this would be of {'a file' if file else of}"
-            fix = " ".join(f"CORPUS_{name.upper()}={stated[name]}" for name in ("repo", "revision", "split"))
-            raise UserError(fact, "leave CORPUS= out" if file else f'make image-lock SET="{fix}"')
+    stated = {name: value for name, value in original.corpus["origin"].items() if name not in TOLD_OF_TEXT}
+    if there := data_set(original):
+        here = hub_rows.pinned() if file is None else file
+        if there != here:
+            fact = f"{original.path} is of {there}, this would be of {'a file' if isinstance(here, Path) else here}"
+            raise UserError(fact, f"make reproduce … CORPUS={there.argument}")
         return
     fix = "make reproduce … CORPUS=<the file that it was made with>"
     wanted = f"the text of {original.path} has sha256 {_short(stated.get('file_sha256'))}"
-    if file is None or not file.is_file():
+    if not isinstance(file, Path) or not file.is_file():
         raise UserError(f"{wanted}, and {file or 'no file'} is given", fix)
     if (found := corpus.file_origin(file)) != stated:
         raise UserError(f"{wanted}, {file} has {_short(found['file_sha256'])}", fix)

@@ -63,7 +63,7 @@ class Host:
 
     `root` is where /proc, /sys, /dev and /etc are; commands are looked for on the PATH of `environment`. `source` is
     the upstream checkpoint, None for the one that fetch puts into `work`; `corpus` the calibration text, None for the
-    profile's. `gpus_wanted` share the samples.
+    profile's or for `data_set`, in the form of hub_rows. `gpus_wanted` share the samples.
     """
 
     work: Path
@@ -72,6 +72,7 @@ class Host:
     runtime: str = ""
     source: Path | None = None
     corpus: Path | None = None
+    data_set: str = ""
     samples: int = 0
     seq_len: int = 0
     root: Path = Path("/")
@@ -154,7 +155,7 @@ class Host:
             "GPUS": str(self.gpus_wanted) if self.gpus_wanted > 1 else "",
             "DEVICES": ",".join(map(str, sorted(self.devices()))),
             "SOURCE": str(self.source or ""),
-            "CORPUS": str(self.corpus or ""),
+            "CORPUS": str(self.corpus or self.data_set),
             "SAMPLES": str(self.samples or ""),
             "SEQ_LEN": str(self.seq_len or ""),
         }

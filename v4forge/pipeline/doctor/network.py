@@ -17,6 +17,7 @@ import httpx
 from v4forge import http_clients, pins
 from v4forge import network as of_network
 from v4forge.errors import UserError
+from v4forge.model import hub_rows
 from v4forge.network import Network
 from v4forge.outcomes import NotChecked, Outcome, failed, ok, warning
 from v4forge.pipeline import requirements
@@ -57,7 +58,8 @@ def shown(host: Host) -> str:
 def repositories(host: Host) -> list[str]:
     """What the run downloads: paths of the hub's API."""
     values = pins.read()
-    model, corpus = f"models/{values['FLASH_REPO']}", f"datasets/{values['CORPUS_REPO']}"
+    data_set = hub_rows.parsed(host.data_set) if host.data_set else hub_rows.pinned()
+    model, corpus = f"models/{values['FLASH_REPO']}", f"datasets/{data_set.repo}"
     if not host.full_size:
         return [model]
     return [*([] if host.upstream else [model]), *([] if host.corpus else [corpus])]
