@@ -80,6 +80,8 @@ class Step:
 # What stands for placeholders: paths of the tiny artifact, in this order.
 VALUES = (
     (r"(?<![\w./])/scratch\b", "scratch"),
+    (r"CORPUS=<file>", "CORPUS=models/tiny/heldout.txt"),
+    (r"<owner>/<name>@<commit>,split=<split>,column=<column>", f"some/rows@{'8' * 40},split=train,column=messages"),
     (r"FROM=<folder>", "FROM=models/tiny"),
     (r"SOURCE=<folder>", "SOURCE=models/tiny"),
     (r"SCRATCH=<folder>", "SCRATCH=scratch/other"),
@@ -94,7 +96,7 @@ VALUES = (
 )
 
 STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card"
-ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=))"
+ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=|CORPUS=))"
 AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
 FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
@@ -104,7 +106,7 @@ TOO_SMALL = r"(?m)^error: .* are missing$"
 
 # The first that matches the whole command, with placeholders filled in.
 RULES = (
-    Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker or a download", ((r"$", " DRY_RUN=1"),)),
+    Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker, a download or another text", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, rf"make (?:{STAGES}){AGAIN} .*", "the same work in another folder", ((r"$", " DRY_RUN=1"),)),
     Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (FEW,)),
     Rule(RUN, r"make reproduce(?: .*)?"),
