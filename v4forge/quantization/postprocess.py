@@ -18,11 +18,9 @@ from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError
-<<<<<<< HEAD
-from v4forge.files import atomic_path, can_link, link_or_copy, make_folder, read_json, remove_leftovers, write_json
-=======
 from v4forge.files import (
     atomic_path,
+    can_link,
     check_no_pointer,
     link_or_copy,
     make_folder,
@@ -30,7 +28,6 @@ from v4forge.files import (
     remove_leftovers,
     write_json,
 )
->>>>>>> 20e4888 (config.json is checked field by field before anything is downloaded or hashed; git-LFS pointers are called that)
 from v4forge.quantization import layer_files, manifest
 from v4forge.units import GB
 
