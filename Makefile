@@ -47,6 +47,7 @@ IMAGE :=
 LANE :=
 BASE_IMAGE :=
 REGISTRY :=
+# PEM files: who signs images and certificates, and whose signature they must have.
 SIGN_KEY :=
 VERIFY_KEY :=
 # Serving. SERVE_PROFILE is one of docker/serve/settings.toml, SET other options of vllm serve; ALLOW names guards that may
@@ -63,6 +64,8 @@ AFFINITY :=
 DRAIN :=
 METRICS :=
 ALLOW :=
+# How the artifact is compared with its certificate: sizes, or contents, each byte once for a folder. Empty: contents.
+CHECK :=
 KEEP :=
 TIMEOUT :=
 NAMES :=
@@ -103,14 +106,19 @@ work = --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 stage = .venv/bin/python -m scripts.stage
 run = $(stage) run
 image = .venv/bin/python -m scripts.image
+certified = .venv/bin/python -m scripts.certified
 serve = .venv/bin/python -m scripts.serve
 serve_folder = --folder $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve)
-serve_options = $(serve_folder) --artifact $(call quoted,$(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)) \
+serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
 	--backend $(call q,BACKEND) --serve-profile $(call q,SERVE_PROFILE) --bind $(call q,BIND) --port $(call q,PORT) \
 	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
 	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics)
-serve_start = $(if $(value ALLOW),--allow $(ALLOW)) $(if $(value KEEP),--keep) $(if $(value TIMEOUT),--timeout $(call q,TIMEOUT)) \
+artifact = $(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)
+verify_key = $(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
+proof = $(if $(value CHECK),--check $(call q,CHECK)) $(verify_key)
+signed = $(if $(value SIGN_KEY),@$(certified) sign $(call quoted,$(value SCRATCH)/$(value PROFILE)/artifact) --key $(call q,SIGN_KEY))
+serve_start = $(proof) $(if $(value ALLOW),--allow $(ALLOW)) $(if $(value KEEP),--keep) $(if $(value TIMEOUT),--timeout $(call q,TIMEOUT)) \
 	$(if $(value API_KEY_FILE),--api-key-file $(call q,API_KEY_FILE))
 bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
@@ -137,6 +145,7 @@ demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GP
 .PHONY: artifact
 artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card
 	@$(run) fetch calibrate postprocess verify card --title artifact --profile $(call q,PROFILE) $(settings)
+	$(signed)
 
 .PHONY: fetch
 fetch: env ## Download the upstream checkpoint at its pinned revision, resumable, or take it FROM=<folder>
@@ -155,8 +164,13 @@ postprocess: env ## Layer files and pass-through tensors to the artifact
 	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
 .PHONY: verify
-verify: env ## Check every tensor of the artifact, write its certificate
+verify: env ## Check every tensor of the artifact, write its certificate; SIGN_KEY=<file> signs it
 	@$(run) $@ --profile $(call q,PROFILE) $(settings)
+	$(signed)
+
+.PHONY: certified
+certified: env ## Whether ARTIFACT is the one that was certified: CHECK=sizes or contents, the default; VERIFY_KEY=<file>
+	@$(certified) check $(call quoted,$(artifact)) $(proof)
 
 .PHONY: card
 card: env ## The model card, from manifest, certificate and what the benches measured
@@ -191,12 +205,12 @@ reproduce: env ## Make the artifact of MANIFEST=<manifest.json> again and compar
 
 .PHONY: publish
 publish: env ## What an upload to REPO=<org>/<name> would do; with CONFIRM=1 does it, and reads it back
-	@.venv/bin/python -m scripts.publish --artifact $(call quoted,$(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)) \
-		--repo $(call q,REPO) $(if $(value CONFIRM),--yes) $(WITH)
+	@.venv/bin/python -m scripts.publish --artifact $(call quoted,$(artifact)) \
+		--repo $(call q,REPO) $(verify_key) $(if $(value CONFIRM),--yes) $(WITH)
 
 .PHONY: release-check
 release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
-	@.venv/bin/python -m scripts.release_check $(work) $(if $(value JSON),--json)
+	@.venv/bin/python -m scripts.release_check $(work) $(verify_key) $(if $(value JSON),--json)
 
 .PHONY: images
 images: env ## Build the images, or IMAGE=calib; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how

@@ -19,8 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from scripts import certified as certified_options
 from scripts.cli import parser_for, say, steps
-from v4forge import artifact_folder
+from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CARD
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--revision", default=MAIN, metavar="BRANCH", help="default: %(default)s")
     parser.add_argument("--private", action="store_true", help="for a repository that only its owners see")
+    certified_options.add_key(parser)
     parser.add_argument("--yes", action="store_true", help="upload; without it nothing is changed anywhere")
     args = parser.parse_args(argv)
     options = ["--artifact", str(args.artifact), "--repo", args.repo, "--yes"]
@@ -48,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     again = shlex.join(["python", "-m", "scripts.publish", *options, *(["--private"] if args.private else [])])
     repository = Repository(args.repo, args.revision, again)
     found = checked(args.artifact)
+    if args.verify_key:
+        certified.check_signature(args.artifact, args.verify_key)
     return upload(args, repository, found) if args.yes else rehearse(args, repository, found)
 
 

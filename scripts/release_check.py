@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from scripts import certified
 from scripts.cli import parser_for, steps
 from v4forge.errors import run_main
 from v4forge.outcomes import OK, Outcome
@@ -25,13 +26,14 @@ from v4forge.outcomes import OK, Outcome
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for("release_check", __doc__)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
+    certified.add_key(parser)
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     args = parser.parse_args(argv)
 
     from v4forge.pipeline import release_check
 
     with steps("release-check", len(release_check.CHECKS), "checks") as advance:
-        rows = release_check.rows(release_check.Release(args.work), advance)
+        rows = release_check.rows(release_check.Release(args.work, key=args.verify_key), advance)
     failed = [row for row in rows if not row.ok]
     if args.json:
         print(json.dumps({"checks": [row.record() for row in rows]}, indent=1))

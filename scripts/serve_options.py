@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts import certified
 from scripts.cli import pair
 from v4forge.serving import settings
 from v4forge.serving.launch import Start, Wanted
@@ -51,6 +52,7 @@ def add_start(command: argparse._ActionsContainer) -> None:
     add("--min-acceptance", type=float, default=Start.min_acceptance, metavar="SHARE",
         help="of first drafts, in the probe; default: %(default)s")  # fmt: skip
     add("--allow", nargs="+", default=[], metavar="GUARD", help="guards and probe checks that may fail")
+    certified.add_options(command)
     add("--keep", action="store_true", help="leave what was started when the probe fails")
 
 
@@ -78,4 +80,8 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
 
 def start(arguments: argparse.Namespace) -> Start:
     """What the options of add_start() ask for, besides the key."""
-    return Start(arguments.timeout, arguments.min_acceptance, arguments.allow, arguments.keep)
+    return Start(
+        *(arguments.timeout, arguments.min_acceptance, arguments.allow, arguments.keep),
+        check=arguments.check,
+        verify_key=arguments.verify_key,
+    )

@@ -2,9 +2,11 @@
 
     python -m scripts.verify --artifact DIR --source DIR --expect gptq
     python -m scripts.verify --artifact DIR --source DIR --deep 8192
+    python -m scripts.verify --artifact DIR --sums-only
 
-Writes certificate.json into the artifact; docs/verify.md lists the checks. Exit code 0 when none fails, 1 when one
-does; a statistic that --deep outvotes is a warning.
+Writes certificate.json into the artifact; docs/verify.md lists the checks. --sums-only makes none: it says whether the
+bytes are still the certified ones, as fast as they can be read. Exit code 0 when none fails, 1 when one does; a
+statistic that --deep outvotes is a warning.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from scripts import certified as certified_program
 from scripts.cli import DEVICE, parser_for, some_device, steps
-from v4forge import artifact_folder
-from v4forge.artifact_folder import CERTIFICATE
+from v4forge import artifact_folder, certified
+from v4forge.artifact_folder import CERTIFICATE, SIGNATURE
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.model import heldout
@@ -72,6 +75,11 @@ def main() -> int:
         action="store_true",
         help="leave SHA-256 out: as fast as the disk, but a flipped bit of a code stays unseen",
     )
+    parser.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="write it there, and nothing into the artifact"
+    )
+    parser.add_argument("--sums-only", action="store_true", help="compare every byte with what was certified, and stop")
+    certified_program.add_key(parser)
     deep = parser.add_argument_group(
         "prediction",
         "runs both models over the same tokens, a layer at a time: perplexity, divergence, draft acceptance",
@@ -98,10 +106,15 @@ def main() -> int:
             parser.error(f"argument --{option}: only with --source is there something to compare with")
     if arguments.seq_len < SHORTEST or (arguments.deep is not None and arguments.deep < arguments.seq_len):
         parser.error(f"--seq-len is at least {SHORTEST}, --deep at least one sequence")
-    with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
-        (arguments.artifact / CERTIFICATE).unlink()
     if not arguments.artifact.is_dir():
         raise UserError(f"{arguments.artifact} does not exist", "pass the folder of an artifact: make postprocess")
+    if arguments.sums_only:
+        return certified_program.sums_only(arguments.artifact, arguments.verify_key)
+    if arguments.verify_key:
+        parser.error("argument --verify-key: it is for --sums-only; this run makes a certificate of its own")
+    for name in (CERTIFICATE, SIGNATURE) if not arguments.certificate else ():
+        with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
+            (arguments.artifact / name).unlink()
 
     import torch
 
@@ -137,8 +150,6 @@ def main() -> int:
             compare if tokens else None,
         )
     figures = evaluation.figures(qualities) if qualities else None
-    result = certificate.write(arguments.artifact, checks, not_run, digests, figures)
-    digests.save()
     table = Table(box=None, pad_edge=False)
     for column in ("check", "", "detail"):
         table.add_column(column, overflow="fold")
@@ -149,8 +160,14 @@ def main() -> int:
     Console().print(table)
     if qualities:
         Console().print(evaluation.table(qualities))
+    result = certificate.content(arguments.artifact, checks, not_run, digests, figures)
     conclusion = artifact_folder.verdict(result)
-    print(conclusion.line)
+    print(conclusion.line + (f", in {arguments.certificate}" if arguments.certificate else ""))
+    if conclusion.ok:
+        certified.remember(arguments.artifact, digests)
+    with suppress(UserError):  # where nothing is remembered, the next run reads again
+        digests.save()
+    certificate.write(arguments.certificate or arguments.artifact / CERTIFICATE, result)
     return 0 if conclusion.ok else 1
 
 

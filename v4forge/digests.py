@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 from v4forge.files import changed_json, read_json
 
 CHUNK_BYTES = 8 << 20
-
-
-HASH_THREADS = min(8, os.cpu_count() or 1)
+READ_BYTES = 1 << 20  # at a time, by each of the threads
+HASH_THREADS = len(os.sched_getaffinity(0))
 
 
 class Digests:
@@ -37,7 +36,7 @@ class Digests:
         """Takes in what other processes have learnt."""
         found = read_json(self.cache_file)
         with self._changing:
-            self._by_path = {**found, **self._own}
+            self._by_path = {path: entry for path, entry in {**found, **self._own}.items() if _is_entry(entry)}
             self._by_inode |= {tuple(entry[:3]): entry[3] for entry in self._by_path.values()}
 
     def of(self, paths: Sequence[Path]) -> dict[Path, str]:
@@ -47,7 +46,7 @@ class Digests:
             self.reload()  # another process may know them
         unknown = {key: path for path, key in keys.items() if key not in self._by_inode}
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashed = dict(zip(unknown, pool.map(_sha256, unknown.values()), strict=True))
+            hashed = dict(zip(unknown, pool.map(file_sha256, unknown.values()), strict=True))
         with self._changing:
             self._by_inode |= hashed
             for path, key in keys.items():
@@ -85,16 +84,22 @@ class Digests:
                 del found[path]
 
 
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(each) for each in entry] == [int, int, int, str]
+
+
 def _identity(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+def file_sha256(path: Path, progress: Callable[[int], None] = lambda _bytes: None) -> str:
+    """The sha256 of a file in hex; progress gets the bytes of each part. Raises OSError where it cannot be read."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(part):
+            digest.update(part[:count])
+            progress(count)
     return digest.hexdigest()
 
 

@@ -51,9 +51,19 @@ def url(pages: dict[str, Any]) -> Iterator[str]:
 PASSED = {"name": "tensors", "ok": True, "detail": ""}
 
 
+CONFIG = '{"num_hidden_layers": 43, "hidden_size": 4096, "n_routed_experts": 256}'
+LISTED = {"config.json": {"sha256": hashlib.sha256(CONFIG.encode()).hexdigest(), "bytes": len(CONFIG)}}
+MANIFEST = json.dumps({"files": LISTED})
+SUMS = "".join(
+    f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n"
+    for name, text in (("config.json", CONFIG), ("manifest.json", MANIFEST))
+)
+SUMS_SHA256 = hashlib.sha256(SUMS.encode()).hexdigest()
+
+
 def artifact(folder: Path, **certificate: Any) -> Path:
-    (folder / "config.json").write_text('{"num_hidden_layers": 43, "hidden_size": 4096, "n_routed_experts": 256}')
-    (folder / "SHA256SUMS").write_text("0  a\n")
+    for name, text in {"config.json": CONFIG, "manifest.json": MANIFEST, "SHA256SUMS": SUMS}.items():
+        (folder / name).write_text(text)
     if certificate:
         (folder / "certificate.json").write_text(json.dumps({"checks": [PASSED], **certificate}))
     return folder
@@ -108,10 +118,10 @@ def test_a_deployment_is_told_as_what_it_starts_will_be(tmp_path: Path) -> None:
     ("certificate", "verdict"),
     [
         ({}, "missing"),
-        ({"ok": True, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "ok"),
-        ({"ok": False, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest()}, "failed"),
+        ({"ok": True, "sums_sha256": SUMS_SHA256}, "ok"),
+        ({"ok": False, "sums_sha256": SUMS_SHA256}, "failed"),
         ({"ok": True, "sums_sha256": "of another one"}, "stale"),
-        ({"ok": True, "sums_sha256": hashlib.sha256(b"0  a\n").hexdigest(), "checks": []}, "failed"),
+        ({"ok": True, "sums_sha256": SUMS_SHA256, "checks": []}, "failed"),
     ],
 )
 def test_the_artifact_is_told_by_its_sums_and_what_verify_said(
@@ -119,8 +129,15 @@ def test_the_artifact_is_told_by_its_sums_and_what_verify_said(
 ) -> None:
     found = served_model.artifact_facts(artifact(tmp_path, **certificate))
     assert found and found["certificate"] == verdict and found["num_hidden_layers"] == 43
-    assert found["sums_sha256"] == hashlib.sha256(b"0  a\n").hexdigest()
+    assert found["sums_sha256"] == SUMS_SHA256
     assert served_model.artifact_facts(tmp_path / "none") is None
+
+
+def test_an_artifact_that_is_not_whole_is_told_as_changed(tmp_path: Path) -> None:
+    folder = artifact(tmp_path, ok=True, sums_sha256=SUMS_SHA256)
+    (folder / "model-00002.safetensors").write_bytes(b"of another run")
+    found = served_model.artifact_facts(folder)
+    assert found and found["certificate"] == "changed"
 
 
 def test_the_served_folder_is_the_artifact_where_it_is_here(tmp_path: Path, url: str, pages: dict[str, Any]) -> None:

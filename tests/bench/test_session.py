@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import certified_artifact
 import pytest
 from keeper_stand_in import Noted, in_variables, install, steps, wanted, words
 
@@ -86,3 +87,22 @@ def test_programs_are_where_the_measured_deployment_has_them_unless_the_user_say
     started(on_the_host)
     assert session(in_docker).programs() == tmp_path / "bin"
     assert session(elsewhere).programs() == Path("/opt/bin")
+
+
+def test_a_server_whose_artifact_is_no_longer_the_certified_one_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = certified_artifact.write(tmp_path / "work")
+
+    def look(url: str, *_: object) -> Target:
+        return Target(url, "m", [], {"artifact": served_model.artifact_facts(artifact)})
+
+    monkeypatch.setattr(served_model, "look", look)
+    with session(wanted(tmp_path), "http://somewhere:1").served():
+        pass
+    (artifact / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002"), session(wanted(tmp_path), "http://somewhere:1").served():
+        pass
+    allowed = Session("speed", tmp_path, "http://somewhere:1", wanted(tmp_path), Start(allow=["certificate"]), steps)
+    with allowed.served():
+        pass

@@ -24,6 +24,7 @@ from docker.errors import ImageNotFound
 from registries import BASIC, PASSWORD, Plain, Server, guarded_by_password, guarded_by_token
 
 from scripts.image import DOCUMENTS
+from v4forge import signatures
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import archive, attestation, definitions, registry
@@ -329,7 +330,7 @@ def test_a_signature_on_another_build_by_the_right_key_is_refused(
     private, public = keys("mine")
     entry = shop.push(make_image("mine"))
     remote = Repository(shop.repository)
-    elsewhere = attestation.sign(documents("sha256:" + "7" * 64)["provenance"], private)
+    elsewhere = signatures.sign(documents("sha256:" + "7" * 64)["provenance"], private)
     remote.attach(registry.present(remote, entry.reference.split("@")[1]), "signature", elsewhere)
     with pytest.raises(UserError, match="the image is signed, but not by the key"):
         shop.pull(public)

@@ -16,8 +16,8 @@ from v4forge.digests import Digests
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read."""
     found: list[Path] = []
-    sha256 = digests._sha256
-    monkeypatch.setattr(digests, "_sha256", lambda path: found.append(path) or sha256(path))
+    sha256 = digests.file_sha256
+    monkeypatch.setattr(digests, "file_sha256", lambda path: found.append(path) or sha256(path))
     return found
 
 

@@ -71,7 +71,7 @@ def test_what_fetch_has_verified_is_not_hashed_again(
     out = tmp_path / "upstream"
     assert fetched(out) == 0
     hashed: list[Path] = []
-    monkeypatch.setattr("v4forge.digests._sha256", lambda path: hashed.append(path) or "?")
+    monkeypatch.setattr("v4forge.digests.file_sha256", lambda path: hashed.append(path) or "?")
     digests = Digests(tmp_path / ".stamps" / "digests.json")
     for path, digest in digests.of([path for path in out.iterdir() if path.is_file()]).items():
         assert digest == sha256_of(path.read_bytes())

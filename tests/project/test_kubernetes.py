@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import certified_artifact
 import kubernetes_validate
 import pytest
 import yaml
+from keys import keypair
 
-from v4forge import pins
-from v4forge.images import lock_check
+from v4forge import certified, pins
+from v4forge.images import lock_check, locks
 from v4forge.serving import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,46 +224,100 @@ def test_no_image_is_written_out() -> None:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """What the guard reads of an artifact."""
-    sums = b"00  model.safetensors\n"
-    (tmp_path / "SHA256SUMS").write_bytes(sums)
-    certificate = {"ok": True, "sums_sha256": hashlib.sha256(sums).hexdigest(), "checks": []}
-    (tmp_path / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")
-    return tmp_path
+    return certified_artifact.write(tmp_path / "work")
 
 
-def guard(artifact: Path) -> subprocess.CompletedProcess[str]:
-    python, flag, program, _ = GUARD["command"]
-    assert (python, flag) == ("python", "-c")
-    return subprocess.run([sys.executable, flag, program, artifact], capture_output=True, text=True)
+def guard(artifact: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The init container's command, on a folder of this machine in the place of each that it mounts."""
+    places = {"/artifact": str(artifact), "/cache/certified.json": str(artifact.parent / "cache/certified.json")}
+    python, *words = [places.get(word, word) for word in GUARD["command"]]
+    assert python == "python" and set(places) <= set(GUARD["command"])
+    return subprocess.run([sys.executable, *words, *options], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_guard_lets_a_certified_artifact_pass(artifact: Path) -> None:
+def test_the_guard_lets_a_certified_artifact_pass_and_writes_only_into_its_cache(artifact: Path) -> None:
+    before = sorted(artifact.parent.rglob("*"))
     done = guard(artifact)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("certified: 11 files, 0.2 MB, by content")
+    added = {path.name for path in artifact.parent.rglob("*") if path not in before and not path.name.startswith(".")}
+    assert added == {"cache", "certified.json"}
 
 
 def without_certificate(artifact: Path) -> None:
     (artifact / "certificate.json").unlink()
 
 
+def empty(artifact: Path) -> None:
+    (artifact / "certificate.json").write_bytes(b"")
+
+
+def of_nothing(artifact: Path) -> None:
+    (artifact / "certificate.json").write_text("{}", encoding="utf-8")
+
+
 def failed(artifact: Path) -> None:
-    certificate = json.loads((artifact / "certificate.json").read_text(encoding="utf-8")) | {"ok": False}
-    (artifact / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")
+    certified_artifact.seal(artifact, ok=False)
 
 
 def other_files(artifact: Path) -> None:
     (artifact / "SHA256SUMS").write_text("11  model.safetensors\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("spoil", [without_certificate, failed, other_files])
+def cut(artifact: Path) -> None:
+    path = artifact / "model-00002-of-00005.safetensors"
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def missing(artifact: Path) -> None:
+    (artifact / "model-00002-of-00005.safetensors").unlink()
+
+
+def overwritten(artifact: Path) -> None:
+    with open(artifact / "model-00002-of-00005.safetensors", "r+b") as file:
+        file.seek(20_000)
+        file.write(b"other")
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_certificate, empty, of_nothing, failed, other_files, cut, missing, overwritten]
+)
 def test_the_guard_refuses_another_artifact(spoil: Any, artifact: Path) -> None:
     spoil(artifact)
     done = guard(artifact)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "\nhint: make verify" in done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ") and hint.startswith("hint: python -m scripts.verify --artifact ")
+
+
+def test_the_guards_program_is_in_the_image_and_needs_nothing_that_it_lacks(artifact: Path) -> None:
+    assert "cp -R --parents LICENSE docker/serve/settings.toml models scripts v4forge" in (
+        ROOT / "Dockerfile.serve"
+    ).read_text(encoding="utf-8")
+    here, there = (
+        locks.parse((ROOT / locks.lock_file(name)).read_text(encoding="utf-8")) for name in ("host", "serve")
+    )
+    lacking = {locks.package_of(line) for line in here} - {locks.package_of(line) for line in there}
+    absent = sorted(
+        module
+        for module, packages in packages_distributions().items()
+        if all(name.lower().replace("_", "-") in lacking for name in packages)
+    )
+    assert "securesystemslib" in absent
+    private, public = keypair(artifact.parent)
+    certified.sign(artifact, private)
+    program = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({absent}))
+runpy.run_module("scripts.certified", run_name="__main__")
+"""
+    words = [sys.executable, "-c", program, "check", str(artifact), "--verify-key", str(public)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"signed by {public}" in done.stdout
 
 
 def test_the_chart_has_the_same_guard() -> None:
     assert MODEL["initContainer"]["command"] == GUARD["command"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in MODEL["initContainer"]["extraVolumeMounts"]}
+    assert mounts == {mount["name"]: mount["mountPath"] for mount in GUARD["volumeMounts"]}

@@ -16,8 +16,10 @@ from hub_stand_in import Fault, Repo, serving, sha256_of
 from hub_uploads import EMPTY, Break, UploadHub
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from keys import keypair
 
 from scripts import publish
+from v4forge import certified
 from v4forge.errors import UserError
 
 TOKEN = "hf_SecretOfTheTests"
@@ -201,6 +203,15 @@ def without_shard(artifact: Path) -> None:
     (artifact / "model-00001-of-00005.safetensors").unlink()
 
 
+def with_cut_shard(artifact: Path) -> None:
+    os.truncate(artifact / "model-00001-of-00005.safetensors", 20_000)
+
+
+def with_odd_manifest(artifact: Path) -> None:
+    (artifact / "manifest.json").write_text("{}")
+    certified_artifact.seal(artifact)
+
+
 def without_card(artifact: Path) -> None:
     (artifact / "README.md").unlink()
 
@@ -232,6 +243,8 @@ def empty(artifact: Path) -> None:
         (with_stale_certificate, "is of another artifact than the one beside it", "make verify"),
         (with_other_bytes, "00001-of-00005.safetensors is not the file that SHA256SUMS names", "make postprocess"),
         (without_shard, "has no model-00001-of-00005.safetensors", "make postprocess"),
+        (with_cut_shard, "has 20,000 bytes, manifest.json says 40,001", "make postprocess"),
+        (with_odd_manifest, "manifest.json names no files", "make postprocess"),
         (without_card, "has no README.md", "make card"),
         (with_notes, "notes.txt was written by no run of ours", "mv "),
         (with_folder, "original was written by no run of ours", "mv "),
@@ -347,7 +360,15 @@ def test_digests_that_an_earlier_stage_made_are_not_made_again(
     hub: UploadHub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(artifact) == 0
-    for reader in ("v4forge.digests._sha256", "huggingface_hub.lfs.sha_fileobj"):
+    for reader in ("v4forge.digests.file_sha256", "huggingface_hub.lfs.sha_fileobj"):
         monkeypatch.setattr(reader, lambda path: pytest.fail(f"{path} was read again"))
     assert run(artifact, "--yes") == 0
     assert sha256_of((artifact / "LICENSE").read_bytes()) in (artifact.parent / ".stamps/digests.json").read_text()
+
+
+def test_a_signature_is_asked_for_and_goes_with_the_certificate(hub: UploadHub, artifact: Path, tmp_path: Path) -> None:
+    private, public = keypair(tmp_path)
+    assert "is not signed" in refused(artifact, "--verify-key", str(public)).fact
+    certified.sign(artifact, private)
+    assert run(artifact, "--yes", "--verify-key", str(public)) == 0
+    assert held(hub) == local(artifact) and "certificate.sig.json" in held(hub)

@@ -78,3 +78,18 @@ def test_stopping_where_nothing_runs_is_no_error(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == f"nothing is served from {tmp_path}\n"
     with pytest.raises(UserError, match="nothing is served from"):
         launch.running_in(tmp_path)
+
+
+def test_a_container_is_given_no_links_that_lead_out_of_what_it_sees(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"")
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/inside").symlink_to("config.json")
+    (tmp_path / "artifact/config.json").write_text("{}")
+    (tmp_path / "here").symlink_to("artifact")
+    there = Compose(launch.deployment_of(wanted(tmp_path, artifact=tmp_path / "here")))
+    there.check_readable()
+    (tmp_path / "artifact/.gone").symlink_to("nowhere")
+    there.check_readable()
+    (tmp_path / "artifact/model.safetensors").symlink_to("../blob")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to .*/blob, which containers do not see"):
+        there.check_readable()

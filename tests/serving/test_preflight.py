@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import certified_artifact
 import nvml_stand_in
 import pytest
+from keys import keypair
 from nvml_stand_in import Card, NvmlLibrary, Program
 
+from v4forge import certified
 from v4forge.errors import UserError
 from v4forge.gpus import Gpu, Process
 from v4forge.serving import preflight
 from v4forge.serving.deployment import Deployment
+from v4forge.serving.preflight import Proof
 from v4forge.units import GIB
 
 NEEDED = "580.60.1"  # a driver, for tests
@@ -92,3 +96,38 @@ def test_the_guard_of_a_machine_without_a_driver_tells_of_the_cpu(
     nvml_stand_in.put(monkeypatch, None)
     with pytest.raises(UserError, match=r"no NVIDIA driver.*BACKEND=cpu"):
         guarded(tmp_path, [["0", "1"]])
+
+
+def spoilt(work: Path) -> Deployment:
+    """Of an artifact of which bytes were overwritten."""
+    artifact = certified_artifact.write(work)
+    with open(artifact / "model-00001-of-00005.safetensors", "r+b") as file:
+        file.write(b"other")
+    return Deployment(folder=str(work / "serve"), artifact=str(artifact), runtime="host", backend="cpu", port=1)
+
+
+def test_an_artifact_of_other_bytes_is_refused_unless_only_sizes_are_asked_for(tmp_path: Path) -> None:
+    deployment = spoilt(tmp_path / "work")
+    with pytest.raises(UserError, match=r"model-00001-of-00005\.safetensors has other bytes") as caught:
+        preflight.check_certificate(deployment, Proof())
+    assert caught.value.hint.endswith("or serve it all the same: make serve ALLOW=certificate")
+    preflight.check_certificate(deployment, Proof(certified.SIZES))
+
+
+def test_what_is_allowed_to_be_another_artifact_is_not_read(tmp_path: Path) -> None:
+    deployment, said = spoilt(tmp_path / "work"), []
+    preflight.check(deployment, ["certificate", "ports"], said.append)
+    assert not (tmp_path / "work/.stamps").exists()
+    Path(deployment.artifact, "model-00002-of-00005.safetensors").unlink()
+    preflight.check(deployment, ["certificate", "ports"], said.append)
+    assert "serve: allowed by ALLOW=certificate: " in said[0] and "cannot be read" in said[0]
+
+
+def test_a_certificate_must_be_signed_where_there_is_a_key(tmp_path: Path) -> None:
+    artifact = certified_artifact.write(tmp_path / "work")
+    private, public = keypair(tmp_path)
+    deployment = Deployment(folder=str(tmp_path), artifact=str(artifact), runtime="host", backend="cpu")
+    with pytest.raises(UserError, match="is not signed"):
+        preflight.check_certificate(deployment, Proof(key=public))
+    certified.sign(artifact, private)
+    preflight.check_certificate(deployment, Proof(key=public))

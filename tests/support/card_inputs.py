@@ -99,6 +99,10 @@ def manifest(config: Path, repo: str | None = REPO) -> dict[str, Any]:
     }
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def write(
     work: Path, config: Path = FLASH_CONFIG, repo: str | None = REPO, results: Iterable[dict[str, Any]] = ()
 ) -> Path:
@@ -108,10 +112,18 @@ def write(
     artifact.mkdir(parents=True)
     reports.mkdir()
     (artifact / "config.json").write_bytes(config.read_bytes())
-    (artifact / "manifest.json").write_text(json.dumps(manifest(config, repo)))
-    (artifact / "SHA256SUMS").write_text("sums\n")
     (artifact / "LICENSE").write_text("MIT License\n\nCopyright (c) somebody\n")
-    sums = hashlib.sha256(b"sums\n").hexdigest()
+    small = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in artifact.iterdir()}
+    content = manifest(config, repo)
+    for name, shard in content["files"].items():  # of that size, and of no bytes
+        with open(artifact / name, "wb") as file:
+            file.truncate(shard["bytes"])
+    content["files"] |= small
+    (artifact / "manifest.json").write_text(json.dumps(content))
+    digests = {name: entry["sha256"] for name, entry in content["files"].items()}
+    digests["manifest.json"] = sha256_of(artifact / "manifest.json")
+    (artifact / "SHA256SUMS").write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
+    sums = sha256_of(artifact / "SHA256SUMS")
     certificate = {"ok": True, "sums_sha256": sums, "checks": CHECKS, "not_run": {}, "deep": DEEP}
     (artifact / "certificate.json").write_text(json.dumps(certificate))
     seconds = {"fetch": 1800.0, "calibrate": 700.5, "postprocess": 180.0, "verify": 200.0}

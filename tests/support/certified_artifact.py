@@ -41,7 +41,7 @@ def sha256_of(path: Path) -> str:
 
 def seal(artifact: Path, **changes: Any) -> None:
     """Writes SHA256SUMS over what is there, and a certificate of it that passes, but for `changes`."""
-    last = ("SHA256SUMS", "certificate.json", "README.md", "run.json")
+    last = ("SHA256SUMS", "certificate.json", "certificate.sig.json", "README.md", "run.json")
     paths = sorted(path for path in artifact.iterdir() if path.name not in last)
     (artifact / "SHA256SUMS").write_text("".join(f"{sha256_of(path)}  {path.name}\n" for path in paths))
     certificate = {"ok": True, "sums_sha256": sha256_of(artifact / "SHA256SUMS"), "checks": CHECKS, "not_run": {}}

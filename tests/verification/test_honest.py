@@ -160,7 +160,9 @@ def outcomes(
         hashing=hashing,
         compare=(lambda *_: compared) if sequences else None,
     )
-    certificate.write(artifact.folder, found, not_run, digests)
+    certificate.write(
+        artifact.folder / "certificate.json", certificate.content(artifact.folder, found, not_run, digests)
+    )
     return {each.name: each for each in found}
 
 

@@ -118,7 +118,9 @@ def test_a_drafting_block_that_is_not_the_models_own_fails_the_start(
     artifact = copy_of(tiny_artifact, tmp_path)
     for name in ("mtp.0.e_proj.weight", "mtp.0.h_proj.weight"):
         change(artifact, name, torch.randn(256 * 256, generator=torch.Generator().manual_seed(0)) / 16)
-    error, hint = without_start(artifact, tmp_path)
+    error, _ = without_start(artifact, tmp_path)
+    assert error.endswith("has other bytes than SHA256SUMS says")
+    error, hint = without_start(artifact, tmp_path, "--allow", "certificate")
     assert error.startswith("error: the probe failed: replica 0: drafts: ")
     assert hint.endswith("ALLOW=drafts")
 
@@ -129,5 +131,5 @@ def test_a_drafting_block_that_lacks_a_tensor_fails_the_start_with_its_name(
     share_caches(tmp_path / "serve", vllm_caches)
     artifact = copy_of(tiny_artifact, tmp_path)
     change(artifact, "mtp.0.enorm.weight", None)
-    error, _ = without_start(artifact, tmp_path)
+    error, _ = without_start(artifact, tmp_path, "--allow", "certificate")
     assert "UninitializedWeightsError" in error and "enorm" in error

@@ -139,7 +139,7 @@ def _facts(deployment: Deployment | None) -> dict[str, Any]:
 def artifact_facts(folder: Path) -> dict[str, Any] | None:
     """Which artifact is in a folder, and what verify said of it; None where the folder cannot be read here.
 
-    `certificate` is ok, failed, stale (of other files) or missing.
+    `certificate` is ok, failed, stale (of other files), changed (a file is missing, cut, other or too many) or missing.
     """
     if not (folder / "config.json").is_file():
         return None

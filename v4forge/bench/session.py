@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from v4forge import artifact_folder
 from v4forge.bench import results, served_model
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target
@@ -69,10 +70,10 @@ class Session:
         if own:
             self.check_stopped()
         if self.url:
-            yield served_model.look(self.url, self.key, self.folder, self._given_artifact(), self.model)
+            yield self._whole(served_model.look(self.url, self.key, self.folder, self._given_artifact(), self.model))
             return
         if running := Deployment.load(self.folder):
-            yield served_model.look(running.url, self.key or running.key, self.folder, model=self.model)
+            yield self._whole(served_model.look(running.url, self.key or running.key, self.folder, model=self.model))
             return
         folder = self.folder.with_name(f"{self.folder.name}-bench")
         if Deployment.load(folder):  # of a bench that was killed
@@ -83,6 +84,13 @@ class Session:
             yield served_model.look(deployment.url, self.key, folder)
         finally:
             launch.stop(folder)
+
+    def _whole(self, target: Target) -> Target:
+        """The target. Raises UserError where its artifact is no longer what was certified, whose name results bear."""
+        told = target.facts.get("artifact") or {}
+        if told.get("certificate") == "changed" and "certificate" not in self.start.allow:
+            artifact_folder.check(Path(told["folder"]), "make verify")
+        return target
 
     def _given_artifact(self) -> Path | None:
         """The artifact that the user named, where it is here: a server elsewhere may serve the same."""

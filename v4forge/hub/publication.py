@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 
 from v4forge import artifact_folder
-from v4forge.artifact_folder import UNSUMMED
+from v4forge.artifact_folder import SIGNATURE, UNSUMMED
 from v4forge.digests import HASH_THREADS, Digests
 from v4forge.errors import UserError
 
 # Beside what SHA256SUMS lists; what writes each.
 WRITTEN_BY = {"SHA256SUMS": "make postprocess", "certificate.json": "make verify"}
 CARD_COMMAND = "make card"
+AGAIN = "make postprocess verify card"
 
 Progress = Callable[[int, str], None]
 
@@ -50,17 +51,21 @@ def candidates(artifact: Path) -> list[Path]:
     """
     if not (artifact / "config.json").is_file():
         raise UserError(f"there is no artifact in {artifact}", "make artifact, or --artifact <its folder>")
-    artifact_folder.check(artifact, "make verify")
+    judged = artifact_folder.certificate_state(artifact)
+    if judged.verdict not in ("ok", "changed"):
+        raise UserError(judged.fact, "make verify")
     stated = artifact_folder.stated_sums(artifact, WRITTEN_BY[artifact_folder.SUMS])
     wanted = {*stated, *UNSUMMED}
     found = {path.name: path for path in artifact.iterdir() if not path.name.startswith(".")}
-    for name in sorted(wanted - found.keys()):
+    for name in sorted(wanted - found.keys() - {SIGNATURE}):
         raise UserError(f"{artifact} has no {name}", _writer(name, stated))
     for name in sorted(found.keys() - wanted):
         raise UserError(f"{artifact / name} was written by no run of ours", f"mv {artifact / name} {artifact.parent}/")
     for name, path in sorted(found.items()):
         if not path.is_file():
             raise UserError(f"{path} is no file", _writer(name, stated))
+    if judged.verdict == "changed":
+        raise UserError(judged.fact, AGAIN)
     return [found[name] for name in sorted(found)]
 
 
@@ -91,7 +96,7 @@ def members(artifact: Path, digests: Digests, progress: Progress = lambda _read,
     stated = artifact_folder.stated_sums(artifact, WRITTEN_BY[artifact_folder.SUMS])
     for path, digest in by_path.items():
         if stated.get(path.name, digest) != digest:
-            raise UserError(f"{path} is not the file that {artifact_folder.SUMS} names", "make postprocess verify card")
+            raise UserError(f"{path} is not the file that {artifact_folder.SUMS} names", AGAIN)
     return [Member(path, path.stat().st_size, digest) for path, digest in by_path.items()]
 
 

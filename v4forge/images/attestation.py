@@ -1,7 +1,7 @@
-"""How an image was made, as an in-toto statement with SLSA provenance, and signatures of such statements.
+"""How an image was made, as an in-toto statement with SLSA provenance. v4forge/signatures.py signs it.
 
 A statement has the same bytes for the same inputs: no time, host or user stands in it.
-https://slsa.dev/spec/v1.0/provenance, https://github.com/in-toto/attestation, https://github.com/secure-systems-lab/dsse
+https://slsa.dev/spec/v1.0/provenance, https://github.com/in-toto/attestation
 """
 
 from __future__ import annotations
@@ -14,24 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-from securesystemslib import exceptions
-from securesystemslib.dsse import Envelope
-from securesystemslib.signer import CryptoSigner, SSlibKey
-
 from v4forge.errors import UserError
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:v4forge:image-build:v1"
 BUILDER = "urn:v4forge:make-images"
-PAYLOAD = "application/vnd.in-toto+json"
 
 Dependency = dict[str, Any]
-
-
-# --- provenance
 
 
 def provenance(
@@ -129,44 +119,3 @@ def parsed(statement: bytes) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError):
         pass
     raise UserError("this is not an in-toto statement with sha256 subjects", "make images writes it anew")
-
-
-# --- signatures
-
-
-def sign(statement: bytes, key: Path) -> bytes:
-    """A DSSE envelope over the statement, by the private key (PEM, PKCS8, not encrypted) of a file."""
-    try:
-        signer = CryptoSigner(load_pem_private_key(key_bytes(key, "SIGN_KEY"), password=None))
-    except TypeError:
-        raise UserError(f"SIGN_KEY={key} is encrypted", f"openssl pkey -in {key} -out <a file of yours>") from None
-    except (ValueError, UnsupportedAlgorithm, exceptions.Error):
-        raise unfit_key("SIGN_KEY", key, "openssl genpkey -algorithm ed25519 -out sign.pem") from None
-    envelope = Envelope(statement, PAYLOAD, {})
-    envelope.sign(signer)
-    return (json.dumps(envelope.to_dict(), sort_keys=True) + "\n").encode("utf-8")
-
-
-def verified(envelope: bytes, key: Path) -> bytes | None:
-    """The statement in a DSSE envelope that the public key (PEM) of a file signed; None for any other envelope."""
-    try:
-        public_key = SSlibKey.from_crypto(load_pem_public_key(key_bytes(key, "VERIFY_KEY")))
-    except (ValueError, UnsupportedAlgorithm, exceptions.Error):
-        raise unfit_key("VERIFY_KEY", key, "openssl pkey -in sign.pem -pubout -out verify.pem") from None
-    try:
-        signed = Envelope.from_dict(json.loads(envelope))
-        signed.verify([public_key], threshold=1)
-    except (exceptions.Error, KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return None
-    return signed.payload if signed.payload_type == PAYLOAD else None
-
-
-def key_bytes(key: Path, setting: str) -> bytes:
-    try:
-        return key.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {setting}={key}: {error.strerror}", f"make … {setting}=<a PEM file>") from None
-
-
-def unfit_key(setting: str, key: Path, hint: str) -> UserError:
-    return UserError(f"{setting}={key} is not an Ed25519, ECDSA or RSA key in PEM form", hint)

@@ -19,7 +19,7 @@ from typing import Any
 from docker import DockerClient
 from docker.errors import APIError, ImageNotFound
 
-from v4forge import pins
+from v4forge import pins, signatures
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import attestation, definitions, refusals
@@ -109,7 +109,7 @@ def push(
         provenance = attestation.with_subject(provenance, repository, known_as)
     documents = {**documents, "provenance": provenance}
     if sign_key:
-        documents["signature"] = attestation.sign(provenance, sign_key)
+        documents["signature"] = signatures.sign(provenance, sign_key)
     try:
         for kind, content in documents.items():
             remote.attach(manifest, kind, content)
@@ -222,7 +222,7 @@ def check(
 
 def check_signature(statement: bytes, remote: Repository, digest: str, key: Path) -> None:
     """Raises UserError unless the statement on the manifest `digest` is signed by the public key of a file."""
-    signed = [attestation.verified(document, key) for document in remote.attached(digest, "signature")]
+    signed = [signatures.verified(document, key) for document in remote.attached(digest, "signature")]
     if statement not in signed:
         fact = f"signed, but not by the key {key}" if signed else "not signed"
         raise UserError(f"the image is {fact}", "make push SIGN_KEY=<its private key>, or another VERIFY_KEY")

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from v4forge import artifact_folder, checkout
+from v4forge import artifact_folder, certified, checkout
 from v4forge.artifact_folder import CARD, MANIFEST, RUN
 from v4forge.bench import results
 from v4forge.bench.results import Result
@@ -43,6 +43,7 @@ class Release:
     work: Path
     root: Path = checkout.ROOT
     lock: Path = definitions.LOCK
+    key: Path | None = None  # who must have signed the certificate
 
     @cached_property
     def artifact(self) -> Path:
@@ -87,7 +88,7 @@ def image(release: Release, name: str) -> str:
 
 
 def certificate(release: Release) -> str:
-    found = artifact_folder.check(release.artifact, "make verify")
+    found = certified.check(release.artifact, "make verify", certified.SIZES, release.key)
     return found.fact + (f"; not run: {', '.join(found.not_run)}" if found.not_run else "")
 
 

@@ -59,7 +59,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "layers": ("{work}/layers", ("calibration.html",)),
     "layers-rtn": ("{work}/layers-rtn", ()),
     # verify writes the certificate into the artifact, card what people read and how it was made.
-    "artifact": ("{work}/artifact", ("certificate.json", "README.md", "run.json")),
+    "artifact": ("{work}/artifact", ("certificate.json", "certificate.sig.json", "README.md", "run.json")),
     "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json",)),
     "artifact/README.md": ("{work}/artifact/README.md", ()),
     "artifact/run.json": ("{work}/artifact/run.json", ()),

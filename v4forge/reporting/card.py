@@ -52,6 +52,7 @@ def warning(subject: Subject) -> str:
         "ok": "",
         "missing": "There is no certificate: nobody has checked these files.",
         "stale": "The certificate is of other files than these: nobody has checked them.",
+        "changed": "These are not all the files that the certificate is of: one is missing, cut, other or too many.",
         "failed": f"The certificate says FAILED: {', '.join(subject.standing.failed) or 'it cannot be read'}.",
     }[subject.standing.verdict]
 

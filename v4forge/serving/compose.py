@@ -85,9 +85,15 @@ class Compose:
             os.chown(self.deployment.key_file, USER, USER)
 
     def check_readable(self) -> None:
-        """Raises UserError for an artifact that the image's user may not read, where a replica runs as that."""
+        """Raises UserError for an artifact that the image's user may not read, where a replica runs as that, and for
+        files that links lead to outside of the folder, which is all that a container sees."""
         artifact = Path(self.deployment.artifact)
-        closed = [path for path in (artifact, *sorted(artifact.iterdir())) if not path.stat().st_mode & 0o004]
+        there = [path for path in (artifact, *sorted(artifact.iterdir())) if path.exists()]
+        for path in there:
+            if not path.resolve().is_relative_to(artifact.resolve()):
+                fact = f"{path} is a link to {path.resolve()}, which containers do not see"
+                raise UserError(fact, f"cp -rL {artifact} <folder>, or make serve RUNTIME=host")
+        closed = [path for path in there if not path.stat().st_mode & 0o004]
         if closed and not os.getuid():
             fact = f"you are root and the replicas are user {USER}, who may not read {closed[0]}"
             raise UserError(fact, f"chmod -R go+rX {artifact}, or make serve as another user")

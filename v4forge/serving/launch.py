@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from v4forge import gpus, outcomes
+from v4forge import certified, gpus, outcomes
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
@@ -18,6 +18,7 @@ from v4forge.outcomes import Outcome
 from v4forge.serving import preflight, probe, readiness, settings
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import Deployment, Runtime
+from v4forge.serving.preflight import Proof
 from v4forge.serving.probe import FLOOR, Expected
 from v4forge.serving.supervisord import Supervised
 
@@ -63,12 +64,15 @@ class Wanted:
 @dataclass(frozen=True)
 class Start:
     """How a deployment is started. timeout_s: until every replica is ready; min_acceptance: of first drafts, in the
-    probe; allow: guards and checks of the probe that may fail; keep: leave what was started when the probe fails."""
+    probe; allow: guards and checks of the probe that may fail; keep: leave what was started when the probe fails;
+    check: how closely the artifact is compared with its certificate; verify_key: who must have signed that."""
 
     timeout_s: float = 2700
     min_acceptance: float = FLOOR
     allow: Sequence[str] = ()
     keep: bool = False
+    check: str = certified.CONTENTS
+    verify_key: Path | None = None
 
 
 class Steps(Protocol):
@@ -170,7 +174,7 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
     runtime = runtime_of(deployment)
     if not running:
-        _prepare(runtime, key, start)
+        _prepare(runtime, key, start, steps)
     chosen = deployment.serving
     say(f"serve: {deployment.replicas} x TP={chosen.tensor_parallel}, k={chosen.drafts}, {deployment.artifact}")
     if not running:
@@ -191,10 +195,10 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
     return deployment
 
 
-def _prepare(runtime: Runtime, key: str, start: Start) -> None:
+def _prepare(runtime: Runtime, key: str, start: Start, steps: Steps) -> None:
     """Writes what the processes read, after a look at whether they can run."""
     deployment = runtime.deployment
-    preflight.check(deployment, start.allow, say)
+    preflight.check(deployment, start.allow, say, Proof(start.check, start.verify_key, steps))
     if isinstance(runtime, Compose):
         check_image(deployment)
         runtime.check_readable()

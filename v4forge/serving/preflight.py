@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from v4forge import artifact_folder, gpus, pins
+from v4forge import certified, gpus, pins
+from v4forge.contents import Steps, silent
 from v4forge.errors import UserError
 from v4forge.gpus import BLACKWELL, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
 from v4forge.serving.deployment import Deployment
 from v4forge.units import GIB
 
 
-def check_certificate(deployment: Deployment) -> None:
-    """Raises UserError unless verify has passed on the artifact as it is, by the digest of its SHA256SUMS."""
+@dataclass(frozen=True)
+class Proof:
+    """What is asked of the artifact: `level`, one of certified.LEVELS, and the public key that must have signed its
+    certificate; `steps` shows how far the reading is."""
+
+    level: str = certified.CONTENTS
+    key: Path | None = None
+    steps: Steps = silent
+
+
+def check_certificate(deployment: Deployment, proof: Proof) -> None:
+    """Raises UserError unless the folder is the artifact that verify has passed."""
     artifact = Path(deployment.artifact)
-    if not (artifact / "config.json").is_file():
+    if not os.path.isfile(artifact / "config.json"):
         raise UserError(f"there is no artifact in {artifact}", "make artifact, or make serve ARTIFACT=<folder>")
-    again = f"python -m scripts.verify --artifact {artifact}, or serve it all the same: make serve ALLOW=certificate"
-    artifact_folder.check(artifact, again)
+    try:
+        certified.check(
+            artifact, f"python -m scripts.verify --artifact {artifact}", proof.level, proof.key, proof.steps
+        )
+    except UserError as error:
+        hint = f"{error.hint}, or serve it all the same: make serve ALLOW=certificate"
+        raise UserError(error.fact, hint) from None
 
 
 def check_gpus(deployment: Deployment) -> None:
@@ -33,7 +50,8 @@ def check_gpus(deployment: Deployment) -> None:
     found = [gpu for gpu in gpus.gpus() if gpu.index in chosen]
     if absent := sorted(chosen - {gpu.index for gpu in found}):
         raise UserError(f"there is no GPU {absent[0]}", "nvidia-smi -L lists them; make serve DEVICES=<some of them>")
-    size = sum(path.stat().st_size for path in Path(deployment.artifact).glob("*.safetensors"))
+    shards = [path for path in Path(deployment.artifact).glob("*.safetensors") if path.is_file()]
+    size = sum(path.stat().st_size for path in shards)
     share = float(deployment.serving.value("gpu-memory-utilization") or 0.9)
     minimum = pins.read()["CUDA_DRIVER_MIN"]
     programs = gpus.processes()
@@ -133,17 +151,26 @@ class Check:
     """`name` is what ALLOW takes to leave it out."""
 
     name: str
-    function: Callable[[Deployment], None]
+    function: Callable[[Deployment, Proof], None]
 
 
-GUARDS = (Check("certificate", check_certificate), Check("gpu", check_gpus), Check("ports", check_ports))
+GUARDS = (
+    Check("certificate", check_certificate),
+    Check("gpu", lambda deployment, _: check_gpus(deployment)),
+    Check("ports", lambda deployment, _: check_ports(deployment)),
+)
+EVERY_BYTE = Proof()
 
 
-def check(deployment: Deployment, allowed: Iterable[str], say: Callable[[str], None]) -> None:
-    """Runs every guard; one that is allowed to fail says what it found."""
+def check(
+    deployment: Deployment, allowed: Iterable[str], say: Callable[[str], None], proof: Proof = EVERY_BYTE
+) -> None:
+    """Runs every guard; one that is allowed to fail says what it found, the certificate's by names and sizes."""
+    if "certificate" in allowed:
+        proof = replace(proof, level=certified.SIZES)
     for guard in GUARDS:
         try:
-            guard.function(deployment)
+            guard.function(deployment, proof)
         except UserError as error:
             if guard.name not in allowed:
                 raise

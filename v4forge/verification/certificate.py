@@ -7,14 +7,14 @@ a warning: see docs/verify.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from v4forge.artifact_folder import CERTIFICATE, SUMS
+from v4forge.artifact_folder import SUMS
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.digests import Digests
 from v4forge.errors import UserError
@@ -115,24 +115,31 @@ def _outcome(check: Check, subject: Subject) -> Outcome:
     return failed(";\n".join(failures[: check.shown]) + more, fix, check.name)
 
 
-def write(
+def content(
     artifact: Path,
     outcomes: Sequence[Outcome],
     not_run: dict[str, str],
     digests: Digests,
     deep: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes certificate.json into the artifact and returns it; it names SHA256SUMS by its digest. deep: figures."""
-    remove_leftovers(artifact)
+    """What certificate.json says; it names SHA256SUMS by its digest. deep: figures."""
     sums = artifact / SUMS
-    certificate = {
+    return {
         "ok": all(outcome.ok for outcome in outcomes),
         "sums_sha256": digests.of([sums])[sums] if sums.is_file() else None,
         "checks": [{"name": each.name, "ok": each.ok, "detail": _told(each)} for each in outcomes],
         "not_run": not_run,
     } | ({"deep": deep} if deep else {})
-    write_json(artifact / CERTIFICATE, certificate)
-    return certificate
+
+
+def write(path: Path, certificate: Mapping[str, Any]) -> None:
+    """Writes a certificate. Raises UserError where nothing can be written."""
+    remove_leftovers(path.parent)
+    try:
+        write_json(path, certificate)
+    except UserError as error:
+        hint = "the same command with --certificate FILE, or on a copy that you can write to"
+        raise UserError(f"the certificate could go nowhere: {error.fact}", hint) from None
 
 
 def _told(outcome: Outcome) -> str:
