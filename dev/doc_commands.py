@@ -108,7 +108,9 @@ TOO_SMALL = r"(?m)^error: .* are missing$"
 RULES = (
     Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker, a download or another text", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, rf"make (?:{STAGES}){AGAIN} .*", "the same work in another folder", ((r"$", " DRY_RUN=1"),)),
+    Rule(DRY, r"make verify SIGN_KEY=\S+", "a key", ((r"SIGN_KEY=\S+", "SAMPLES=8"),)),
     Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (FEW,)),
+    Rule(DRY, r"make certified(?: .*)?", "an artifact or a key of others", ((r" (?:ARTIFACT|VERIFY_KEY)=\S+", ""),)),
     Rule(RUN, r"make reproduce(?: .*)?"),
     Rule(RUN, r"make (?:help|lock-check)", beside=True),
     Rule(RUN, r"make plan(?: .*)?", says=TOO_SMALL, beside=True),
@@ -150,7 +152,11 @@ RULES = (
     Rule(USAGE, r"PYTHONPATH=\. \S*python tests/support/corruptions\.py", "the same, which is run above"),
     Rule(USAGE, r"\.venv\S*/bin/python docs/upstream/\w+\.py.*", "tests/project/test_upstream.py runs each"),
     Rule(DRY, r"\.ci/run(?: soak)?", "a machine of its own", ((r"^", "bash -n "),)),
-    Rule(SYNTAX, r"(?:curl|tr|kubectl|\.|sudo|docker|export|nvidia-smi) .*", "a server, a cluster, root or a GPU"),
+    Rule(
+        SYNTAX,
+        r"(?:curl|tr|kubectl|\.|\.venv/bin/hf|sudo|docker|export|nvidia-smi) .*",
+        "a server, a cluster, root or a GPU",
+    ),
 )
 
 

@@ -180,7 +180,7 @@ def changes(artifact: Path) -> Iterator[UserError]:
         if not stat.S_ISREG(status.st_mode):
             yield UserError(f"{path} is no file", copy_again(artifact))
         elif entry.size is not None and status.st_size != entry.size:
-            fact = f"{path} has {status.st_size:,} bytes, {MANIFEST} says {entry.size:,}"
+            fact = f"{path} has {status.st_size:,} bytes where {entry.size:,} were certified"
             yield UserError(fact, copy_again(artifact))
         elif path.suffix != SHARD and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
             yield other_bytes(path)

@@ -133,10 +133,10 @@ def change(artifact: Path, name: str, **changes: Any) -> None:
 
 
 SEEN_BY_SIZE: dict[Callable[[Path], None], str] = {
-    cut: "has 20,000 bytes, manifest.json says 40,002",
+    cut: "has 20,000 bytes where 40,002 were certified",
     missing: "cannot be read: No such file",
-    emptied: "has 0 bytes, manifest.json says 40,002",
-    longer: "has 40,003 bytes, manifest.json says 40,002",
+    emptied: "has 0 bytes where 40,002 were certified",
+    longer: "has 40,003 bytes where 40,002 were certified",
     swapped_with_another_size: "has 40,003 bytes",
     a_folder: "is no file",
     a_pipe: "is no file",

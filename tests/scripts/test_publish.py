@@ -243,7 +243,7 @@ def empty(artifact: Path) -> None:
         (with_stale_certificate, "is of another artifact than the one beside it", "make verify"),
         (with_other_bytes, "00001-of-00005.safetensors is not the file that SHA256SUMS names", "make postprocess"),
         (without_shard, "has no model-00001-of-00005.safetensors", "make postprocess"),
-        (with_cut_shard, "has 20,000 bytes, manifest.json says 40,001", "make postprocess"),
+        (with_cut_shard, "has 20,000 bytes where 40,001 were certified", "make postprocess"),
         (with_odd_manifest, "manifest.json names no files", "make postprocess"),
         (without_card, "has no README.md", "make card"),
         (with_notes, "notes.txt was written by no run of ours", "mv "),

@@ -285,6 +285,16 @@ continued, does: a Flash of nothing else would fail with a chance near 1, and ha
 Every other check compares exactly: a good artifact never fails it, and one wrong bit does.
 """.strip().splitlines()
 
+STILL = """
+## Whether the bytes are still those
+
+A certificate names SHA256SUMS by its digest, and so every file. `python -m scripts.verify --artifact DIR --sums-only`
+makes no check of this page: it reads every byte, by all cores, says whether they are the certified ones, and names each
+file that is cut, missing, other or too many. [Serving](serving.md#guards) asks the same, once a folder. Where nothing
+can be written into the artifact the table is printed all the same, and then that the certificate could go nowhere;
+`--certificate FILE` says where it may.
+""".strip().splitlines()
+
 CLOSER = (
     """
 Errors, slopes and rounding say what is unlikely, not what is wrong. Such a failure ends with one command that looks
@@ -319,6 +329,8 @@ def page() -> str:
     lines += [
         "",
         *CLOSER,
+        "",
+        *STILL,
         "",
         f"{len(CORRUPTIONS)} corruptions:",
         "",
