@@ -5,7 +5,8 @@ Those that calibration does not do are here alone. Shapes as in v4forge/quantiza
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -25,13 +26,15 @@ BEFORE = (1.0, *(1.1 - i / 30 for i in range(13) if i != 3))  # the grid that ca
 @dataclass(frozen=True)
 class Way:
     """scales: of weights and importance; prior: tokens of all that count with an expert's own `count`, from `count` and
-    width; refit: conjugate gradient steps of gptq.refit, or to the solution; passes: of coordinate descent over the
-    codes; target: the share of w2's target that undoes what w1 and w3 lose (GPTAQ, Li et al. 2025, arXiv 2504.02692).
+    width; even: those scaled to the expert's own energy; refit: conjugate gradient steps of gptq.refit, or to the
+    solution; passes: of coordinate descent over the codes; target: the share of w2's target that undoes what w1 and w3
+    lose (GPTAQ, Li et al. 2025, arXiv 2504.02692).
     """
 
     scales: Callable[[Tensor, Tensor], Tensor] = gptq.searched_scales
     dampening: float | None = 0.02  # None: round to nearest
     prior: Callable[[int, int], float] = lambda _count, width: width
+    even: bool = False
     damped_scales: bool = True  # whether dampening counts with the importance of an input for its group's scale
     refit: str = "step"  # or "", or "solved"
     passes: int = 0
@@ -103,13 +106,38 @@ WAYS = {
     "now, w2 undoes w1 and w3, dampened by 1": replace(NOW, target=1.0, target_dampening=1.0),
 }
 
+# What an expert's Hessians take of all tokens'. A prior of the other experts' tokens alone is another weight of the
+# same two: their mean is what is left of everybody's without the expert's own.
+BLENDS = {
+    "one width of all: now": NOW,
+    "its own tokens alone": replace(NOW, prior=lambda _, w: 0),
+    "filled up to a width": replace(NOW, prior=WAS.prior),
+    "one width, for experts below a width alone": replace(NOW, prior=lambda n, w: w if n < w else 0),
+    "half a width": replace(NOW, prior=lambda _, w: w / 2),
+    "two widths": replace(NOW, prior=lambda _, w: 2 * w),
+    "four widths": replace(NOW, prior=lambda _, w: 4 * w),
+    "one width, scaled to the expert's energy first": replace(NOW, even=True),
+}
+
+
+@contextmanager
+def groups_of(size: int, device: torch.device) -> Iterator[None]:
+    """INT4 in groups of `size` inputs, for a device's arithmetic of gptq.py."""
+    modules = ["v4forge.quantization.gptq", "v4forge.checkpoint.codec"]
+    if device.type == "cuda":
+        modules.append("v4forge.quantization.kernels")
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch(f"{module}.INT4_GROUP", size))
+        yield
+
 
 def quantized_experts(
     gate_up: Tensor, down: Tensor, rows: Sequence[Tensor], common: experts.Common, way: Way, limit: float
 ) -> Pair:
     """The experts as served. rows: each one's tokens, [n, hidden]; common: of the layer."""
     width, inner = gate_up.shape[2], down.shape[2]
-    hidden = torch.stack([blended(x, common.hessian, way.prior(len(x), width)) for x in rows])
+    hidden = torch.stack([blended(x, common.hessian, way.prior(len(x), width), way.even) for x in rows])
     upper = quantized(gate_up, hidden, way).dequantized()
     del hidden
     hessians, targets = [], []
@@ -121,12 +149,14 @@ def quantized_experts(
             served = deepseek_v4.activation(F.linear(x, upper[e]), limit)
             targets.append(undoing(down[e], exact, served, way))
             exact = served
-        hessians.append(blended(exact, of_all, way.prior(len(x), inner)))
+        hessians.append(blended(exact, of_all, way.prior(len(x), inner), way.even))
     lower = quantized(torch.stack(targets) if targets else down, torch.stack(hessians), way).dequantized()
     return upper, lower
 
 
-def blended(x: Tensor, everything: Tensor, tokens: float) -> Tensor:
+def blended(x: Tensor, everything: Tensor, tokens: float, even: bool) -> Tensor:
+    if even and len(x):
+        everything = everything * (x.float().square().sum() / len(x) / everything.diagonal().sum())
     return (gptq.gram(x) + tokens * everything) / max(len(x) + tokens, 1)
 
 

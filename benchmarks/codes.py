@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.code_ways import DEFAULT, WAYS, Pair, Way, quantized_experts
+from benchmarks.code_ways import DEFAULT, WAYS, quantized_experts
+from benchmarks.lab import TINY, Lab, demo_tokens, held_out
 from benchmarks.machine import machine
 from benchmarks.wide_experts import SETS, wide_experts
 from scripts.cli import parser_for
@@ -30,99 +31,14 @@ from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
 from v4forge.intervals import Estimate, ratio, share
-from v4forge.model import corpus, deepseek_v4, heldout
-from v4forge.pipeline.stages import PROFILES
-from v4forge.quantization import experts, gptq
 
-TINY = PROFILES["tiny"]
 HELDOUT = 32, 256  # sequences, and tokens in each
-AT_ONCE = 16  # sequences of a forward pass
 WIDE_EXPERTS = 4  # of a set of --wide
-
-
-@dataclass
-class Lab:
-    """The model's layers with the tokens of the corpus and then of the held-out text."""
-
-    source: Checkpoint
-    samples: int
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        config = self.source.config
-        folder = self.source.directory
-        own = corpus.load(folder, Path(TINY.corpus), self.samples, TINY.seq_len, 0, config.vocab_size).tokens
-        held = heldout.tokens(folder, Path(TINY.heldout), *HELDOUT, config.vocab_size)
-        self.batches = torch.cat((own, held)).to(self.device).split(AT_ONCE)
-        self.calibration = own.numel()
-        self.hf_config = deepseek_v4.hf_config(config)
-        self.weights = deepseek_v4.Weights(self.source, self.device)
-        self.root = deepseek_v4.load_root(self.weights, self.hf_config)
-        self.rotary = deepseek_v4.Rotary(self.hf_config, self.device, self.weights.dtype)
-
-    def layers(self, way: Way | None) -> Iterator[tuple[Any, list[deepseek_v4.Attended], Pair | None]]:
-        """Each layer's experts, what enters them, and what `way` makes of them, with which the next layer goes on."""
-        streams = [deepseek_v4.embed(self.root, self.hf_config, batch) for batch in self.batches]
-        for index in self.source.config.layers:
-            layer = deepseek_v4.load_layer(self.weights, self.hf_config, index)
-            attended = [
-                deepseek_v4.attend(layer, each, self.rotary.context(batch))
-                for each, batch in zip(streams, self.batches, strict=True)
-            ]
-            own = layer.mlp.experts
-            made = None if way is None else self.quantized(own, attended, way)
-            served = made or (own.gate_up_proj, own.down_proj)
-            streams = [
-                deepseek_v4.combine(each, deepseek_v4.routed_experts(each, served[0], served[1], own.limit))
-                for each in attended
-            ]
-            yield own, attended, made
-        self.streams = streams
-
-    def quantized(self, own: Any, attended: Sequence[deepseek_v4.Attended], way: Way) -> Pair:
-        """The layer's experts, by the calibration tokens."""
-        x = torch.cat([each.x for each in attended])[: self.calibration]
-        indices = torch.cat([each.indices for each in attended])[: self.calibration]
-        rows = [x[(indices == e).any(1)] for e in range(len(own.gate_up_proj))]
-        stride = max(1, len(x) // (experts.SAMPLE_FACTOR * own.down_proj.shape[-1]))
-        common = experts.Common(gptq.gram(x) / len(x), x[::stride])
-        return quantized_experts(own.gate_up_proj, own.down_proj, rows, common, way, float(own.limit))
-
-    def errors(self, way: Way) -> torch.Tensor:
-        """[sequences] f64: what of the outputs' energy a way loses on each held-out sequence, the mean over layers."""
-        found = []
-        for own, attended, _ in self.states:
-            made = self.quantized(own, attended, way)
-            x, indices, weights = (
-                torch.cat([getattr(each, name) for each in attended])[self.calibration :]
-                for name in ("x", "indices", "weights")
-            )
-            held = deepseek_v4.Attended(x, indices, weights, *([x] * 3))
-            exact, served = (
-                deepseek_v4.routed_experts(held, pair[0], pair[1], own.limit).float()
-                for pair in ((own.gate_up_proj, own.down_proj), made)
-            )
-            lost = (served - exact).square().sum(1).view(HELDOUT).sum(1)
-            found.append((lost / exact.square().sum()).double().cpu())
-        return torch.stack(found).mean(0)
-
-    @property
-    def states(self) -> list[tuple[Any, list[deepseek_v4.Attended], Pair | None]]:
-        if not hasattr(self, "_states"):
-            self._states = list(self.layers(None))
-        return self._states
-
-    def logits(self, way: Way | None) -> torch.Tensor:
-        """Log-probabilities of the held-out tokens behind all layers, [sequences, tokens, vocab] f32."""
-        for _ in self.layers(way):
-            pass
-        found = [self.root.final(each, self.root.head).log_softmax(-1) for each in self.streams]
-        return torch.cat(found)[-HELDOUT[0] :]
 
 
 @torch.no_grad()
 def tiny(names: Sequence[str], samples: int, device: torch.device, kl: bool) -> list[dict[str, Any]]:
-    lab = Lab(Checkpoint(Path(TINY.source)), samples, device)
+    lab = Lab(Checkpoint(Path(TINY.source)), demo_tokens(samples), [held_out(*HELDOUT)], device)
     base = lab.errors(WAYS[DEFAULT])
     exact = lab.logits(None) if kl else None
     base_kl: torch.Tensor | None = None

@@ -10,6 +10,7 @@ from problems import CPU, problem, weighted_error
 
 from benchmarks import codes
 from benchmarks.code_ways import DEFAULT, NOW, WAYS, Way, descended, quantized, solved, undoing
+from benchmarks.lab import TINY, Lab, demo_tokens, held_out
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.files import read_json
 from v4forge.intervals import Estimate, ratio
@@ -17,12 +18,13 @@ from v4forge.profiling import Watch
 from v4forge.quantization import experts, gptq, layer_files
 
 
-def test_calibration_loses_a_fifth_less_than_before_and_not_by_its_scales_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(codes, "HELDOUT", (16, 256))
+def lab_of(samples: int, sequences: int) -> Lab:
+    return Lab(Checkpoint(Path(TINY.source)), demo_tokens(samples), [held_out(sequences, 256)], CPU)
+
+
+def test_calibration_loses_a_fifth_less_than_before_and_not_by_its_scales_alone() -> None:
     with torch.no_grad():
-        lab = codes.Lab(Checkpoint(Path(codes.TINY.source)), 32, CPU)
+        lab = lab_of(32, 16)
         names = (DEFAULT, "round to nearest, the scales of now", "now")
         before, nearest, now = (lab.errors(WAYS[name]).numpy() for name in names)
     assert ratio(now, before).interval().high < 0.81
