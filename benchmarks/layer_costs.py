@@ -13,7 +13,6 @@ of models/tiny's artifact, and of DeepSeek-V4-Flash's for the same share of its 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from benchmarks.code_ways import NOW, Pair, groups_of, quantized_experts
 from benchmarks.lab import AT_ONCE, TINY, Lab, demo_tokens, held_out
 from benchmarks.machine import machine
 from scripts.cli import parser_for
-from v4forge.checkout import ROOT
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.codec import decode_fp8, encode_fp8
 from v4forge.checkpoint.reader import Checkpoint
@@ -37,6 +35,7 @@ from v4forge.files import write_json
 from v4forge.intervals import Estimate, Figure, ratio, share
 from v4forge.model import deepseek_v4, drafts, evaluation
 from v4forge.model.mtp import load_mtp
+from v4forge.pipeline.requirements import flash_config
 from v4forge.quantization import experts, gptq
 
 INT4, G64, G32, FP8, SOURCE = "int4 g128", "int4 g64", "int4 g32", "fp8", "source"
@@ -46,11 +45,6 @@ FORMS = {INT4: 4 + 16 / 128, G64: 4 + 16 / 64, G32: 4 + 16 / 32, FP8: 8 + 32 / 1
 BUDGET = 2.0  # percent of the artifact's bytes
 Mixture = tuple[tuple[str, ...], ...]  # the form of each expert, layer by layer
 Row = dict[str, Any]
-
-
-def flash_config() -> layout.Config:
-    path = ROOT / "v4forge/pipeline/flash_config.json"
-    return layout.parse_config(json.loads(path.read_text()), str(path))
 
 
 def experts_share(config: layout.Config) -> float:
@@ -272,6 +266,13 @@ def fill(table: Table) -> None:
     table.add("best", f"1 of {layers * count} experts at {FP8}", with_experts(whole, first, FP8))
 
 
+def output_errors(lab: Lab) -> list[dict[str, float | None]]:
+    """What of its experts' output each layer loses at INT4 g128, behind the source's layers: that a layer costs more
+    KL divergence than others can be this, or that the model forgives less there."""
+    (found,) = lab.losses(NOW)
+    return [ratio(lost, energy).interval().json() for lost, energy in zip(found.lost, found.energy, strict=True)]
+
+
 def affordable(m: Mixtures, form: str, parts: int) -> int:
     """How many of so many equal parts of the experts BUDGET pays for, of Flash."""
     return int(BUDGET / m.more_bytes(m.even(form))["flash"] * parts)
@@ -306,14 +307,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="gets the figures as JSON")
     args = parser.parse_args()
     device = torch.device(args.device)
-    lab = Lab(Checkpoint(Path(TINY.source)), demo_tokens(args.samples), [], device)
-    table = Table(Mixtures(lab, held_out(args.sequences, args.seq_len), args.drafts))
+    source, text = Checkpoint(Path(TINY.source)), held_out(args.sequences, args.seq_len)
+    own = demo_tokens(args.samples)
+    errors = output_errors(Lab(source, own, [text], device))
+    table = Table(Mixtures(Lab(source, own, [], device), text, args.drafts))
     fill(table)
     if args.out:
         command = f"python -m benchmarks.layer_costs {' '.join(sys.argv[1:])}"
         settings = {n: getattr(args, n) for n in ("samples", "sequences", "seq_len", "drafts")}
         about = {"command": command, **machine(device), "model": TINY.source, **settings}
-        write_json(args.out, {**about, "experts_share": {"flash": FLASH_SHARE}, "rows": table.rows})
+        write_json(
+            args.out, {**about, "experts_share": {"flash": FLASH_SHARE}, "output_errors": errors, "rows": table.rows}
+        )
 
 
 if __name__ == "__main__":
