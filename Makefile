@@ -140,7 +140,7 @@ help: ## Show this
 
 .PHONY: demo
 demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GPU
-	@$(run) fetch calibrate postprocess verify rtn postprocess-rtn evaluate card report --title demo --profile tiny $(settings)
+	@$(run) fetch calibrate postprocess rtn postprocess-rtn verify-deep card report --title demo --profile tiny $(settings)
 
 .PHONY: artifact
 artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card
@@ -353,6 +353,6 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
 	@folder=$(call quoted,$(or $(value SCRATCH),$(error SCRATCH is empty))/$(or $(value PROFILE),$(error PROFILE is empty))); \
 	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* $(call q,SCRATCH)/replay-*/$(call q,PROFILE) \
-		"$$folder"/reports/{evaluation.json,run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
+		"$$folder"/reports/{run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json ! -name disk.json -delete; fi

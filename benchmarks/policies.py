@@ -3,7 +3,7 @@
     python -m benchmarks.policies --out benchmarks/results/policies-tiny.json
 
 Each policy calibrates the embedded model at the settings of `make demo`, on several choices of samples, and is measured
-on the held-out tokens of `evaluate`. Losses of policies whose Hessians see other tokens are not to be compared.
+on held-out tokens. Losses of policies whose Hessians see other tokens are not to be compared.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from scripts.cli import parser_for
-from scripts.evaluate import heldout_tokens
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.errors import run_main
 from v4forge.files import write_json
 from v4forge.intervals import Estimate
 from v4forge.model import corpus
 from v4forge.model.evaluation import Quality, evaluate, perplexity_change
+from v4forge.model.heldout import tokens as heldout_tokens
 from v4forge.pipeline.stages import PROFILES
 from v4forge.quantization import calibrate, layer_files
 from v4forge.quantization.layer_reports import mean_losses

@@ -2,9 +2,9 @@
 
     python -m scripts.report --work scratch/tiny
 
-Takes what is in the folder: reports/evaluation.json, reports/run.json, layers/, the artifact's certificate and
-manifest, and the newest result of each bench; says which command makes what is not there. Writes reports/index.html and
-reports/benchmarks.md. Ends with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
+Takes what is in the folder: reports/run.json, layers/, the artifact's certificate and manifest, and the newest result
+of each bench; says which command makes what is not there. Writes reports/index.html and reports/benchmarks.md. Ends
+with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scripts.cli import parser_for
 from v4forge import artifact_folder
 from v4forge.errors import run_main
 from v4forge.files import write_text
-from v4forge.reporting import run_sections
+from v4forge.reporting import prediction, run_sections
 from v4forge.reporting.tables import plus_minus
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
 
     console = Console(highlight=False)
     verdict = artifact_folder.verdict(inputs.certificate) if inputs.certificate is not None else None
-    if inputs.evaluation:
-        console.print(models_table(inputs.evaluation))
+    if inputs.deep:
+        console.print(models_table(inputs.deep))
     for check in verdict.checks if verdict else ():
         if not check.ok:
             console.print(f"failed: {check.name}: {check.detail}", markup=False, style="red")
@@ -67,20 +67,20 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
         console.print(f"{report_page.NO_CERTIFICATE} (make verify)", markup=False, style="bold")
 
 
-def models_table(evaluation: Mapping[str, Any]) -> Table:
+def models_table(deep: Mapping[str, Any]) -> Table:
     """The same as the page's, for 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, caption=run_sections.heldout_line(evaluation), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, caption=prediction.text_line(deep), caption_justify="left")
     table.add_column("", no_wrap=True)
     for heading in ("size, MB", "KL, nats", "same", "perplexity", "drafts"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in run_sections.model_rows(evaluation):
+    for row in prediction.model_rows(deep):
         table.add_row(
             row.name,
-            f"{row.megabytes:,.1f}",
+            "" if row.megabytes is None else f"{row.megabytes:,.1f}",
             "" if row.kl is None else plus_minus(row.kl, ".4f"),
             "" if row.agreement is None else f"{100 * row.agreement.value:.1f}%",
             f"{row.perplexity.value:.3f}",
-            f"{100 * row.acceptance.value:.1f}%",
+            f"{100 * row.drafts[0].value:.1f}%",
         )
     return table
 

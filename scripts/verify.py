@@ -3,6 +3,7 @@
     python -m scripts.verify --artifact DIR --source DIR --expect gptq
     python -m scripts.verify --artifact DIR --source DIR --deep 8192
     python -m scripts.verify --artifact DIR --sums-only
+    python -m scripts.verify --artifact DIR --source DIR --deep 8192 --beside ANOTHER
 
 Writes certificate.json into the artifact; docs/verify.md lists the checks. --sums-only makes none: it says whether the
 bytes are still the certified ones, as fast as they can be read. Exit code 0 when none fails, 1 when one does; a
@@ -12,7 +13,6 @@ statistic that --deep outvotes is a warning.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,6 @@ from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CERTIFICATE, SIGNATURE
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
-from v4forge.model import heldout
 from v4forge.model.heldout import FORMS, SHORTEST
 from v4forge.outcomes import FAILED, OK, WARNING
 from v4forge.quantization.layer_files import METHODS
@@ -35,22 +34,20 @@ from v4forge.quantization.layer_files import METHODS
 SHOWN = {OK: "[green]ok[/]", WARNING: "[yellow]warning[/]", FAILED: "[red]FAILED[/]"}
 
 if TYPE_CHECKING:
-    import torch
-
     from v4forge.checkpoint.reader import Checkpoint
-    from v4forge.model import evaluation
+    from v4forge.model.evaluation import Quality
+    from v4forge.verification import prediction
 
 
-def chosen_tokens(arguments: argparse.Namespace, source: Checkpoint) -> Sequence[torch.Tensor]:
-    """The sequences that both models are to run over, [n] int64 each; none without --deep and --tokens."""
-    vocabulary = source.config.vocab_size
+def chosen_text(arguments: argparse.Namespace, source: Checkpoint) -> prediction.Text | None:
+    """What the models are to run over; None without --deep and --tokens."""
+    from v4forge.verification import prediction
+
     if arguments.tokens:
-        return heldout.read_tokens(arguments.tokens, vocabulary)
-    if not arguments.deep:
-        return []
-    text = arguments.heldout or source.directory / "heldout.txt"
-    count = arguments.deep // arguments.seq_len
-    return list(heldout.tokens(source.directory, text, count, arguments.seq_len, vocabulary))
+        return prediction.given(source, arguments.tokens)
+    if arguments.deep:
+        return prediction.held_out(source, arguments.heldout, arguments.deep, arguments.seq_len)
+    return None
 
 
 def main() -> int:
@@ -99,6 +96,17 @@ def main() -> int:
         help="text that nothing was fitted to, .txt or .jsonl (default: heldout.txt of the source, if it has one)",
     )
     deep.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence of --deep (default: %(default)s)")
+    deep.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another artifact of this source, over the same tokens: round-to-nearest, say; may be given again",
+    )
+    deep.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads: the last digits depend on it (default: torch's own)"
+    )
     deep.add_argument("--device", help=DEVICE)
     arguments = parser.parse_args()
     for option in ("expect", "deep", "tokens"):
@@ -106,6 +114,10 @@ def main() -> int:
             parser.error(f"argument --{option}: only with --source is there something to compare with")
     if arguments.seq_len < SHORTEST or (arguments.deep is not None and arguments.deep < arguments.seq_len):
         parser.error(f"--seq-len is at least {SHORTEST}, --deep at least one sequence")
+    if arguments.beside and not (arguments.deep or arguments.tokens):
+        parser.error("argument --beside: only --deep or --tokens run a model")
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error("argument --threads: it must be at least 1")
     if not arguments.artifact.is_dir():
         raise UserError(f"{arguments.artifact} does not exist", "pass the folder of an artifact: make postprocess")
     if arguments.sums_only:
@@ -120,24 +132,25 @@ def main() -> int:
 
     from v4forge.checkpoint.reader import Checkpoint
     from v4forge.model import evaluation
-    from v4forge.verification import certificate
+    from v4forge.verification import certificate, prediction
 
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     source = Checkpoint(arguments.source) if arguments.source else None
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
-    tokens = chosen_tokens(arguments, source) if source else []  # before anything that takes long
+    text = chosen_text(arguments, source) if source else None  # before anything that takes long
+    others = prediction.beside(arguments.beside, source) if source else {}
+    models: dict[str, Checkpoint] = {}
     # progress is in MiB; running the models is shown as as much again
-    with steps("verify", 2 * size if tokens else size, "MiB") as advance:
+    with steps("verify", 2 * size if text else size, "MiB") as advance:
 
-        def compare(source: Checkpoint, artifact: Checkpoint) -> list[evaluation.Quality]:
-            count = evaluation.step_count([source, artifact])
+        def compare(source: Checkpoint, artifact: Checkpoint) -> list[Quality]:
+            assert text
+            models.update({"source": source, "artifact": artifact, **others})
             device = torch.device(arguments.device or some_device())
-            return evaluation.compare(
-                [source, artifact],
-                tokens,
-                device,
-                lambda n, what: advance(size + size * n // count, what),
-                given=heldout.prompt_lengths(arguments.tokens) if arguments.tokens else (),
+            return prediction.compare(
+                models, text, device, lambda done, of, what: advance(size + size * done // of, what)
             )
 
         checks, not_run, qualities = certificate.verify(
@@ -147,9 +160,9 @@ def main() -> int:
             lambda done, of: advance(size * done // max(of, 1), ""),
             arguments.expect,
             not arguments.no_hash,
-            compare if tokens else None,
+            compare if text else None,
         )
-    figures = evaluation.figures(qualities) if qualities else None
+    figures = prediction.figures(models, qualities, text) if text and qualities else None
     table = Table(box=None, pad_edge=False)
     for column in ("check", "", "detail"):
         table.add_column(column, overflow="fold")
@@ -159,7 +172,7 @@ def main() -> int:
         table.add_row(name, "[dim]not run[/]", f"[dim]{why}[/]")
     Console().print(table)
     if qualities:
-        Console().print(evaluation.table(qualities))
+        Console().print(evaluation.table(qualities, list(models)))
     result = certificate.content(arguments.artifact, checks, not_run, digests, figures)
     conclusion = artifact_folder.verdict(result)
     print(conclusion.line + (f", in {arguments.certificate}" if arguments.certificate else ""))

@@ -158,7 +158,7 @@ def runner(lane: str, *options: str, profile: str = "tiny") -> Runner:
     [
         ("calibrate", "cuda", 8),
         ("rtn", "cuda", 8),
-        ("evaluate", "cuda", 1),
+        ("verify-deep", "cuda", 1),
         ("verify", "cuda", 0),
         ("calibrate", "cpu", 0),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from v4forge.errors import UserError
 from v4forge.model import heldout
 
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 VOCABULARY = 50
 IDS = st.lists(st.integers(0, VOCABULARY - 1), min_size=heldout.SHORTEST)
 WRITTEN = {
@@ -57,6 +59,33 @@ def test_what_is_no_sequence_is_refused_with_its_line(tmp_path: Path, line: str,
     with pytest.raises(UserError, match=f"tokens.jsonl:3: {fact}") as raised:
         heldout.read_tokens(path, VOCABULARY)
     assert raised.value.hint
+
+
+def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:
+    few = heldout.tokens(TINY, TINY / "heldout.txt", 2, 64, 1024)
+    many = heldout.tokens(TINY, TINY / "heldout.txt", 1, 256, 1024)
+    assert few.shape == (2, 64)
+    assert few.flatten().tolist() == many.flatten().tolist()[:128]
+
+
+@pytest.mark.parametrize(
+    ("file", "sequences", "vocab_size", "fact"),
+    [
+        ("missing.txt", 1, 1024, "missing.txt does not exist"),
+        ("heldout.txt", 10**6, 1024, "holds .* tokens, and 1000000 sequences of 64 need 64,000,000"),
+        ("heldout.txt", 1, 4, "the vocabulary ends at 3"),
+    ],
+)
+def test_held_out_text_that_cannot_be_used_is_refused(file: str, sequences: int, vocab_size: int, fact: str) -> None:
+    with pytest.raises(UserError, match=fact):
+        heldout.tokens(TINY, TINY / file, sequences, 64, vocab_size)
+
+
+def test_a_text_that_is_too_short_names_what_fits() -> None:
+    with pytest.raises(UserError) as raised:
+        heldout.tokens(TINY, TINY / "heldout.txt", 10**6, 64, 1024)
+    fits = re.search(r"--deep (\d+)", raised.value.hint)
+    assert fits and len(heldout.tokens(TINY, TINY / "heldout.txt", int(fits[1]) // 64, 64, 1024))
 
 
 @pytest.mark.parametrize(("content", "fact"), [(b"", "holds no tokens"), (b"\xff\xfe", "not UTF-8"), (None, "No such")])

@@ -15,7 +15,6 @@ import card_inputs
 import certified_artifact
 import pytest
 from registry_stand_in import Stored, serving
-from run_files import EVALUATION
 
 from scripts import release_check
 from v4forge import artifact_folder
@@ -44,7 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for result in results:
         result["target"]["artifact"]["sums_sha256"] = artifact_folder.sums_sha256(artifact)
     bench_results.write(work / "reports", *results)
-    write_json(work / "reports/evaluation.json", EVALUATION | {"sums_sha256": artifact_folder.sums_sha256(artifact)})
     write_texts(work)
     return work
 
@@ -118,7 +116,7 @@ def failed(name: str, subject: Release) -> tuple[str, str]:
     return found.fact, found.fix
 
 
-OF_THE_ARTIFACT = ("certificate", "checksums", "manifest", "run", "benches", "evaluation", "report", "card")
+OF_THE_ARTIFACT = ("certificate", "checksums", "manifest", "run", "benches", "report", "card")
 
 
 def test_a_release_is_one(made: Path, lock: Path, server: Stored) -> None:
@@ -132,7 +130,7 @@ def test_a_release_is_one(made: Path, lock: Path, server: Stored) -> None:
 def test_the_program_shows_a_table_or_json_and_fails_when_a_check_does(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(release, "CHECKS", {name: release.CHECKS[name] for name in ("certificate", "evaluation")})
+    monkeypatch.setattr(release, "CHECKS", {name: release.CHECKS[name] for name in ("certificate", "benches")})
     assert release_check.main(["--work", str(made)]) == 0
     assert "release-check: ok" in capsys.readouterr().out
     assert release_check.main(["--work", str(made / "none")]) == 1
@@ -143,7 +141,7 @@ def test_the_program_shows_a_table_or_json_and_fails_when_a_check_does(
     assert all(list(row) == ["name", "status", "fact", "fix"] for row in rows)
     assert [(row["name"], row["status"], row["fix"]) for row in rows] == [
         ("certificate", "failed", "make artifact"),
-        ("evaluation", "ok", ""),
+        ("benches", "ok", ""),
     ]
 
 
@@ -263,10 +261,6 @@ def torn_bench(work: Path) -> None:
     next((work / "reports").glob("draft-*.json")).write_text("{")
 
 
-def evaluation_of_another(work: Path) -> None:
-    change(work / "reports/evaluation.json", sums_sha256="0" * 64)
-
-
 def no_page(work: Path) -> None:
     (work / "reports/index.html").unlink()
 
@@ -301,7 +295,6 @@ def edited_card(work: Path) -> None:
         ("benches", bench_of_another, "is of another artifact", "move speed-"),
         ("benches", bench_of_nothing, "is of an artifact that it does not name", "move tools-"),
         ("benches", torn_bench, "is not JSON", "pass a result file"),
-        ("evaluation", evaluation_of_another, "is of another artifact", "rm "),
         ("report", no_page, "index.html does not exist", "make report"),
         ("report", later_bench, "is not what the reports say now", "make report"),
         ("card", no_card, "README.md does not exist", "make card"),
@@ -328,4 +321,4 @@ def test_one_failure_hides_no_other(made: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(release, "CHECKS", {n: check for n, check in release.CHECKS.items() if n not in left_out})
     rows = release.rows(Release(tmp_path, lock=tmp_path / "no.lock"))
     assert [row.name for row in rows] == list(release.CHECKS)
-    assert {row.name for row in rows if row.status == "ok"} == {"benches", "evaluation"}
+    assert {row.name for row in rows if row.status == "ok"} == {"benches"}

@@ -22,6 +22,7 @@ from v4forge.files import changed_json, exclusive, read_json
 from v4forge.pipeline import events
 from v4forge.pipeline.background_fetch import Fetch
 from v4forge.pipeline.runner import LAUNCHER, Runner, StageFailed
+from v4forge.pipeline.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,3 +284,46 @@ def test_a_rank_that_fails_gives_its_code_without_a_table_of_the_launcher(projec
     assert done.returncode == 7
     assert "error: the fact" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+CHECKS = """
+import sys
+from pathlib import Path
+out = Path(sys.argv[-1])
+out.parent.mkdir(parents=True, exist_ok=True)
+out.write_text("deep" if "--deep" in sys.argv else "shallow")
+"""
+
+
+def test_a_stage_need_not_run_where_one_that_does_all_of_it_is_up_to_date(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (project / "scripts/fake_checks.py").write_text(CHECKS)
+    (project / "source").mkdir()
+    written = project / "scratch/tiny/artifact/certificate.json"
+
+    def checking(*words: str, does_all_of: str = "") -> Stage:
+        return Stage(
+            program="scripts.fake_checks",
+            does="checking",
+            arguments=(*words, "{work}/artifact/certificate.json"),
+            inputs=("source",),
+            outputs=("artifact/certificate.json",),
+            does_all_of=does_all_of,
+        )
+
+    table = {"verify": checking(), "verify-deep": checking("--deep", does_all_of="verify")}
+
+    def run(name: str, action: str = "run") -> str:
+        assert stage.main([action, name, "--source", str(project / "source")], table, project) == 0
+        return capfd.readouterr().out.splitlines()[-1] + f" [{written.read_text()}]"
+
+    (project / "source/a").write_text("one")
+    assert run("verify").startswith("verify: done") and written.read_text() == "shallow"
+    assert run("verify-deep").startswith("verify-deep: done") and written.read_text() == "deep"
+    assert run("verify", "why") == "verify is up to date [deep]"
+    assert stage.main(["run", "verify", "--source", str(project / "source")], table, project) == 0
+    assert written.read_text() == "deep", "what was found over tokens is not thrown away"
+    (project / "source/a").write_text("two")
+    assert run("verify").startswith("verify: done") and written.read_text() == "shallow"
+    assert run("verify-deep").startswith("verify-deep: done") and written.read_text() == "deep"

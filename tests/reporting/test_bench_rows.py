@@ -16,7 +16,7 @@ import bench_results as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_files import CHECKS, EVALUATION, MANIFEST, RUN, layer
+from run_files import CHECKS, DEEP, MANIFEST, RUN, layer
 
 from scripts import report as program
 from v4forge import artifact_folder
@@ -33,6 +33,7 @@ from v4forge.reporting import (
     layer_charts,
     overview,
     page,
+    prediction,
     published_comparison,
     rendering,
     run_sections,
@@ -120,9 +121,8 @@ def glance_of(results: dict[str, Any], **found: Any) -> dict[str, tuple[Cell, Ce
 
 
 def test_one_look_says_what_there_is_to_know() -> None:
-    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": ""}]}
+    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": ""}], "deep": DEEP}
     said = glance_of(
-        evaluation=EVALUATION,
         certificate=certificate,
         layers=[layer(0), layer(1, True)],
         manifest=MANIFEST,
@@ -132,7 +132,7 @@ def test_one_look_says_what_there_is_to_know() -> None:
     assert texts == {
         "Artifact": "4.0 MB in 1 shard",
         "Certificate": "ok, 1 check",
-        "Prediction of held-out text": ("KL 0.0110±0.0020 nats a token, 94.7±0.6% of the most likely tokens the same"),
+        "Prediction beside the source": ("KL 0.0110±0.0020 nats a token, 94.7±0.6% of the most likely tokens the same"),
         "Losses by layer": "GPTQ lost less than round-to-nearest on 12 of 12 matrices",
         "Speed by concurrency": "1.88x as fast a token with k=3, 1 request at once",
         "Drafts accepted by workload": "first draft 70.3% (random tokens) to 93.1% (code)",
@@ -325,14 +325,14 @@ def test_ids_of_a_page_are_its_own() -> None:
 
 
 def test_markdown_has_every_table_of_the_page() -> None:
-    certificate = {"ok": True, "checks": CHECKS}
+    certificate = {"ok": True, "checks": CHECKS, "deep": DEEP}
     told = benches.told(FLASH)
-    inputs = Inputs(EVALUATION, certificate, [layer(0), layer(1)], RUN, MANIFEST, told)
+    inputs = Inputs(certificate, [layer(0), layer(1)], RUN, MANIFEST, told)
     text = page.markdown(inputs)
     found = [table for each in told.values() for table in each.section.tables]
     found += [overview.table(inputs)]
     found += [published_comparison.table(told, published_comparison.pipeline(RUN, MANIFEST))]
-    found += [run_sections.models_table(EVALUATION), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
+    found += [prediction.table(DEEP), run_sections.losses_table(layer_rows([layer(0), layer(1)]))]
     found += [run_sections.certificate_table(artifact_folder.verdict(certificate))]
     for table in found:
         assert tables.markdown_table(table) in text, table.name

@@ -96,8 +96,8 @@ def test_machine_images_seconds_and_commands_are_told(flash: str) -> None:
 
 def test_stages_stand_in_the_order_in_which_they_follow(flash: str) -> None:
     made = flash.split("\n## Made how\n")[1]
-    assert re.findall(r"^\| (\w+) \| \d", made.replace(",", ""), re.MULTILINE) == list(run_record.STAGES)
-    assert re.findall(r"scripts\.(\w+) ", made) == list(run_record.STAGES)
+    assert re.findall(r"^\| (\w+) \| \d", made.replace(",", ""), re.MULTILINE) == list(card_inputs.SECONDS)
+    assert re.findall(r"scripts\.(\w+) ", made) == list(card_inputs.SECONDS)
 
 
 def layers_of(work: Path, ranks: int) -> None:
@@ -239,13 +239,13 @@ def test_odd_names_stay_text_on_the_card_and_on_its_page(tmp_path: Path) -> None
 
 def test_the_same_inputs_give_the_same_text(tiny: Path) -> None:
     first = text_of(tiny)
-    change(tiny / "reports/run.json", evaluate={"elapsed_s": 1.0, "started": "2026", "command": "later"})
+    change(tiny / "reports/run.json", rtn={"elapsed_s": 1.0, "started": "2026", "command": "later"})
     assert text_of(tiny) == first, "a stage that does not make the artifact is no part of it"
 
 
 def test_run_json_stays_where_the_work_folder_knows_nothing(tiny: Path, tmp_path: Path) -> None:
     written = run_record.write(tiny, tiny / "artifact")
-    assert set(written["stages"]) == set(run_record.STAGES)
+    assert set(written["stages"]) == set(card_inputs.SECONDS)
     assert run_record.write(tmp_path / "elsewhere", tiny / "artifact") == written
 
 

@@ -1,4 +1,4 @@
-"""v4forge.reporting.page, scripts.report and scripts.evaluate, on hand-written inputs."""
+"""v4forge.reporting.page and scripts.report, on hand-written inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import bench_results as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_files import CHECKS, EVALUATION, MANIFEST, RUN, SOURCE_FILES, layer
+from run_files import CHECKS, DEEP, MANIFEST, RUN, SOURCE_FILES, layer
 
-from scripts import evaluate
 from scripts import report as program
 from v4forge import artifact_folder
 from v4forge.errors import UserError
@@ -27,8 +26,6 @@ from v4forge.reporting import calibration_page, layer_charts, page, run_sections
 from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.tables import Drawing
 
-TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
-
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
@@ -36,9 +33,8 @@ def run_folder(tmp_path: Path) -> Path:
     layers = {f"layers/layer-{i:03}.json": layer(i, blended=i == 1) for i in range(3)}
     sums = hashlib.sha256(b"sums").hexdigest()
     files: dict[str, Any] = {
-        "reports/evaluation.json": EVALUATION,
         "reports/run.json": RUN,
-        "artifact/certificate.json": {"ok": True, "sums_sha256": sums, "checks": CHECKS},
+        "artifact/certificate.json": {"ok": True, "sums_sha256": sums, "checks": CHECKS, "deep": DEEP},
         "artifact/manifest.json": MANIFEST,
         **layers,
     }
@@ -98,10 +94,10 @@ def test_the_table_has_each_model_with_its_changes(run_folder: Path, capsys: pyt
 
 
 def test_a_table_of_a_large_model_fits_80_columns(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = copy.deepcopy(EVALUATION["models"])
-    for figures in models.values():  # type: ignore[attr-defined]
+    deep: dict[str, Any] = copy.deepcopy(DEEP)
+    for figures in deep["models"].values():
         figures["bytes"] = 167_000_000_000
-    change(run_folder / "reports/evaluation.json", models=models)
+    change(run_folder / "artifact/certificate.json", deep=deep)
     call(run_folder)
     out = capsys.readouterr().out
     assert "167,000.0" in out and " same " in out and "…" not in out
@@ -136,7 +132,7 @@ def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("missing", "what", "command"),
     [
-        ("reports/evaluation.json", "Prediction of held-out text", "make demo"),
+        ("artifact/certificate.json", "Prediction beside the source", "python -m scripts.verify --deep N"),
         ("artifact/certificate.json", "Certificate", "make verify"),
         ("artifact/manifest.json", "Artifact", "make postprocess"),
         ("layers", "Losses by layer", "make calibrate"),
@@ -183,7 +179,26 @@ def test_a_certificate_without_the_sums_it_is_about_is_refused(run_folder: Path)
     assert raised.value.hint == "make postprocess"
 
 
-@pytest.mark.parametrize("name", ["reports/evaluation.json", "layers/layer-001.json", "artifact/certificate.json"])
+def test_figures_of_another_form_are_named(run_folder: Path) -> None:
+    change(run_folder / "artifact/certificate.json", deep={"models": {}})
+    with pytest.raises(UserError, match=r"certificate\.json has no 'source'") as raised:
+        call(run_folder)
+    assert raised.value.hint == "make verify"
+
+
+def test_figures_that_an_earlier_verify_wrote_are_shown(run_folder: Path) -> None:
+    """Of source and artifact alone, without the text that they are of and sizes."""
+    deep: dict[str, Any] = copy.deepcopy({key: DEEP[key] for key in ("tokens", "sequences", "models")})
+    del deep["models"]["round-to-nearest"]
+    for figures in deep["models"].values():
+        del figures["bytes"], figures["made"]
+    change(run_folder / "artifact/certificate.json", deep=deep)
+    assert call(run_folder) == 0
+    text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
+    assert "source this artifact perplexity 10.000" in text and "16,352 tokens in 32 sequences." in text
+
+
+@pytest.mark.parametrize("name", ["layers/layer-001.json", "artifact/certificate.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 1, "checks": 1, "layer": 1, "tokens": 1}'])
 def test_a_file_of_another_form_is_named(run_folder: Path, name: str, content: str) -> None:
     (run_folder / name).write_text(content)
@@ -352,29 +367,3 @@ def test_charts_of_the_same_layers_have_the_same_bytes() -> None:
     rows = layer_rows([layer(i, blended=i == 1) for i in range(3)])
     assert layer_charts.loss_charts(rows) == layer_charts.loss_charts(rows)
     assert layer_charts.token_charts(rows) == layer_charts.token_charts(rows)
-
-
-def test_held_out_tokens_are_the_first_of_the_packed_documents() -> None:
-    few = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 2, 64, 1024)
-    many = evaluate.heldout_tokens(TINY, TINY / "heldout.txt", 1, 256, 1024)
-    assert few.shape == (2, 64)
-    assert few.flatten().tolist() == many.flatten().tolist()[:128]
-
-
-@pytest.mark.parametrize(
-    ("heldout", "sequences", "vocab_size", "fact"),
-    [
-        ("missing.txt", 1, 1024, "missing.txt does not exist"),
-        ("heldout.txt", 10**6, 1024, "holds .* tokens, and 1000000 sequences of 64 need 64,000,000"),
-        ("heldout.txt", 1, 4, "the vocabulary ends at 3"),
-    ],
-)
-def test_held_out_text_that_cannot_be_used_is_refused(heldout: str, sequences: int, vocab_size: int, fact: str) -> None:
-    with pytest.raises(UserError, match=fact):
-        evaluate.heldout_tokens(TINY, TINY / heldout, sequences, 64, vocab_size)
-
-
-def test_a_missing_artifact_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the artifact .* does not exist") as raised:
-        evaluate.open_checkpoint(tmp_path / "artifact", "artifact", "artifact", "make artifact")
-    assert raised.value.hint == "make artifact"

@@ -10,7 +10,7 @@ from typing import Any
 
 import bench_results as made
 import pytest
-from run_files import EVALUATION, MANIFEST, RUN, layer
+from run_files import DEEP, MANIFEST, RUN, layer
 
 from v4forge.bench.tools.browser import Opened, open_page
 from v4forge.reporting import page as report_page
@@ -54,9 +54,9 @@ def inputs(*results: dict[str, Any], rest: bool = True) -> Inputs:
     measured = told({each["bench"]: each for each in results})
     if not rest:
         return Inputs(benches=measured)
-    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": "1,012 tensors"}]}
+    certificate = {"ok": True, "checks": [{"name": "tensors", "ok": True, "detail": "1,012 tensors"}], "deep": DEEP}
     layers = [layer(0), layer(1, True)]
-    return Inputs(EVALUATION, certificate, layers, RUN, MANIFEST, measured)
+    return Inputs(certificate, layers, RUN, MANIFEST, measured)
 
 
 def failing() -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def test_every_figure_and_table_is_there(opened: Opened) -> None:
     for name in (*figures, "draft-all", "draft-given", "quality-delta", *layers):
         assert opened.count(f"#figure-{name} svg[role=img] use") > 1, name
         assert opened.count(f"#figure-{name} svg > title") == 1 and opened.count(f"#figure-{name} svg > desc") == 1
-    for name in ("glance", "headline", "models", "speed", "draft", "draft-given", "quality", "tools", "smoke"):
+    for name in ("glance", "headline", "prediction", "speed", "draft", "draft-given", "quality", "tools", "smoke"):
         assert opened.count(f"#{name} tbody tr") > 1, name
     titles = opened.texts("h2")
     assert {"Losses by layer", "Certificate: ok", "Provenance", "Ours beside what was published"} <= set(titles)

@@ -40,6 +40,8 @@ def _drafts(worse: float) -> list[dict[str, Any]]:
 DEEP = {
     "tokens": 8176,
     "sequences": 16,
+    "text": {"file": "heldout.txt", "sha256": "8" * 64},
+    "unigram_perplexity": 900.0,
     "models": {
         "source": {"perplexity": estimate(5.1, 0.3), "drafts": _drafts(0)},
         "artifact": {
@@ -51,6 +53,7 @@ DEEP = {
         },
     },
 }
+SECONDS = {"fetch": 1800.0, "calibrate": 700.5, "postprocess": 180.0, "verify": 200.0}  # of the stages that ran
 CHECKS = [{"name": name, "ok": True, "detail": f"{name} is as it must be."} for name in ("tensors", "checksums")]
 
 
@@ -126,7 +129,6 @@ def write(
     sums = sha256_of(artifact / "SHA256SUMS")
     certificate = {"ok": True, "sums_sha256": sums, "checks": CHECKS, "not_run": {}, "deep": DEEP}
     (artifact / "certificate.json").write_text(json.dumps(certificate))
-    seconds = {"fetch": 1800.0, "calibrate": 700.5, "postprocess": 180.0, "verify": 200.0}
     noted = {
         name: {
             "elapsed_s": s,
@@ -135,7 +137,7 @@ def write(
             "machine": MACHINE,
             "image": IMAGE,
         }
-        for i, (name, s) in enumerate(seconds.items())
+        for i, (name, s) in enumerate(SECONDS.items())
     }
     (reports / "run.json").write_text(json.dumps(noted))
     own = list(results)

@@ -1,4 +1,4 @@
-"""What the stages of a run leave, made up: evaluation, certificate, manifest, run.json, the report of a layer."""
+"""What the stages of a run leave, made up: certificate, manifest, run.json, the report of a layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ def around(value: float, half: float) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half}
 
 
-EVALUATION = {
-    "heldout": {"file": "heldout.txt", "sha256": "a" * 64, "tokens": 16384},
+DEEP = {  # of a certificate, by verify --deep with round-to-nearest beside
+    "text": {"file": "heldout.txt", "sha256": "a" * 64},
     "unigram_perplexity": 306.5,
+    "tokens": 16352,
+    "sequences": 32,
+    "seq_len": 512,
     "models": {
         name: {
             "perplexity": around(perplexity, 1.0),
@@ -26,13 +29,16 @@ EVALUATION = {
                 if kl
                 else {}
             ),
-            "drafts": [{"k": 1, "acceptance_after_accepted": around(acceptance, 0.02)}],
+            "drafts": [
+                {"k": k, "acceptance_after_accepted": around(acceptance - 0.1 * (k - 1), 0.02)} for k in (1, 2, 3)
+            ],
             "bytes": size,
+            "made": made,
         }
-        for name, perplexity, kl, same, acceptance, size in (
-            ("source", 10.0, 0.0, 1.0, 0.60, 18_400_000),
-            ("rtn", 10.8, 0.024, 0.918, 0.57, 21_900_000),
-            ("gptq", 10.25, 0.011, 0.947, 0.59, 21_900_000),
+        for name, made, perplexity, kl, same, acceptance, size in (
+            ("artifact", "GPTQ", 10.25, 0.011, 0.947, 0.59, 21_900_000),
+            ("round-to-nearest", "round-to-nearest", 10.8, 0.024, 0.918, 0.57, 21_900_000),
+            ("source", "source", 10.0, 0.0, 1.0, 0.60, 18_400_000),
         )
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,39 @@ def test_the_program_says_what_both_models_predict(
     assert all(check.keys() == {"name", "ok", "detail"} for check in written["checks"])
     assert written["deep"]["tokens"] == 19 + 39
     assert [each["k"] for each in written["deep"]["models"]["artifact"]["drafts"]] == [1, 2, 3]
+
+
+def test_another_artifact_is_measured_beside_on_the_same_tokens(
+    tiny_artifact: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(tiny_artifact.folder, tmp_path / "other"))
+    options = ("--artifact", tiny_artifact.folder, "--source", TINY, "--deep", 512, "--seq-len", 128, "--threads", 2)
+    assert run_here("verify", *options, "--beside", other) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"source +artifact +round-to-nearest *$", shown, re.MULTILINE) and "…" not in shown
+    deep = json.loads((tiny_artifact.folder / "certificate.json").read_text())["deep"]
+    assert deep["models"].keys() == {"source", "artifact", "round-to-nearest"}
+    ours, theirs = deep["models"]["artifact"], deep["models"]["round-to-nearest"]
+    assert ours == theirs and ours["made"] == "round-to-nearest" and ours["bytes"] > 1e7
+    assert deep["text"]["file"] == "heldout.txt" and 1 < deep["unigram_perplexity"] < 512
+    assert not (other / "certificate.json").exists(), "nothing is said of whether that one is right"
+
+
+@pytest.mark.parametrize(
+    ("folder", "fact"), [("nowhere", "does not exist"), ("artifact-rtn", "was made from another source than")]
+)
+def test_what_does_not_belong_beside_is_refused(
+    tiny_artifact: Artifact, pristine: Path, capsys: pytest.CaptureFixture[str], folder: str, fact: str
+) -> None:
+    options = ("--artifact", tiny_artifact.folder, "--source", TINY, "--deep", 512)
+    assert run_here("verify", *options, "--beside", pristine / folder) == 1
+    assert fact in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--beside", "x"), ("--deep", 512, "--threads", 0)])
+def test_options_that_make_no_sense_are_wrong_usage(pristine: Path, options: tuple[object, ...]) -> None:
+    folders = ("--artifact", pristine / "artifact", "--source", pristine / "source")
+    assert run_here("verify", *folders, *options) == 2
 
 
 @pytest.mark.parametrize("option", [("--deep", 512), ("--tokens", "x.jsonl"), ("--expect", "gptq")])

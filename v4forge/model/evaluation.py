@@ -285,10 +285,10 @@ def table(qualities: Sequence[Quality], names: Sequence[str] = ("source", "artif
     """The figures with their 95% intervals for a terminal, a column a model."""
     first = qualities[0]
     caption = f"95% intervals over {len(first.nll):,} sequences, {first.tokens + len(first.nll):,} tokens together"
-    drawn = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
     drawn.add_column("", no_wrap=True)
     for name in names:
-        drawn.add_column(name)
+        drawn.add_column(name, overflow="fold")  # of three models an interval is wider than its column
     for heading, text, of_first in ROWS:
         if of_first or len(qualities) > 1:
             drawn.add_row(heading, *(text(q, first) if of_first or q is not first else "" for q in qualities))

@@ -32,7 +32,7 @@ def tokens(
     wanted = sequences * seq_len
     if len(stream) < wanted:
         rows = len(stream) // seq_len
-        fits = f"--sequences {rows}" if rows else f"--sequences 1 --seq-len {len(stream)}"
+        fits = f"--deep {rows * seq_len}" if rows else f"--deep {len(stream)} --seq-len {len(stream)}"
         raise UserError(
             f"{heldout} holds {len(stream):,} tokens, and {sequences} sequences of {seq_len} need {wanted:,}",
             f"pass {fits}, or a longer --heldout",

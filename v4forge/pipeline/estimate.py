@@ -73,6 +73,7 @@ def names_of(profile: str) -> list[str]:
         name = pending.pop()
         wanted.add(name)
         pending += STAGES[name].after
+    wanted -= {STAGES[name].does_all_of for name in wanted}
     return [name for name in STAGES if name in wanted.difference(GOALS[profile])] + list(GOALS[profile])
 
 

@@ -31,8 +31,8 @@ STATED = (
     *("calibration.settings", "calibration.versions", "calibration.hardware", "calibration.code"),
     *("layers.error", "layers.tokens", "layers.codes"),
 )
-# What run.json says of each of these stages.
-STAGES = ("calibrate", "postprocess", "verify")
+# What run.json says of each of these stages, the last by either name.
+STAGES, DEEP = ("calibrate", "postprocess", "verify"), ("calibrate", "postprocess", "verify-deep")
 NOTED = ("elapsed_s", "started", "command", "machine")
 
 
@@ -137,13 +137,14 @@ def run_record(release: Release) -> str:
 def _noted(path: Path) -> str:
     stages = read(path, "make card").get("stages")
     noted = stages if isinstance(stages, Mapping) else {}
-    for stage in STAGES:
+    made = DEEP if DEEP[-1] in noted else STAGES
+    for stage in made:
         for name in NOTED:
             if not all(_values(noted, [stage, name])):
                 raise UserError(f"{path} does not say {name} of {stage}", f"make {stage} card")
-    seconds = sum(noted[stage]["elapsed_s"] for stage in STAGES)
-    where = {str(noted[stage].get("image") or "the host")[:19] for stage in STAGES}
-    return f"{', '.join(STAGES)}: {seconds:,.0f} s in their last runs, on {' and '.join(sorted(where))}"
+    seconds = sum(noted[stage]["elapsed_s"] for stage in made)
+    where = {str(noted[stage].get("image") or "the host")[:19] for stage in made}
+    return f"{', '.join(made)}: {seconds:,.0f} s in their last runs, on {' and '.join(sorted(where))}"
 
 
 def benches(release: Release) -> str:
@@ -164,15 +165,6 @@ def _measured(result: Result) -> str | None:
     """The artifact that was measured, by its sums."""
     found: str | None = (result.content["target"].get("artifact") or {}).get("sums_sha256")
     return found
-
-
-def evaluation(release: Release) -> str:
-    path = release.work / "reports" / card_subject.EVALUATION
-    if not path.is_file():
-        return "not measured"
-    if read(path, "make demo").get("sums_sha256") != release.sums:
-        raise UserError(f"{path} is of another artifact", f"rm {path}")
-    return path.name
 
 
 def report(release: Release) -> str:
@@ -204,7 +196,6 @@ CHECKS: Mapping[str, Callable[[Release], str]] = {
     "manifest": manifest,
     "run": run_record,
     "benches": benches,
-    "evaluation": evaluation,
     "report": report,
     "card": model_card,
 }

@@ -94,6 +94,10 @@ class Runner:
         )
 
     def reasons(self, name: str, now: stamps.Record) -> list[str]:
+        """Why a stage of which this is the record would run; none where one that does all of it is up to date."""
+        wider = [other for other, stage in self.table.items() if stage.does_all_of == name]
+        if any(self.stamp_file(other).exists() and not self.own_reasons(other) for other in wider):
+            return []
         outputs = self.files(self.table[name].outputs)
         return stamps.differences(read_json(self.stamp_file(name)), now, outputs, self.digests)
 

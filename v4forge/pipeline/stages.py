@@ -11,7 +11,7 @@ class Profile:
 
     source: str  # the upstream checkpoint; "" is what `fetch` downloads
     corpus: str  # a file; "" is the pinned data set, or the one that is named
-    heldout: str  # text for `evaluate`
+    heldout: str  # text for `verify-deep`
     samples: int
     seq_len: int
     runtime: str
@@ -47,6 +47,7 @@ class Stage:
     reads: tuple[str, ...] = ()  # settings that name what it reads and what decides none of its outputs
     streams: bool = False  # begins on the first files of a source that is being downloaded
     beside: bool = False  # may run beside another stage
+    does_all_of: str = ""  # a stage with the same output, which need not run where this one is up to date
 
 
 # name -> path template and the files below it that do not belong to it.
@@ -71,7 +72,6 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "page templates": ("v4forge/reporting/templates", ("model_card.md.j2", "card.html.j2", "calibration.html.j2")),
     "serving settings": ("docker/serve/settings.toml", ()),
-    "reports/evaluation.json": ("{work}/reports/evaluation.json", ()),
     # What was measured, each as it was when the report was made.
     "reports": ("{work}/reports", ("index.html", "benchmarks.md", "card.html", "run.json")),
     "reports/index.html": ("{work}/reports/index.html", ()),
@@ -82,6 +82,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 NUMERICS = ("TORCH_VERSION", "TRITON_VERSION", "TRANSFORMERS_VERSION", "COMPRESSED_TENSORS_VERSION")
 STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
 CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
+DEEP = "16384"  # tokens that models/tiny's artifacts are compared on
 CALIBRATE = (
     *("--source", "{source}", ("--corpus", "corpus"), ("--corpus", "data_set"), ("--bad-text", "bad_text")),
     *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}", "--on-mismatch", "move"),
@@ -174,30 +175,32 @@ STAGES: dict[str, Stage] = {
         pins=STORAGE,
         after=("rtn",),
     ),
-    "evaluate": Stage(
-        program="scripts.evaluate",
-        does="perplexity and MTP acceptance of source and artifacts",
+    "verify-deep": Stage(
+        program="scripts.verify",
+        does="checking every tensor of the artifact, and how it and round-to-nearest predict beside the source",
         arguments=(
-            *("--source", "{source}", "--artifact", "{work}/artifact", "--baseline", "{work}/artifact-rtn"),
-            *(("--heldout", "heldout"), "--out", "{work}/reports/evaluation.json"),
+            *("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq", "--deep", DEEP),
+            *(("--heldout", "heldout"), "--beside", "{work}/artifact-rtn", "--threads", "2"),
         ),
         inputs=("source", "artifact", "artifact-rtn", "heldout"),
-        outputs=("reports/evaluation.json",),
-        pins=NUMERICS,
+        outputs=("artifact/certificate.json",),
+        pins=(*NUMERICS, *STORAGE),
         after=("postprocess", "postprocess-rtn"),
         gpu=True,
+        does_all_of="verify",
     ),
     "report": Stage(
         program="scripts.report",
         does="writing the report",
         arguments=("--work", "{work}"),
         inputs=(
-            *("reports/evaluation.json", "artifact/certificate.json", "layers", "artifact", "reports"),
+            *("artifact/certificate.json", "layers", "artifact", "reports"),
             *("published figures", "page templates"),
         ),
+        optional=("reports",),
         outputs=("reports/index.html", "reports/benchmarks.md"),
         pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
-        after=("evaluate", "verify"),
+        after=("verify-deep",),
         concludes=True,
     ),
 }

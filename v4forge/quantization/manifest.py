@@ -15,6 +15,9 @@ from v4forge.artifact_folder import FORMAT, MANIFEST, RUN, SUMS, members
 from v4forge.checkpoint import incoming, recipe
 from v4forge.digests import Digests
 from v4forge.files import write_json, write_text
+from v4forge.quantization.layer_files import METHODS
+
+BY_ENGINE = {"llmcompressor": " by llm-compressor"}  # of layer_files.ENGINES, whose GPTQ is not our own
 
 
 def _listed(paths: list[Path], digests: Digests) -> dict[str, dict[str, Any]]:
@@ -37,6 +40,14 @@ def layer_entry(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {key: report[key] for key in ("layer", "blended", "fallback", "codes")}
     return {**known, "error": mean_losses(report), "tokens": list(report.get("tokens", ()))}
+
+
+def method_of(calibration: Mapping[str, Any]) -> str:
+    """How the experts were quantized, in words, from what the manifest says of the calibration."""
+    if "from" in calibration:
+        return "another tool"
+    settings = calibration["settings"]
+    return METHODS[settings["method"]] + BY_ENGINE.get(settings.get("engine", ""), "") * (settings["method"] == "gptq")
 
 
 def _source(folder: Path, names: Sequence[str], digests: Digests) -> dict[str, Any]:

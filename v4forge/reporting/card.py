@@ -18,7 +18,7 @@ from v4forge.bench.results import command_of
 from v4forge.bench.standing import FLASH
 from v4forge.checkpoint import layout
 from v4forge.files import understood
-from v4forge.reporting import card_tables, published_comparison, run_record, run_sections, tables
+from v4forge.reporting import card_tables, prediction, published_comparison, run_record, run_sections, tables
 from v4forge.reporting.benches import BENCHES
 from v4forge.reporting.card_subject import Subject
 from v4forge.reporting.rendering import rendered
@@ -63,8 +63,11 @@ def limits(subject: Subject) -> Iterator[str]:
     if subject.standing.verdict == "ok":
         for name, why in certificate.get("not_run", {}).items():
             yield f"Check “{name}”: not run, {why}."
-    if not certificate.get("deep"):
-        yield "Prediction beside the source, on the same tokens: not measured (python -m scripts.verify --deep N)."
+    deep = certificate.get("deep")
+    if not deep:
+        yield f"Prediction beside the source, on the same tokens: not measured ({prediction.COMMAND})."
+    elif len(deep["models"]) == 2:  # the source and the artifact
+        yield f"Round-to-nearest on the same tokens: not measured ({prediction.COMMAND} --beside DIR)."
     for name, bench in BENCHES.items():
         other = f"; {subject.others[name]}" if name in subject.others else ""
         if name not in subject.benches:
@@ -75,8 +78,6 @@ def limits(subject: Subject) -> Iterator[str]:
             yield f"{bench.TITLE}: {mark}."
         if not worth.complete:
             yield f"{bench.TITLE}: unfinished."
-    if "evaluation" in subject.others:
-        yield f"Perplexity beside round-to-nearest: not measured ({subject.others['evaluation']})."
     if subject.size != FLASH:
         yield "This is not DeepSeek-V4-Flash: nothing here is comparable with figures of it."
     elif not subject.repo:
@@ -135,16 +136,14 @@ def reproduce_command(subject: Subject) -> str:
 
 
 def _sections(subject: Subject) -> list[str]:
-    """Ours beside the published figures, prediction, held-out text, then the benches; those that there are."""
+    """Ours beside the published figures, prediction, then the benches; those that there are."""
     made = published_comparison.pipeline(_seconds(subject.run), subject.manifest)
     found = []
     if subject.size == FLASH:
         found += [_by_conditions(published_comparison.table(subject.benches, made), 3), _sources()]
     deep = (subject.certificate or {}).get("deep")
     if deep and subject.standing.verdict in ("ok", "failed"):
-        found.append(tables.markdown_titled(card_tables.prediction(deep), 3))
-    if subject.evaluation:
-        found.append(tables.markdown_titled(run_sections.models_table(subject.evaluation), 3))
+        found.append(tables.markdown_titled(prediction.table(deep), 3))
     benches = [subject.benches[name].section for name in BENCHES if name in subject.benches]
     return found + [tables.markdown_section(section, 3) for section in benches]
 

@@ -20,7 +20,6 @@ from v4forge.reporting import run_record
 from v4forge.reporting.benches import BENCHES, Told, told
 from v4forge.reporting.tables import Json
 
-EVALUATION = "evaluation.json"
 # What a licence file begins with -> the hub's identifier.
 LICENSES = {"MIT License": "mit", "Apache License": "apache-2.0"}
 
@@ -35,9 +34,8 @@ class Subject:
     run: Json
     certificate: Json | None
     standing: artifact_folder.CertificateState
-    evaluation: Json | None
     benches: dict[str, Told]  # measured on this artifact
-    others: dict[str, str]  # bench or evaluation -> why its newest result is not of this artifact
+    others: dict[str, str]  # bench -> why its newest result is not of this artifact
     license: str
 
     @property
@@ -88,17 +86,10 @@ def gathered(work: Path, artifact: Path) -> Subject:
             measured[bench] = _without_place(result.content)
         else:
             others[bench] = f"{result.path.name} is of {'another artifact' if whose else 'an unknown artifact'}"
-    evaluation = None
-    if (path := work / "reports" / EVALUATION).is_file():
-        found = files.read(path, "make demo")
-        if found.get("sums_sha256") == sums:
-            evaluation = found
-        else:
-            others["evaluation"] = f"{path.name} is of another artifact"
     run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
     stands, config = artifact_folder.certificate_state(artifact), layout.load_config(artifact, "artifact")
     return Subject(
-        *(artifact, manifest, config, run, certificate, stands, evaluation),
+        *(artifact, manifest, config, run, certificate, stands),
         benches=told(measured),
         others=others,
         license=license_of(artifact),

@@ -1,11 +1,10 @@
-"""The tables of a model card: precision, checks, prediction, losses, hardware, what making it took.
+"""The tables of a model card: precision, checks, losses, hardware, what making it took.
 
 Pure functions of the JSON files' contents; a key that they lack is a KeyError, and the caller knows the file.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,8 @@ from dataclasses import dataclass
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.recipe import ALIASES, rule_for
-from v4forge.intervals import Estimate
 from v4forge.reporting import run_record
-from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent
+from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, number
 from v4forge.units import GB, GIB, decimal_size
 
 FORMATS = {  # of recipe.Rule: upstream's, and the artifact's
@@ -58,33 +56,6 @@ def precision(manifest: Json, sizes: Mapping[str, int]) -> Table:
         for rule in manifest["recipe"]["rules"]
     ]
     return Table("precision", "Precision", columns("<tensors", "<upstream", "<here", "size", "<why"), rows)
-
-
-def prediction(deep: Json) -> Table:
-    """What verify --deep found: source and artifact over the same tokens, with 95% intervals over sequences."""
-    models = deep["models"]
-    source, artifact = models["source"], models["artifact"]
-
-    def figure(told: Json, form: str, unit: str = "") -> Cell:
-        value = Estimate.of(told)
-        return NONE if math.isnan(value.value) else Cell(f"{value.value:{form}}{unit}", ends(value, form))
-
-    rows = [
-        [Cell("perplexity"), figure(source["perplexity"], ".3f"), figure(artifact["perplexity"], ".3f")],
-        [Cell("change of perplexity"), NONE, figure(artifact["perplexity_change_percent"], "+.2f", "%")],
-        [Cell("same most likely token"), NONE, percent(Estimate.of(artifact["top1_agreement"]))],
-        [Cell("KL divergence a token, nats"), NONE, figure(artifact["kl_nats"]["mean"], ".4f")],
-        *(
-            [
-                Cell("draft 1 accepted" if i == 0 else f"draft {i + 1}, where all before it were"),
-                *(percent(Estimate.of(each["drafts"][i]["acceptance_after_accepted"])) for each in (source, artifact)),
-            ]
-            for i in range(len(artifact["drafts"]))
-        ),
-    ]
-    note = f"{deep['tokens']:,} tokens of {deep['sequences']:,} sequences, 95% intervals over sequences"
-    heads = columns("<", "source", "this artifact")
-    return Table("prediction", "Prediction beside the source", heads, rows, f"{note}; forward passes of our own.")
 
 
 @dataclass(frozen=True)

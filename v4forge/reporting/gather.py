@@ -13,7 +13,7 @@ from v4forge.bench.results import Result
 from v4forge.errors import UserError
 from v4forge.files import read, understood
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import page, published_comparison, run_sections
+from v4forge.reporting import page, prediction, published_comparison, run_sections
 from v4forge.reporting.benches import BENCHES, told
 from v4forge.reporting.inputs import Inputs
 
@@ -26,7 +26,6 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     Raises UserError for a file of another form, and where there is none at all.
     """
     files = {
-        "evaluation": (work / "reports/evaluation.json", "make demo"),
         "run": (work / "reports/run.json", "make demo"),
         "certificate": (work / "artifact/certificate.json", "make verify"),
         "manifest": (work / "artifact/manifest.json", "make postprocess"),
@@ -35,7 +34,6 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     layer_files = sorted((work / "layers").glob("layer-*.json"))
     measured = results.newest(work / "reports", BENCHES)
     inputs = Inputs(
-        evaluation=found.get("evaluation"),
         certificate=found.get("certificate"),
         layers=[read(path, "make calibrate") for path in layer_files],
         run=found.get("run", {}),
@@ -46,11 +44,11 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
         raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
 
     checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
-        "evaluation": (run_sections.models_table,),
         "run": (run_sections.stage_rows, run_sections.image_rows),
         "certificate": (
             artifact_folder.verdict,
             lambda each: artifact_folder.check_certificate(work / "artifact", each),
+            lambda each: prediction.table(each["deep"]) if each.get("deep") else None,
         ),
         "manifest": (run_sections.provenance, lambda each: published_comparison.pipeline(inputs.run, each)),
     }

@@ -13,9 +13,14 @@ from v4forge.reporting.tables import Json
 class Inputs:
     """What a work folder holds; what was not made yet is None or empty."""
 
-    evaluation: Json | None = None
     certificate: Json | None = None
     layers: Sequence[Json] = ()
     run: Json = field(default_factory=dict)
     manifest: Json | None = None
     benches: Mapping[str, Told] = field(default_factory=dict)
+
+    @property
+    def deep(self) -> Json | None:
+        """The figures of verify --deep."""
+        found: Json | None = (self.certificate or {}).get("deep")
+        return found

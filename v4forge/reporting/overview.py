@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from v4forge import artifact_folder
 from v4forge.bench.results import command_of
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import run_sections
+from v4forge.reporting import prediction
 from v4forge.reporting.benches import BENCHES, Told
 from v4forge.reporting.inputs import Inputs
+from v4forge.reporting.prediction import ModelRow
 from v4forge.reporting.tables import NOT_MEASURED, Cell, Json, Table, columns, plus_minus
 
 
@@ -54,17 +55,16 @@ def _certificate(certificate: Json) -> Cell:
     return Cell(f"FAILED, {len(found.failed)} of {len(found.checks)} checks", ", ".join(found.failed), "bad")
 
 
-def _prediction(evaluation: Json) -> Cell:
-    """KL divergence and agreement of GPTQ's artifact, and what round-to-nearest's has."""
-    rows = {row.name: row for row in run_sections.model_rows(evaluation)}
+def _prediction(deep: Json) -> Cell:
+    """KL divergence and agreement of the artifact, and of what stood beside it."""
 
-    def told(name: str) -> str:
-        row = rows[run_sections.MODELS[name]]
+    def told(row: ModelRow) -> str:
         assert row.kl and row.agreement
         same = plus_minus(row.agreement.mapped(lambda share: 100 * share), ".1f", "%")
         return f"KL {plus_minus(row.kl, '.4f')} nats a token, {same} of the most likely tokens the same"
 
-    return Cell(told("gptq"), f"{run_sections.MODELS['rtn']}: {told('rtn')}")
+    _, *others, own = prediction.model_rows(deep)
+    return Cell(told(own), "; ".join(f"{row.name}: {told(row)}" for row in others))
 
 
 def _losses(layers: Sequence[Json]) -> Cell:
@@ -82,6 +82,6 @@ def _losses(layers: Sequence[Json]) -> Cell:
 STAGES: dict[str, tuple[str, str, Callable[..., Cell]]] = {
     "manifest": ("Artifact", "make postprocess", _artifact),
     "certificate": ("Certificate", "make verify", _certificate),
-    "evaluation": ("Prediction of held-out text", "make demo", _prediction),
+    "deep": ("Prediction beside the source", prediction.COMMAND, _prediction),
     "layers": ("Losses by layer", "make calibrate", _losses),
 }

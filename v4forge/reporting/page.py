@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from v4forge import artifact_folder
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import calibration_page, overview, published_comparison, run_sections, tables
+from v4forge.reporting import calibration_page, overview, prediction, published_comparison, run_sections, tables
 from v4forge.reporting.benches import BENCHES, not_measured
 from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.rendering import rendered
@@ -23,8 +23,8 @@ def page(inputs: Inputs) -> str:
         headline=published_comparison.table(inputs.benches, made),
         compared=published_comparison.measures_published(inputs.benches, made),
         sections=[inputs.benches[name].drawn for name in BENCHES if name in inputs.benches],
-        models=run_sections.models_table(inputs.evaluation) if inputs.evaluation else None,
-        heldout_sha256=inputs.evaluation["heldout"]["sha256"] if inputs.evaluation else "",
+        models=prediction.table(inputs.deep) if inputs.deep else None,
+        text_sha256=inputs.deep["text"]["sha256"] if inputs.deep and "text" in inputs.deep else "",
         stages=run_sections.stage_rows(inputs.run),
         images=run_sections.image_rows(inputs.run),
         ok=judged is not None and judged.ok,
@@ -38,8 +38,8 @@ def markdown(inputs: Inputs, level: int = 2) -> str:
     """The tables of the page as Markdown, under headings of this level, for a model card."""
     made = published_comparison.pipeline(inputs.run, inputs.manifest)
     first = [overview.table(inputs), published_comparison.table(inputs.benches, made)]
-    if inputs.evaluation:
-        first.append(run_sections.models_table(inputs.evaluation))
+    if inputs.deep:
+        first.append(prediction.table(inputs.deep))
     last = [run_sections.losses_table(layer_rows(inputs.layers))] if inputs.layers else []
     if inputs.certificate is not None:
         last.append(run_sections.certificate_table(artifact_folder.verdict(inputs.certificate)))

@@ -16,7 +16,7 @@ from v4forge.images import definitions
 from v4forge.quantization.layer_reports import ASIDE
 
 FORM = 1
-STAGES = ("fetch", "calibrate", "postprocess", "verify")  # that make an artifact, in their order
+STAGES = ("fetch", "calibrate", "postprocess", "verify", "verify-deep")  # that make an artifact, in their order
 WORK = "$WORK"  # stands for the work folder in commands: where it lies is nobody's business
 ELSEWHERE = re.compile(r"(?<![\w$.-])/(?:[^\s/'\"]+/)+")  # what leads to an absolute path's last part
 

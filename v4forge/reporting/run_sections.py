@@ -1,4 +1,4 @@
-"""What the stages of a run left, as rows and tables: perplexity, losses, certificate, provenance, seconds.
+"""What the stages of a run left, as rows and tables: losses, certificate, provenance, seconds.
 
 Pure functions of the JSON files' contents. A key that they lack is a KeyError; the caller knows the file that it
 belongs to.
@@ -13,41 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4forge.artifact_folder import Verdict
-from v4forge.intervals import Estimate
 from v4forge.quantization.layer_reports import KINDS, LayerRow
-from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent, plus_minus
+from v4forge.reporting.tables import Cell, Json, Table, columns, number
 from v4forge.units import MB, MIB
 
-MODELS = {"source": "source", "rtn": "round-to-nearest", "gptq": "GPTQ"}
 LEAVES_LISTED = 40  # of a manifest entry; a larger one is left to the manifest
 SHA256 = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One model on the held-out tokens, with 95% intervals; what sets it beside the source is None for that itself."""
-
-    name: str
-    megabytes: float  # 10^6 bytes of shards
-    perplexity: Estimate
-    acceptance: Estimate  # share of greedy MTP drafts that the main model would choose too
-    kl: Estimate | None  # nats a token
-    agreement: Estimate | None  # share of tokens with the same most likely one
-    perplexity_change: Estimate | None  # percent
-
-
-def model_rows(evaluation: Json) -> list[ModelRow]:
-    """Source, round-to-nearest and GPTQ, in this order."""
-    rows = []
-    for key, name in MODELS.items():
-        model = evaluation["models"][key]
-        beside: list[Estimate | None] = [None] * 3
-        if key != "source":
-            told = (model["kl_nats"]["mean"], model["top1_agreement"], model["perplexity_change_percent"])
-            beside = [Estimate.of(each) for each in told]
-        perplexity, drafts = model["perplexity"], model["drafts"][0]["acceptance_after_accepted"]
-        rows.append(ModelRow(name, model["bytes"] / MB, Estimate.of(perplexity), Estimate.of(drafts), *beside))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -142,35 +113,6 @@ def stages_line(rows: Sequence[StageRow]) -> str:
         return ""
     total = sum(row.elapsed_s for row in rows)
     return "seconds: " + ", ".join([*(f"{row.name} {row.elapsed_s:.1f}" for row in rows), f"together {total:.1f}"])
-
-
-def heldout_line(evaluation: Json) -> str:
-    heldout = evaluation["heldout"]
-    return (
-        f"{heldout['tokens']:,} held-out tokens of {heldout['file']}; "
-        f"unigram perplexity {evaluation['unigram_perplexity']:.0f}"
-    )
-
-
-def models_table(evaluation: Json) -> Table:
-    """Source, round-to-nearest and GPTQ on the held-out tokens."""
-    rows = []
-    for row in model_rows(evaluation):
-        kl = NONE if row.kl is None else Cell(f"{row.kl.value:.4f}", ends(row.kl, ".4f"))
-        same = NONE if row.agreement is None else percent(row.agreement)
-        change = "" if row.perplexity_change is None else plus_minus(row.perplexity_change, "+.2f", "%")
-        perplexity = Cell(f"{row.perplexity.value:.3f}", change)
-        rows.append([Cell(row.name), number(row.megabytes, 1), kl, same, perplexity, percent(row.acceptance)])
-    return Table(
-        "models",
-        "Prediction beside the source",
-        columns("<", "size, MB", "KL, nats a token", "same most likely token", "perplexity", "greedy drafts accepted"),
-        rows,
-        note=(
-            f"{heldout_line(evaluation)}. 95% intervals over sequences. A draft is accepted where the MTP block's "
-            "greedy one is the token that the same model chooses itself."
-        ),
-    )
 
 
 def losses_table(rows: Sequence[LayerRow]) -> Table:

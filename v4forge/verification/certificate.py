@@ -52,9 +52,9 @@ def verify(
     """Runs every check that can run -> their outcomes, name -> why for those that were not run, what `compare` found.
 
     expect: a key of METHODS, how the routed experts must have been quantized; without it all layers alike. progress
-    gets bytes of the artifact that were read, and of how many. compare: from source and artifact to their qualities;
-    called once the artifact is known to be whole. Raises UserError for a source whose config.json does not say what to
-    expect.
+    gets bytes of the artifact that were read, and of how many. compare: from source and artifact to their qualities,
+    and those of others behind them; called once the artifact is known to be whole. Raises UserError for a source whose
+    config.json does not say what to expect.
     """
     if source is not None:
         source.config  # noqa: B018, reads and checks it

@@ -274,7 +274,7 @@ def _content(path: Path) -> bytes | None:
 
 def quality(s: Subject) -> Failures:
     """On held-out tokens the artifact predicts as its source does, and its MTP block drafts as well."""
-    source, artifact = s.qualities
+    source, artifact = s.qualities[:2]
     change, same, kl = perplexity_change(artifact, source), agreement(artifact), mean(artifact.kl).interval()
     theirs, ours = (q.accepted_share(1) for q in (source, artifact))
     for fine, fact in (

@@ -28,7 +28,7 @@ class Subject:
     expect: str = ""  # a key of METHODS, or "" where either will do
     hashing: bool = True
     progress: Callable[[int, int], None] = lambda _done, _of: None
-    qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep
+    qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep; then those of others beside them
 
     @cached_property
     def artifact(self) -> Checkpoint:
