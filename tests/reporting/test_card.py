@@ -147,6 +147,16 @@ def test_many_layers_are_summarized_and_all_of_them_folded(flash: str) -> None:
     assert "<summary>All 43 layers</summary>" in losses and "\n| 42 | CSA | " in losses
 
 
+def test_losses_of_round_to_nearest_at_the_same_scales_stand_between_the_two(tiny: Path) -> None:
+    assert "| nearest, % | nearest, same scales, % | GPTQ, % | GPTQ / nearest |" in text_of(tiny)
+    assert " | 0.510 | 0.140 | 0.120 | 0.24 |\n" in text_of(tiny)
+    manifest = json.loads((tiny / "artifact/manifest.json").read_text())
+    for by in manifest["layers"][0]["error"].values():
+        del by["rtn_same_scales"]
+    change(tiny / "artifact/manifest.json", layers=manifest["layers"])
+    assert " | 0.510 | – | 0.120 | 0.24 |\n" in text_of(tiny), "a manifest of before"
+
+
 def test_what_nobody_measured_is_said_with_the_command_that_measures_it(tiny: Path) -> None:
     change(tiny / "artifact/certificate.json", deep=None, not_run={"quality": "it needs --deep N"})
     text = text_of(tiny)

@@ -24,7 +24,7 @@ from v4forge.errors import UserError
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import calibration_page, layer_charts, page, run_sections, svg
 from v4forge.reporting.inputs import Inputs
-from v4forge.reporting.tables import Drawing
+from v4forge.reporting.tables import Drawing, markdown_table
 
 
 @pytest.fixture
@@ -255,10 +255,27 @@ def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> Non
     page = Page(calibration_page.page([layer(1, blended=True), layer(0)]))
     text = " ".join(page.text.split())
     assert "2 layers of 2 experts" in text
-    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "3.000 1.700 1.500 -50%" in text, "of round-to-nearest, at the same scales, of GPTQ: means"
     assert "1 17 458 900 1 of 2 0 (17)" in text
     assert "0 2 2.50 0.75 0.50 3.00 5.00 1 2 2.50" in text, "each of the rank with the most"
     assert page.tags.count("svg") == 5
+
+
+def test_the_pages_tell_how_much_of_what_gptq_saves_is_its_scales() -> None:
+    text = " ".join(Page(calibration_page.page([layer(0)])).text.split())
+    assert "on 6 of 6 matrices, and less than round-to-nearest at the same scales (those" in text
+    assert "that GPTQ begins with) on 3." in text
+    assert "loses 3.000%, at the same scales 1.700%, and GPTQ 1.500%: 87% of what GPTQ saves" in text
+
+
+def test_a_report_of_before_shows_the_losses_that_it_has() -> None:
+    before = layer(0)
+    before["error"] = {kind: {m: by[m] for m in ("rtn", "gptq")} for kind, by in before["error"].items()}
+    for layers in ([before], [before, layer(1)]):
+        text = " ".join(Page(calibration_page.page(layers)).text.split())
+        assert "3.000 1.500 -50%" in text and "same scales" not in text
+        table = markdown_table(run_sections.losses_table(layer_rows(layers)))
+        assert "| 0 | CSA | 3.000 | – | 1.500 |" in table
 
 
 def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Path) -> None:
@@ -266,7 +283,7 @@ def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Pa
     call(run_folder)
     text = " ".join(Page((run_folder / "reports/index.html").read_text()).text.split())
     assert "GPTQ lost less than round-to-nearest on 18 of 18 matrices" in text
-    assert "3.000 1.500 -50%" in text, "means of round-to-nearest and GPTQ over the experts"
+    assert "3.000 1.700 1.500 -50%" in text, "of round-to-nearest, at the same scales, of GPTQ: means"
     assert "1 of 6 experts, in 1 of 3 layers" in text
     assert "1 of 2 0 (17)" in text
     assert "Layer 2, round-to-nearest instead of GPTQ: w2 of expert 1" in text
@@ -347,8 +364,8 @@ def test_every_layer_has_its_points_inside_the_charts(layers: int, tokens: list[
         assert all(left <= x <= right and top <= y <= bottom for x, y in marks_of(chart).values())
         assert ('class="pointed"' in chart.svg) == (layers > layer_charts.MANY)
     for chart in losses:
-        rtn, gptq = line_of(chart, layers, "3%"), line_of(chart, layers, "1.5%")
-        assert all(g[1] > r[1] for g, r in zip(gptq, rtn, strict=True)), "less loss is lower"
+        lines = [line_of(chart, layers, f"{loss}%") for loss in ("3", "1.7", "1.5")]
+        assert all(r[1] < s[1] < g[1] for r, s, g in zip(*lines, strict=True)), "less loss is lower"
     fewest, most = line_of(counts[0], layers, "fewest"), line_of(counts[0], layers, "most")
     assert len(line_of(counts[0], layers, "median")) == len(line_of(counts[1], layers, "of 2 experts")) == layers
     assert all(few[1] >= many[1] for few, many in zip(fewest, most, strict=True))

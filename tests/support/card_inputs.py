@@ -60,7 +60,7 @@ CHECKS = [{"name": name, "ok": True, "detail": f"{name} is as it must be."} for 
 def manifest(config: Path, repo: str | None = REPO) -> dict[str, Any]:
     """A manifest of the model of a config.json, 85 GB in two shards."""
     shape = layout.parse_config(json.loads(config.read_text()), str(config))
-    loss = {which: {"gptq": 0.0012, "rtn": 0.0051} for which in ("w1", "w2", "w3")}
+    loss = {which: {"gptq": 0.0012, "rtn": 0.0051, "rtn_same_scales": 0.0014} for which in ("w1", "w2", "w3")}
     experts = shape.n_routed_experts
     return {
         "format": 2,

@@ -84,7 +84,7 @@ MANIFEST = {
 
 
 def layer(number: int, blended: bool = False, fallback: tuple[str, ...] = ()) -> dict[str, Any]:
-    error = {"rtn": [0.02, 0.04], "gptq": [0.01, 0.02]}
+    error = {"rtn": [0.02, 0.04], "rtn_same_scales": [0.009, 0.025], "gptq": [0.01, 0.02]}
     return {
         "layer": number,
         "attention": "CSA",
@@ -105,5 +105,23 @@ def layer(number: int, blended: bool = False, fallback: tuple[str, ...] = ()) ->
                 "peak_gpu": 1,
                 "peak_host": 5 << 30,
             },
+        ],
+    }
+
+
+def beside(*layers: tuple[float, float], differing: tuple[str, ...] = ()) -> dict[str, Any]:
+    """reports/engines.json of two implementations of GPTQ: by layer the share of equal codes, and the other's loss,
+    where ours is 0.002."""
+    return {
+        "fingerprints": ["a" * 64, "b" * 64],
+        "engines": [
+            {"made": "GPTQ", "engine": "v4forge", "version": None},
+            {"made": "GPTQ by llm-compressor", "engine": "llmcompressor", "version": "1.2.3"},
+        ],
+        "differing": list(differing),
+        "hardware": ["a CPU", "a CPU"],
+        "layers": [
+            {"layer": i, "equal_codes": equal, "identical": 1, "matrices": 6, "loss": [0.002, loss]}
+            for i, (equal, loss) in enumerate(layers)
         ],
     }

@@ -22,9 +22,11 @@ class Loss:
     """tr(E H E^T) / tr(W H W^T) of a layer's matrices of one kind, in percent, E = W - Q: means over its experts."""
 
     rtn: float
+    same_scales: float | None  # of round-to-nearest at the scales that GPTQ begins with; None where nobody looked
     gptq: float
     worst: float  # expert, with GPTQ
     better: int  # experts on which GPTQ lost less than round-to-nearest
+    better_at_same_scales: int  # and less than round-to-nearest at its own scales
     experts: int
 
     @property
@@ -79,13 +81,40 @@ def layer_rows(layers: Sequence[Json]) -> list[LayerRow]:
 
 def _loss(error: Mapping[str, Sequence[float]]) -> Loss:
     pairs = list(zip(error["rtn"], error["gptq"], strict=True))
+    same = error.get("rtn_same_scales", ())
     return Loss(
         rtn=100 * statistics.fmean(rtn for rtn, _ in pairs),
+        same_scales=100 * statistics.fmean(same) if same else None,
         gptq=100 * statistics.fmean(gptq for _, gptq in pairs),
         worst=100 * max(gptq for _, gptq in pairs),
         better=sum(gptq < rtn for rtn, gptq in pairs),
+        better_at_same_scales=sum(gptq < rtn for rtn, gptq in zip(same, error["gptq"], strict=False)),
         experts=len(pairs),
     )
+
+
+@dataclass(frozen=True)
+class Means:
+    """What all matrices of some layers lost, in percent, of round-to-nearest, of it at GPTQ's scales, and of GPTQ."""
+
+    rtn: float
+    same_scales: float
+    gptq: float
+
+    @property
+    def scales_share(self) -> float | None:
+        """Percent of what GPTQ saves that its scales save by themselves; None where it saves nothing."""
+        saved = self.rtn - self.gptq
+        return 100 * (self.rtn - self.same_scales) / saved if saved > 0 else None
+
+
+def means(losses: Sequence[Loss]) -> Means | None:
+    """None where a report does not tell of round-to-nearest at the same scales."""
+    same = [loss.same_scales for loss in losses if loss.same_scales is not None]
+    if not losses or len(same) < len(losses):
+        return None
+    rtn, gptq = (statistics.fmean(getattr(loss, method) for loss in losses) for method in ("rtn", "gptq"))
+    return Means(rtn, statistics.fmean(same), gptq)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from v4forge.quantization.layer_reports import KINDS, Json, cost_rows, layer_rows
+from v4forge.quantization.layer_reports import KINDS, Json, cost_rows, layer_rows, means
 from v4forge.reporting.layer_charts import loss_charts, token_charts
 from v4forge.reporting.rendering import rendered
 
@@ -21,11 +21,14 @@ def shown(layers: Sequence[Json]) -> dict[str, Any]:
     if not rows:
         return {"layers": []}
     losses = [loss for row in rows for loss in row.losses.values()]
+    found = means(losses)
     return {
         "layers": rows,
         "kinds": KINDS,
         "loss_charts": loss_charts(rows),
         "token_charts": token_charts(rows),
+        "means": found,
         "better": sum(loss.better for loss in losses),
+        "better_at_same_scales": sum(loss.better_at_same_scales for loss in losses),
         "matrices": sum(loss.experts for loss in losses),
     }

@@ -67,6 +67,7 @@ class LayerLoss:
     tokens: list[int]  # by expert
     starved: int
     rtn: float
+    same_scales: float | None  # round-to-nearest at the scales that GPTQ begins with; None in an earlier manifest
     gptq: float
 
 
@@ -76,31 +77,47 @@ def losses(manifest: Json, config: Config) -> list[LayerLoss]:
     for entry in manifest["layers"]:
         if not entry["error"]:
             continue
-        mean = {m: 100 * statistics.fmean(by[m] for by in entry["error"].values()) for m in ("rtn", "gptq")}
+        rtn, gptq = (_mean(entry, method) for method in ("rtn", "gptq"))
+        known = all("rtn_same_scales" in by for by in entry["error"].values())
+        same = _mean(entry, "rtn_same_scales") if known else None
         kind = layout.COMPRESS_RATIOS[config.compress_ratios[entry["layer"]]]
-        found.append(LayerLoss(entry["layer"], kind, entry["tokens"], len(entry["blended"]), **mean))
+        found.append(LayerLoss(entry["layer"], kind, entry["tokens"], len(entry["blended"]), rtn, same, gptq))
     return found
+
+
+def _mean(entry: Json, method: str) -> float:
+    return 100 * statistics.fmean(by[method] for by in entry["error"].values())
 
 
 def _loss_cells(rows: Sequence[LayerLoss]) -> list[Cell]:
     """Tokens an expert and losses of some layers together."""
     tokens = [count for row in rows for count in row.tokens]
     rtn, gptq = (statistics.fmean(getattr(row, method) for row in rows) for method in ("rtn", "gptq"))
+    same = [row.same_scales for row in rows if row.same_scales is not None]
     return [
         Cell(f"{min(tokens):,}") if tokens else NONE,
         number(statistics.median(tokens) if tokens else None, 0),
         Cell(f"{sum(row.starved for row in rows):,} of {len(tokens):,}"),
         number(rtn, 3),
+        number(statistics.fmean(same) if len(same) == len(rows) else None, 3),
         number(gptq, 3),
         number(gptq / rtn if rtn else None, 2),
     ]
 
 
-LOSS_HEADS = ("fewest tokens an expert", "median", "<starved", "nearest, %", "GPTQ, %", "GPTQ / nearest")
+LOSS_HEADS = (
+    "fewest tokens an expert",
+    "median",
+    "<starved",
+    "nearest, %",
+    "nearest, same scales, %",
+    "GPTQ, %",
+    "GPTQ / nearest",
+)
 LOSS_NOTE = (
     "Loss is the share of the experts' output energy that quantization takes, weighted with the calibration's Hessian: "
-    "means over experts and matrices, of round-to-nearest and of GPTQ. A starved expert saw fewer tokens than its "
-    "width; its Hessian is filled up with that of all tokens."
+    "means over experts and matrices, of round-to-nearest, of it at the same scales, those that GPTQ begins with, and "
+    "of GPTQ. A starved expert saw fewer tokens than its width; its Hessian is filled up with that of all tokens."
 )
 
 

@@ -16,7 +16,7 @@ X_LABELS = 9
 MANY = 16  # layers, of more of which a mark is seen only when one points at it
 LOG_RATIO = 20  # most to fewest tokens, above which their axis is logarithmic
 # The colours of style.html.j2's keys, which have no marks.
-NUMBERS = {"most": 0, "gptq": 1, "rtn": 2, "median": 3, "fewest": 4}
+NUMBERS = {"most": 0, "gptq": 1, "rtn": 2, "same_scales": 3, "median": 3, "fewest": 4}
 INKS = {"starved": BAD, **{name: Ink(svg.series(number).colour) for name, number in NUMBERS.items()}}
 
 
@@ -35,7 +35,7 @@ class Line:
     @property
     def baseline(self) -> bool:
         """Whether it is what another is compared with."""
-        return self.name == "rtn"
+        return self.name in ("rtn", "same_scales")
 
 
 def loss_charts(rows: Sequence[LayerRow]) -> list[Drawing]:
@@ -44,8 +44,10 @@ def loss_charts(rows: Sequence[LayerRow]) -> list[Drawing]:
     charts = []
     for kind, title in KINDS.items():
         lines = []
-        for method in ("rtn", "gptq"):
+        for method in ("rtn", "same_scales", "gptq"):
             values = [getattr(row.losses[kind], method) for row in rows]
+            if None in values:  # reports of an earlier version
+                continue
             lines.append(Line(method, values, [f"{value:.3g}%" for value in values]))
         charts.append(_by_layer(f"loss-{kind}", title, rows, lines, svg.axis(highest), lambda tick: f"{tick:.6g}%"))
     return charts

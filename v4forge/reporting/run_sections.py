@@ -117,10 +117,11 @@ def stages_line(rows: Sequence[StageRow]) -> str:
 
 def losses_table(rows: Sequence[LayerRow]) -> Table:
     """The share of output energy that each layer's expert matrices lose, means over its experts."""
-    heads = [head for kind in KINDS for head in (f"{kind} nearest, %", f"{kind} GPTQ, %")]
+    heads = [f"{kind} {method}, %" for kind in KINDS for method in ("nearest", "nearest, same scales", "GPTQ")]
     lines = []
     for row in rows:
-        losses = [number(loss, 3) for kind in KINDS for loss in (row.losses[kind].rtn, row.losses[kind].gptq)]
+        by_kind = [row.losses[kind] for kind in KINDS]
+        losses = [number(value, 3) for loss in by_kind for value in (loss.rtn, loss.same_scales, loss.gptq)]
         lines.append([Cell(str(row.layer)), Cell(row.attention), *losses])
     return Table("losses", "Losses by layer", columns("<layer", "<attention", *heads), lines)
 
