@@ -176,6 +176,10 @@ certified: env ## Whether ARTIFACT is the one that was certified: CHECK=sizes or
 card: env ## The model card, from manifest, certificate and what the benches measured
 	@$(run) $@ --profile $(call q,PROFILE) $(settings)
 
+.PHONY: peer
+peer: env ## The same layers by llm-compressor's GPTQ: the report sets both beside each other
+	@$(run) $@ --profile $(call q,PROFILE) $(settings)
+
 .PHONY: why
 why: env ## Say why STAGE=<stage> would run, or that it is up to date
 	@$(stage) why $(call q,STAGE) --profile $(call q,PROFILE) $(settings)
@@ -352,7 +356,7 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 .PHONY: clean
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
 	@folder=$(call quoted,$(or $(value SCRATCH),$(error SCRATCH is empty))/$(or $(value PROFILE),$(error PROFILE is empty))); \
-	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* $(call q,SCRATCH)/replay-*/$(call q,PROFILE) \
-		"$$folder"/reports/{run.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
+	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,layers-peer,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* $(call q,SCRATCH)/replay-*/$(call q,PROFILE) \
+		"$$folder"/reports/{run.json,engines.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json ! -name disk.json -delete; fi

@@ -95,7 +95,7 @@ VALUES = (
     (r"^((?:[A-Z]+=\S+ )*)python ", r"\1.venv/bin/python "),
 )
 
-STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card"
+STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card|peer"
 ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=|CORPUS=))"
 AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here

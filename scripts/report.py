@@ -1,6 +1,7 @@
 """Writes all that is known of a run as one HTML page, and the tables of its benches as Markdown.
 
     python -m scripts.report --work scratch/tiny
+    python -m scripts.report --work scratch/tiny --peer scratch/by-hand/artifact
 
 Takes what is in the folder: reports/run.json, layers/, the artifact's certificate and manifest, and the newest result
 of each bench; says which command makes what is not there. Writes reports/index.html and reports/benchmarks.md. Ends
@@ -17,11 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.cli import parser_for
+from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder
-from v4forge.errors import run_main
+from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
-from v4forge.reporting import prediction, run_sections
+from v4forge.reporting import prediction, run_sections, two_engines
 from v4forge.reporting.tables import plus_minus
 
 if TYPE_CHECKING:
@@ -32,16 +33,43 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for("report", __doc__)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scratch/<profile>")
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        metavar="DIR",
+        help="a calibration of the same source by another engine, its layers or its artifact, to be set beside this "
+        "one (default: one that lies in --work)",
+    )
+    parser.add_argument("--device", help=f"that compares codes; {DEVICE}")
     args = parser.parse_args(argv)
 
     from v4forge.reporting import page
     from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
 
+    compare_engines(args.work, args.peer, args.device)
     inputs, measured = gathered(args.work)
     write_text(args.work / MARKDOWN, markdown(inputs))
     write_text(args.work / PAGE, page.page(inputs))
     show(inputs, measured, args.work / PAGE)
     return 0 if inputs.certificate is None or artifact_folder.verdict(inputs.certificate).ok else 1
+
+
+def compare_engines(work: Path, peer: Path | None, device: str | None) -> None:
+    """Sets another engine's calibration beside this one, where there is one and nobody has done so."""
+    from v4forge.verification import engines
+
+    ours = engines.own(work) if work.is_dir() else None
+    if ours is None:
+        if peer:
+            raise UserError(f"{work} has neither layers nor an artifact", "make calibrate")
+        return
+    theirs = engines.opened(peer) if peer else engines.beside(work, ours)
+    if theirs is None or engines.is_kept(work, ours, theirs):
+        return
+    import torch
+
+    with steps("report", len(ours.files), "layers") as progress:
+        engines.update(work, ours, theirs, torch.device(device or some_device()), progress)
 
 
 def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
@@ -55,6 +83,8 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     for check in verdict.checks if verdict else ():
         if not check.ok:
             console.print(f"failed: {check.name}: {check.detail}", markup=False, style="red")
+    for sentence in two_engines.said(inputs.engines) if inputs.engines else ():
+        console.print(sentence, markup=False)
     if stages := run_sections.stage_rows(inputs.run):
         console.print(run_sections.stages_line(stages), markup=False)
     for bench, result in measured.items():

@@ -29,7 +29,7 @@ from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.model.heldout import FORMS, SHORTEST
 from v4forge.outcomes import FAILED, OK, WARNING
-from v4forge.quantization.layer_files import METHODS
+from v4forge.quantization.layer_files import ENGINES, METHODS
 
 SHOWN = {OK: "[green]ok[/]", WARNING: "[yellow]warning[/]", FAILED: "[red]FAILED[/]"}
 
@@ -66,6 +66,12 @@ def main() -> int:
         choices=tuple(METHODS),
         default="",
         help="how the routed experts must have been quantized; needs --source (default: all layers alike)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="",
+        help="whose GPTQ it must be, by its manifest, whose settings the layers' fingerprint covers (default: any)",
     )
     parser.add_argument(
         "--no-hash",
@@ -161,6 +167,7 @@ def main() -> int:
             arguments.expect,
             not arguments.no_hash,
             compare if text else None,
+            arguments.engine,
         )
     figures = prediction.figures(models, qualities, text) if text and qualities else None
     table = Table(box=None, pad_edge=False)
@@ -173,6 +180,8 @@ def main() -> int:
     Console().print(table)
     if qualities:
         Console().print(evaluation.table(qualities, list(models)))
+    if made := prediction.made_how(arguments.artifact):
+        print(f"routed experts: {made}")
     result = certificate.content(arguments.artifact, checks, not_run, digests, figures)
     conclusion = artifact_folder.verdict(result)
     print(conclusion.line + (f", in {arguments.certificate}" if arguments.certificate else ""))

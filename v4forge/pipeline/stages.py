@@ -59,6 +59,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dequant": ("{work}/dequant", ()),
     "layers": ("{work}/layers", ("calibration.html",)),
     "layers-rtn": ("{work}/layers-rtn", ()),
+    "layers-peer": ("{work}/layers-peer", ("calibration.html",)),
     # verify writes the certificate into the artifact, card what people read and how it was made.
     "artifact": ("{work}/artifact", ("certificate.json", "certificate.sig.json", "README.md", "run.json")),
     "artifact-rtn": ("{work}/artifact-rtn", ("certificate.json",)),
@@ -73,7 +74,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "page templates": ("v4forge/reporting/templates", ("model_card.md.j2", "card.html.j2", "calibration.html.j2")),
     "serving settings": ("docker/serve/settings.toml", ()),
     # What was measured, each as it was when the report was made.
-    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "card.html", "run.json")),
+    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "card.html", "run.json", "engines.json")),
     "reports/index.html": ("{work}/reports/index.html", ()),
     "reports/benchmarks.md": ("{work}/reports/benchmarks.md", ()),
     "published figures": ("v4forge/bench/data/published.toml", ()),
@@ -166,6 +167,19 @@ STAGES: dict[str, Stage] = {
         gpu=True,
         downloads="corpus",
     ),
+    "peer": Stage(
+        program="scripts.calibrate",
+        does="GPTQ by llm-compressor, to compare with",
+        arguments=("--work", "{work}/layers-peer", "--method", "gptq", "--engine", "llmcompressor", *CALIBRATE),
+        inputs=("source", "corpus"),
+        outputs=("layers-peer",),
+        settings=("samples", "seq_len", "seed"),
+        pins=(*NUMERICS, *CORPUS, "LLMCOMPRESSOR_VERSION"),
+        after=("fetch",),
+        parallel=True,
+        gpu=True,
+        downloads="corpus",
+    ),
     "postprocess-rtn": Stage(
         program="scripts.postprocess",
         does="writing the round-to-nearest artifact",
@@ -194,10 +208,10 @@ STAGES: dict[str, Stage] = {
         does="writing the report",
         arguments=("--work", "{work}"),
         inputs=(
-            *("artifact/certificate.json", "layers", "artifact", "reports"),
+            *("artifact/certificate.json", "layers", "layers-peer", "artifact", "reports"),
             *("published figures", "page templates"),
         ),
-        optional=("reports",),
+        optional=("reports", "layers-peer"),
         outputs=("reports/index.html", "reports/benchmarks.md"),
         pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
         after=("verify-deep",),
@@ -207,4 +221,4 @@ STAGES: dict[str, Stage] = {
 
 
 # The stages that are Make targets as stages; the others run as parts of `make demo`.
-TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify", "card")
+TARGETS = ("fetch", "dequant", "calibrate", "postprocess", "verify", "card", "peer")

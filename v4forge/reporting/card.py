@@ -18,6 +18,7 @@ from v4forge.bench.results import command_of
 from v4forge.bench.standing import FLASH
 from v4forge.checkpoint import layout
 from v4forge.files import understood
+from v4forge.quantization.manifest import method_of
 from v4forge.reporting import card_tables, prediction, published_comparison, run_record, run_sections, tables
 from v4forge.reporting.benches import BENCHES
 from v4forge.reporting.card_subject import Subject
@@ -104,8 +105,9 @@ def calibration(subject: Subject) -> list[str]:
     return [
         f"{text['samples']:,} x {text['seq_len']:,} tokens, packed from {len(text['documents']):,} of "
         f"{origin.get('documents', 0):,} documents of {where}, seed {text['seed']}; `{MANIFEST}` lists which.",
-        f"GPTQ with static activation order, scales {settings['scales']}, dampening {settings['dampening']}; the "
-        f"tokens of an expert's Hessian are {whose}. On {plain(str(made['hardware']))}; {versions}.",
+        f"{method_of(made)} with static activation order, scales {settings['scales']}, dampening "
+        f"{settings['dampening']}; the tokens of an expert's Hessian are {whose}. On {plain(str(made['hardware']))}; "
+        f"{versions}.",
     ]
 
 

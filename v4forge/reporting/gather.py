@@ -13,9 +13,10 @@ from v4forge.bench.results import Result
 from v4forge.errors import UserError
 from v4forge.files import read, understood
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import page, prediction, published_comparison, run_sections
+from v4forge.reporting import page, prediction, published_comparison, run_sections, two_engines
 from v4forge.reporting.benches import BENCHES, told
 from v4forge.reporting.inputs import Inputs
+from v4forge.verification import engines
 
 PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
 
@@ -33,12 +34,14 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
     layer_files = sorted((work / "layers").glob("layer-*.json"))
     measured = results.newest(work / "reports", BENCHES)
+    beside = engines.kept(work)
     inputs = Inputs(
         certificate=found.get("certificate"),
         layers=[read(path, "make calibrate") for path in layer_files],
         run=found.get("run", {}),
         manifest=found.get("manifest"),
         benches=told({bench: result.content for bench, result in measured.items()}),
+        engines=beside,
     )
     if not (found.keys() - {"run"} or inputs.layers or inputs.benches):
         raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
@@ -55,6 +58,8 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     for name, content in found.items():
         for check in checks[name]:
             understood(*files[name], partial(check, content))
+    if beside:
+        understood(work / engines.FOUND, engines.AGAIN, lambda: (two_engines.table(beside), two_engines.said(beside)))
     for path, layer in zip(layer_files, inputs.layers, strict=True):
         understood(path, "make calibrate", partial(layer_rows, [layer]))
     for bench, each in measured.items():

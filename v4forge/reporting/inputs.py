@@ -18,6 +18,7 @@ class Inputs:
     run: Json = field(default_factory=dict)
     manifest: Json | None = None
     benches: Mapping[str, Told] = field(default_factory=dict)
+    engines: Json | None = None  # another implementation of GPTQ beside this one
 
     @property
     def deep(self) -> Json | None:

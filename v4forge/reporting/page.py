@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from v4forge import artifact_folder
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import calibration_page, overview, prediction, published_comparison, run_sections, tables
+from v4forge.reporting import (
+    calibration_page,
+    overview,
+    prediction,
+    published_comparison,
+    run_sections,
+    tables,
+    two_engines,
+)
 from v4forge.reporting.benches import BENCHES, not_measured
 from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.rendering import rendered
@@ -23,6 +31,8 @@ def page(inputs: Inputs) -> str:
         headline=published_comparison.table(inputs.benches, made),
         compared=published_comparison.measures_published(inputs.benches, made),
         sections=[inputs.benches[name].drawn for name in BENCHES if name in inputs.benches],
+        engines=two_engines.table(inputs.engines) if inputs.engines else None,
+        engines_said=two_engines.said(inputs.engines) if inputs.engines else (),
         models=prediction.table(inputs.deep) if inputs.deep else None,
         text_sha256=inputs.deep["text"]["sha256"] if inputs.deep and "text" in inputs.deep else "",
         stages=run_sections.stage_rows(inputs.run),
@@ -41,6 +51,7 @@ def markdown(inputs: Inputs, level: int = 2) -> str:
     if inputs.deep:
         first.append(prediction.table(inputs.deep))
     last = [run_sections.losses_table(layer_rows(inputs.layers))] if inputs.layers else []
+    last += [two_engines.table(inputs.engines)] if inputs.engines else []
     if inputs.certificate is not None:
         last.append(run_sections.certificate_table(artifact_folder.verdict(inputs.certificate)))
     benches = [inputs.benches[name].section if name in inputs.benches else not_measured(name) for name in BENCHES]

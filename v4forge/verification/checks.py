@@ -22,7 +22,7 @@ from v4forge.errors import UserError
 from v4forge.model.corpus import check_vocabulary, load_tokenizer
 from v4forge.model.evaluation import agreement, mean, perplexity_change
 from v4forge.quantization import hf_folder
-from v4forge.quantization.layer_files import METHODS
+from v4forge.quantization.layer_files import ENGINES, METHODS
 from v4forge.quantization.postprocess import TOKENIZER_FILES
 from v4forge.verification.subject import Subject
 from v4forge.verification.tolerances import (
@@ -89,7 +89,7 @@ def checksums(s: Subject) -> Failures:
 
 
 def provenance(s: Subject) -> Failures:
-    """manifest.json names the source and the calibration that the layers were made from."""
+    """manifest.json names the source, the calibration and the engine that the layers were made with."""
     calibration, files = s.manifest.get("calibration"), _dict(_dict(s.manifest.get("source")).get("files"))
     if not isinstance(calibration, dict) or not files or any(name != Path(name).name for name in files):
         yield f"{MANIFEST} does not say what the artifact was made from: run postprocess again"
@@ -98,6 +98,7 @@ def provenance(s: Subject) -> Failures:
     mark = digest_of({**calibration, "source": stated})
     if s.expect and (method := _dict(calibration.get("settings")).get("method", s.expect)) != s.expect:
         yield f"{MANIFEST} says that the experts were quantized with method {method!r}, {s.expect!r} expected"
+    yield from _engine(_dict(calibration.get("settings")), _dict(calibration.get("versions")), s.engine)
     for shard in sorted({shard for name, shard in s.artifact.weight_map.items() if name.startswith("layers.")}):
         if s.artifact.metadata(shard).get("fingerprint") != mark:
             yield f"{shard} was made from another source or with other settings than {MANIFEST} states"
@@ -107,6 +108,21 @@ def provenance(s: Subject) -> Failures:
         for name, digest in stated.items():
             if (actual := found.get(folder / name)) != digest:
                 yield f"the source's {name} has sha256 {str(actual)[:12]}…, {MANIFEST} says {str(digest)[:12]}…"
+
+
+def _engine(settings: dict[str, Any], versions: dict[str, Any], expected: str) -> Failures:
+    """Whose GPTQ it is: one that there is, the expected one, and of which version where it is not our own."""
+    if settings.get("method") != "gptq":
+        if expected:
+            yield f"{MANIFEST} says that no engine's GPTQ made the codes, {expected} expected"
+        return
+    engine = settings.get("engine", ENGINES[0])  # the only one there was, before manifests said so
+    if engine not in ENGINES:
+        yield f"{MANIFEST} says that the engine was {engine!r}, which is none of {', '.join(ENGINES)}"
+    elif expected and engine != expected:
+        yield f"{MANIFEST} says that the engine was {engine}, {expected} expected"
+    elif engine != ENGINES[0] and not versions.get(engine):
+        yield f"{MANIFEST} does not say which version of {engine} it was"
 
 
 def recorded(s: Subject) -> Failures:

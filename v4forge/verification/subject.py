@@ -26,6 +26,7 @@ class Subject:
     source: Checkpoint | None
     digests: Digests
     expect: str = ""  # a key of METHODS, or "" where either will do
+    engine: str = ""  # one of ENGINES whose GPTQ it must be, or "" where any will do
     hashing: bool = True
     progress: Callable[[int, int], None] = lambda _done, _of: None
     qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep; then those of others beside them
