@@ -91,6 +91,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one that is true": ({"n_shared_experts": True}, "n_shared_experts is True, it must be 1"),
     "a width by another name": ({"intermediate_size": 64}, "'intermediate_size' is a setting of the form that"),
     "a setting of tomorrow": ({"attn_logit_cap": 30.0}, "'attn_logit_cap' is a setting that nothing here computes"),
+    "a list of lists": ({"foo": json.loads("[" * 500 + "]" * 500)}, "'foo' is a setting that nothing here computes"),
+    "a factor of lists": ({"hc_mult": json.loads("[" * 500 + "]" * 500)}, "hc_mult is [[["),
+    "objects of objects": ({"rope_scaling": json.loads('{"a":' * 500 + "1" + "}" * 500)}, "rope_scaling.factor"),
     "a name that is no text": ({"\ud83d": 1}, "is a setting that nothing here computes"),
     "BF16 as a source": ({"quantization_config": None}, "quantization_config is None, it must be an object"),
     "another block": (
@@ -172,6 +175,17 @@ def test_a_setting_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 256, ' + text[1:])
     with pytest.raises(UserError, match="'hidden_size' is there twice"):
         layout.load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["foo", "auto_map", "rope_scaling"])
+@pytest.mark.parametrize("depth", [500, 990, 100_000])
+def test_a_setting_that_is_nested_however_deep_is_refused_or_kept(tmp_path: Path, name: str, depth: int) -> None:
+    nested = '{"a":' * depth + "1" + "}" * depth
+    (tmp_path / "config.json").write_text(f'{{"{name}": {nested}, ' + json.dumps(config_dict(rope_scaling=YARN))[1:])
+    try:
+        json.dumps(layout.load_config(tmp_path).raw, indent=1)
+    except UserError as error:
+        assert error.fact.startswith(f"{tmp_path / 'config.json'}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

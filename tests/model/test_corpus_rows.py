@@ -27,6 +27,7 @@ CALL = {"id": "c1", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}
 HALF = '{"text": "broken \\ud83d here"}'
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n"
 COMMIT = "8" * 40
+TOKENIZER = corpus.load_tokenizer(TINY)
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -331,4 +332,4 @@ def test_any_row_is_a_document_or_refused_by_its_line(
         assert told.count(b"\n") == 1
         assert error.fact.startswith((f"{path}:", f"{path} holds no document")), error.fact
         return
-    assert corpus.encode_documents(corpus.load_tokenizer(TINY), documents)
+    assert corpus.encode_documents(TOKENIZER, documents)

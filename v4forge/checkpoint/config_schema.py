@@ -60,6 +60,7 @@ class Yarn(Part):
     """The rope scaling of layers with a compressor, https://arxiv.org/abs/2309.00071."""
 
     type: Literal["yarn"]
+    rope_type: Literal["yarn"] = "yarn"  # the same, as transformers calls it
     factor: Annotated[float, Field(ge=1, le=1e6, description="a number from 1 on")]
     original_max_position_embeddings: Positions
     beta_fast: Annotated[float, Field(gt=0, le=1e6, description=NUMBER)]
@@ -202,12 +203,16 @@ def forward(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are looked at. None is no setting where one may be left out; a name may be no text."""
     required = {name for name, field in Upstream.model_fields.items() if field.is_required()}
-    found = {name.encode("ascii", "backslashreplace").decode(): value for name, value in raw.items()}
+    found = {_escaped(name): value for name, value in raw.items()}
     return {
-        name: _read(value) if isinstance(value, dict) else value
+        name: {_escaped(key): each for key, each in value.items()} if isinstance(value, dict) else value
         for name, value in found.items()
         if not UNREAD.fullmatch(name) and not (value is None and name not in required)
     }
+
+
+def _escaped(name: str) -> str:
+    return name.encode("ascii", "backslashreplace").decode()
 
 
 def _told(raw: Mapping[str, Any], errors: list[ErrorDetails]) -> Iterator[tuple[str, str]]:
@@ -264,5 +269,8 @@ def _words(error: ErrorDetails) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message has it: short, and in characters that any terminal takes."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = "nested too deeply"
     return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}…"

@@ -71,6 +71,7 @@ def read_config(content: bytes, where: str, form: str = "source") -> Config:
     """The checked Config of a config.json's bytes; `where` names it in errors. Raises UserError."""
     try:
         raw = json.loads(content, object_pairs_hook=_each_once)
+        json.dumps(raw, indent=1)  # as postprocess writes it: a part nobody reads may be nested too deeply for that
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}", "download the file again") from None
     return parse_config(raw, where, form)
