@@ -251,10 +251,11 @@ def test_a_data_set_must_be_the_manifests(made: Made, tmp_path: Path) -> None:
         return reproduce.load(made.edited(tmp_path / revision, change))
 
     reproduce.check_corpus(manifest_of(here["revision"]), None)
+    other = manifest_of("elsewhere")
     with pytest.raises(UserError, match="this would be of ") as raised:
-        reproduce.check_corpus(manifest_of("elsewhere"), None)
+        reproduce.check_corpus(other, None)
     assert f"CORPUS=hub:{here['repo']}@elsewhere,split={here['split']}" in raised.value.hint
-    reproduce.check_corpus(manifest_of("elsewhere"), reproduce.data_set(manifest_of("elsewhere")))
+    reproduce.check_corpus(other, reproduce.data_set(other))
 
 
 def test_the_settings_that_make_does_not_have_come_from_the_manifest(made: Made, tmp_path: Path) -> None:
