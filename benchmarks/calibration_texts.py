@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.lab import TINY
 from v4forge.checkout import ROOT
-from v4forge.model import corpus
+from v4forge.model import corpus, corpus_rows
 
 PROMPTS = ROOT / "v4forge/bench/data/prompts"
 FIELDS = ("text", "messages", "tools")
@@ -37,10 +37,10 @@ def documents() -> dict[str, list[tuple[int, ...]]]:
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for line in _lines(Path(TINY.corpus)):
         kind = "texts" if "text" in line else "tool calls" if "tools" in line else "chats"
-        found[kind].append(corpus.document_of(line))
+        found[kind].append(corpus_rows.document_of(line))
     for name in ("chat", "code", "prose"):
         for line in _lines(PROMPTS / f"{name}.jsonl"):
-            found[f"{name} prompts"].append(corpus.document_of({k: line[k] for k in FIELDS if k in line}))
+            found[f"{name} prompts"].append(corpus_rows.document_of({k: line[k] for k in FIELDS if k in line}))
     tokenizer = corpus.load_tokenizer(Path(TINY.source))
     return {kind: [tuple(ids) for ids in corpus.encode_documents(tokenizer, each)] for kind, each in found.items()}
 
