@@ -302,7 +302,8 @@ compare: env ## Two runs of the benches beside each other, A=<reports or result 
 	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
 
 .PHONY: env-serve-cpu
-env-serve-cpu: env ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
+env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
+	@$(need_python)
 	@$(PYTHON) -m scripts.env --environment serve-cpu --into .venv-serve-cpu
 
 .PHONY: test
@@ -314,7 +315,7 @@ test-images: env ## Tests that need docker: builds, registry, stages in containe
 	@.venv/bin/python -m pytest -m "images and not soak" tests/docker
 
 .PHONY: test-serve
-test-serve: env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
+test-serve: env env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
 	@.venv/bin/python -m pytest -m "serve and not soak" $(SERVED)
 
 .PHONY: soak
