@@ -286,7 +286,7 @@ def full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fdatasync", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "replace"])
 def test_a_full_disk_is_an_error_of_a_shared_shard_without_a_file(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
