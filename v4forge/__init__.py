@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 import signal
+import sys
 
 # Read when torch loads its OpenMP runtime. Threads that spin at barriers make these many small operations five times
 # slower as soon as anything else runs on the machine.
@@ -23,3 +25,19 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 # Both log at import that there is no GPU; which device is used is ours to say.
 os.environ.setdefault("COMPRESSED_TENSORS_LOG_DISABLED", "true")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+
+# What libraries read at import, and break on where it is another form: each variable with its form.
+_FORMS = {
+    "HF_HUB_DOWNLOAD_TIMEOUT": r"[0-9]+",
+    "HF_HUB_ETAG_TIMEOUT": r"[0-9]+",
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": r"[0-9]+(\.[0-9]+)?",
+    "PYTORCH_JIT": r"[01]",
+    "TQDM_MININTERVAL": r"[0-9]+(\.[0-9]+)?",
+    "TQDM_MAXINTERVAL": r"[0-9]+(\.[0-9]+)?",
+    "TORCH_LOGS": r"",  # what torch says of itself is no part of a run
+    "MPLBACKEND": r"(?i:agg|svg|pdf)",  # we draw files, never windows
+}
+for _name, _form in _FORMS.items():
+    if (_value := os.environ.get(_name)) and not re.fullmatch(_form, _value):
+        print(f"{_name}={_value!r} is not of this run's form: ignored", file=sys.stderr, flush=True)
+        del os.environ[_name]

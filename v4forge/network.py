@@ -115,7 +115,7 @@ class Network:
         """The hub's address, of HF_ENDPOINT where that is set. Raises UserError for one that is no address."""
         value = self.environment.get("HF_ENDPOINT", "").strip() or HUB
         if fault := fault_of(value, ("http", "https")):
-            raise _wrong("HF_ENDPOINT", value, fault, f"export HF_ENDPOINT={HUB}, or unset HF_ENDPOINT")
+            raise _wrong("HF_ENDPOINT", value, fault, "unset HF_ENDPOINT")
         return value.rstrip("/")
 
     def _first(self, *names: str) -> tuple[str, str]:
@@ -178,10 +178,10 @@ def fault_of(url: str, kinds: tuple[str, ...]) -> str:
 def _checked(variable: str, url: str) -> str:
     """A proxy's address. Raises UserError for one that cannot be."""
     if fault := fault_of(url, KINDS):
-        raise _wrong(variable, shown(url), fault, f"export {variable}=http://<host>:<port>, or unset {variable}")
+        raise _wrong(variable, url, fault, f"export {variable}=http://<host>:<port>, or unset {variable}")
     missing = [module for module in SOCKS if find_spec(module) is None] if url.startswith("socks") else []
     if missing:
-        raise _wrong(variable, shown(url), f"is a SOCKS proxy, and this environment has no {missing[0]}", "make env")
+        raise _wrong(variable, url, f"is a SOCKS proxy, and this environment has no {missing[0]}", "make env")
     return url
 
 
@@ -198,7 +198,9 @@ def _check_readable(variable: str, path: Path) -> None:
 
 
 def _wrong(variable: str, value: str, fault: str, hint: str = "") -> UserError:
-    return UserError(f"{variable}={value} {fault}", hint or f"unset {variable}, or let it name a file of certificates")
+    return UserError(
+        f"{variable}={shown(value)} {fault}", hint or f"unset {variable}, or let it name a file of certificates"
+    )
 
 
 def _reason(error: OSError) -> str:
@@ -206,8 +208,9 @@ def _reason(error: OSError) -> str:
 
 
 def shown(url: str) -> str:
-    """An address without the name and password in it."""
-    return re.sub(r"(?<=://)[^/\s]*@", "…@", url) if "://" in url else re.sub(r"^.*@", "…@", url)
+    """An address, or what is none, on one line and without the name and password in it."""
+    hidden = re.sub(r"^([a-z0-9+.-]*://)?.*@", r"\1…@", url, flags=re.DOTALL | re.IGNORECASE)
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in hidden)
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:

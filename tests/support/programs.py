@@ -67,7 +67,7 @@ def run_module(stage: str, *arguments: object) -> str:
 
 
 def run_here(stage: str, *arguments: object) -> int:
-    """The program in this process -> its exit code. Exceptions other than UserError come through."""
+    """The program in this process -> its exit code. Defects of ours come through."""
     module = importlib.import_module(f"scripts.{stage}")
     threads = torch.get_num_threads()
     try:

@@ -7,6 +7,7 @@ here every byte that came stays. The token goes to the hub alone: a redirect to 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 LISTING_TIMEOUT_S = 30.0
 AGAIN = "check the network, then run it again, it goes on where it stopped: make fetch PROFILE=flash"
 LOGIN = ".venv/bin/hf auth login"
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 TOLD_S = 3.0  # a wait from here on is told
 
@@ -61,6 +63,7 @@ class Hub:
 
     def __post_init__(self) -> None:
         http_clients.serve_hub()
+        check_token(get_token())
 
     def listing(self) -> list[Expected]:
         """All files, with the hub's hashes. Raises UserError for a repository that the caller cannot see."""
@@ -152,6 +155,13 @@ class Hub:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403) and get_token():
             return UserError(f"the hub refuses the token: {_said(error)} for {what}", LOGIN)
         return UserError(f"{what} could not be downloaded: {_said(error)}", AGAIN)
+
+
+def check_token(token: str | None) -> None:
+    """Raises UserError for a token that no request can carry; the token is in no message."""
+    if token and not (token.isascii() and token.isprintable()):
+        where = next((name for name in TOKENS if os.environ.get(name)), "the token of hf auth login")
+        raise UserError(f"{where} holds characters that no token has", f"{LOGIN}, or unset it")
 
 
 def _expected(sibling: RepoSibling) -> Expected:

@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id as validate
 
 from v4forge import http_clients, network
 from v4forge.errors import UserError
+from v4forge.hub.hub_source import check_token
 from v4forge.hub.publication import Member, Progress, Remote
 from v4forge.network import Network
 
@@ -67,7 +68,9 @@ class Repository:
 
     @cached_property
     def _token(self) -> str | None:
-        return get_token()
+        token = get_token()
+        check_token(token)
+        return token
 
     @cached_property
     def _api(self) -> HfApi:

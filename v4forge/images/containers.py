@@ -20,6 +20,7 @@ from docker.models.containers import Container
 from docker.types import Ulimit
 from requests.exceptions import ReadTimeout, RequestException
 
+from v4forge import network
 from v4forge.errors import UserError
 from v4forge.images import jobs, refusals
 from v4forge.images.jobs import RUN_LABEL, ULIMITS, Job
@@ -54,6 +55,9 @@ def connect(environment: Mapping[str, str] = os.environ) -> Engine:
     except (DockerException, RequestException) as error:
         closed = "PermissionError" in str(error)
         raise (refusals.forbidden(where) if closed else refusals.silent(where)) from None
+    except (OSError, ValueError) as error:  # what it names is no address, or its certificates are not there
+        fact = f"DOCKER_HOST={network.shown(where)} cannot be asked: {error}"
+        raise UserError(fact, "unset DOCKER_HOST DOCKER_TLS_VERIFY DOCKER_CERT_PATH") from None
     return Engine(client, frozenset(option.split(",")[0].removeprefix("name=") for option in security))
 
 

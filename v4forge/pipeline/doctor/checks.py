@@ -19,6 +19,7 @@ from v4forge.outcomes import FAILED, NOT_CHECKED, WARNING, NotChecked, Outcome, 
 from v4forge.pipeline.doctor import containers as of_containers
 from v4forge.pipeline.doctor import disk as of_disk
 from v4forge.pipeline.doctor import driver as of_driver
+from v4forge.pipeline.doctor import environment as of_environment
 from v4forge.pipeline.doctor import gpu as of_gpu
 from v4forge.pipeline.doctor import network as of_network
 from v4forge.pipeline.doctor import system as of_system
@@ -67,6 +68,8 @@ CHECKS = (
     Check("container: files", "containers", of_containers.writes, LONG_S),
     Check("container: nvcc", "containers", of_containers.compiler, LONG_S),
     Check("scratch", "disk", of_disk.writable),
+    Check("hard links", "disk", of_environment.links),
+    Check("locks", "disk", of_environment.locks),
     *(Check(f"space: {stage}", "disk", partial(of_disk.space, stage=stage)) for stage in of_disk.STAGES),
     Check("space: images", "disk", of_disk.images),
     Check("speed", "disk", of_disk.speed, LONG_S, alone=True),
@@ -74,7 +77,13 @@ CHECKS = (
     Check("/dev/shm", "system", of_system.shared_memory),
     *(Check(name, "system", partial(of_system.limit, name=name)) for name in of_system.LIMITS),
     Check("Python", "system", of_system.python),
+    Check("Python variables", "system", of_environment.python_variables),
+    Check("ranks", "system", of_environment.ranks),
+    Check("revision", "system", of_environment.revision),
     Check("serve on host", "system", of_system.serving),
+    Check("host name", "network", of_environment.host_name),
+    Check("proxies", "network", of_environment.proxies),
+    Check("certificates", "network", of_environment.certificates),
     Check("hub", "network", of_network.hub),
     Check("token", "network", of_network.token),
     Check("clock", "network", of_network.clock),
