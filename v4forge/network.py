@@ -108,6 +108,7 @@ class Network:
         bundle = files[0]
         if len(files) > 1:
             bundle = folder / "authorities.pem"
+            folder.mkdir(parents=True, exist_ok=True)
             bundle.write_bytes(b"\n".join(path.read_bytes() for path in files))
         return dict.fromkeys(AUTHORITIES[:2], str(bundle))
 

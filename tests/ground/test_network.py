@@ -210,3 +210,15 @@ def test_what_retry_after_asks_for() -> None:
     assert retry_after("9" * 9) == network.LONGEST_WAIT_S
     for nothing in (None, "", "soon", "²", "-1", "nan"):
         assert retry_after(nothing) is None
+
+
+def test_another_program_trusts_the_same_files(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.pem", tmp_path / "two.pem"
+    one.write_text("one\n")
+    two.write_text("two\n")
+    folder = tmp_path / "new" / "folder"
+    assert Network({}).for_programs(folder) == {}
+    assert set(Network({"REQUESTS_CA_BUNDLE": str(one)}).for_programs(folder).values()) == {str(one)}
+    found = Network({"SSL_CERT_FILE": str(one), "REQUESTS_CA_BUNDLE": str(two)}).for_programs(folder)
+    assert set(found) == {"SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"}
+    assert Path(found["SSL_CERT_FILE"]).read_text().split() == ["one", "two"]
