@@ -22,7 +22,7 @@ KEY = "open-sesame"
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
-    monkeypatch.setattr(served_model, "look", lambda url, key, *_: Target(url, "m", [], {}, key))
+    monkeypatch.setattr(served_model, "look", lambda url, key, *_, **__: Target(url, "m", [], {}, key))
     return install(monkeypatch)
 
 

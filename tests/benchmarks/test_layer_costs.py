@@ -11,7 +11,8 @@ from problems import CPU, problem, weighted_error
 from benchmarks import layer_costs
 from benchmarks.code_ways import NOW, groups_of, quantized
 from benchmarks.lab import TINY, Lab, demo_tokens, held_out
-from benchmarks.layer_costs import FP8, G64, INT4, SOURCE, Mixtures, Table, with_experts, with_layer
+from benchmarks.layer_costs import Table
+from benchmarks.mixtures import FLASH_SHARE, FP8, G64, INT4, SOURCE, Mixtures, with_experts, with_layer
 from v4forge.checkpoint.formats import INT4_GROUP
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.quantization import gptq
@@ -53,7 +54,7 @@ def test_bytes_are_those_of_the_layouts(mixtures: Mixtures) -> None:
     whole = mixtures.even(INT4)
     more = mixtures.more_bytes(mixtures.even(G64))
     assert mixtures.more_bytes(whole) == {"tiny": 0, "flash": 0}
-    assert more["flash"] == pytest.approx(100 * 0.125 / 4.125 * layer_costs.FLASH_SHARE) and 2.5 < more["flash"] < 2.6
+    assert more["flash"] == pytest.approx(100 * 0.125 / 4.125 * FLASH_SHARE) and 2.5 < more["flash"] < 2.6
     assert more["tiny"] < more["flash"]
     mixture, of_hash = mixtures.hash_routed(G64)
     assert mixture == with_layer(whole, 0, G64) and of_hash["flash"] == pytest.approx(more["flash"] * 3 / 43)

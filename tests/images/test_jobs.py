@@ -173,7 +173,7 @@ def test_only_stages_that_download_have_a_network(tmp_path: Path) -> None:
     tiny, flash = runner("cpu"), runner("cuda", profile="flash")
     given = runner("cuda", "--corpus", str(tmp_path / "own.jsonl"), profile="flash")
     assert [name for name in STAGES if tiny.job(name).online] == ["fetch"]
-    assert [name for name in STAGES if flash.job(name).online] == ["fetch", "calibrate", "rtn"]
+    assert [name for name in STAGES if flash.job(name).online] == ["fetch", "calibrate", "rtn", "peer"]
     assert [name for name in STAGES if given.job(name).online] == ["fetch"]
 
 
