@@ -146,9 +146,9 @@ class Runner:
         return machine.facts()
 
     def revision(self) -> str | None:
-        """The checkout's, for run.json; says so, once a run, where git does not tell it."""
+        """The checkout's, for run.json; says so, once a run, where git does not tell it. An unpacked archive has none."""
         found = checkout.told("--untracked-files=no", root=self.root)
-        if found.why and not self.says_no_revision:
+        if found.why and (self.root / ".git").exists() and not self.says_no_revision:
             self.says_no_revision = True
             say(f"the revision of this checkout is not known, and not noted: {found.why}")
         return found.revision
