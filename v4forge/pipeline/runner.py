@@ -146,7 +146,7 @@ class Runner:
         return machine.facts()
 
     def revision(self) -> str | None:
-        """The checkout's, for run.json; says so, once a run, where git does not tell it. An archive's files have none."""
+        """The checkout's, for run.json; says so, once a run, where git does not tell it of a checkout that there is."""
         found = checkout.told("--untracked-files=no", root=self.root)
         if found.why and (self.root / ".git").exists() and not self.says_no_revision:
             self.says_no_revision = True
