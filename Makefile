@@ -56,6 +56,8 @@ ARTIFACT :=
 BACKEND := cuda
 SERVE_PROFILE := published
 REPLICAS :=
+# GPUs of a replica: 1, 2, 4 or 8. Empty: the profile's.
+TP :=
 DRAFTS :=
 BIND := 127.0.0.1
 PORT := 8000
@@ -111,7 +113,7 @@ serve = .venv/bin/python -m scripts.serve
 serve_folder = --folder $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve)
 serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
 	--backend $(call q,BACKEND) --serve-profile $(call q,SERVE_PROFILE) --bind $(call q,BIND) --port $(call q,PORT) \
-	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) \
+	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) $(if $(value TP),--tp $(call q,TP)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
 	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics)
 artifact = $(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)

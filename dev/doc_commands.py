@@ -101,7 +101,7 @@ AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
 FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
 PRINTED = (r"^make serve(?:-print)?(?= |$)", "make serve-print")
-CHOSEN = (r"^(?!.*(?:DEVICES|BACKEND)=)(.*)$", r"\1 DEVICES=0,1")  # GPUs by name are not looked for
+CHOSEN = (r"^(?!.*(?:DEVICES|BACKEND)=)(.*)$", r"\1 DEVICES=0,1,2,3")  # GPUs by name are not looked for
 TOO_SMALL = r"(?m)^error: .* are missing$"
 
 # The first that matches the whole command, with placeholders filled in.

@@ -22,7 +22,10 @@ def add_wanted(command: argparse._ActionsContainer) -> None:
     add("--runtime", choices=("", "docker", "host"), default="", help="default: docker; host for BACKEND=cpu")
     add("--backend", choices=("cuda", "cpu"), default=Wanted.backend, help="default: cuda; cpu is for tests")
     add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")
-    add("--devices", default="", metavar="0,1,…", help="GPUs, replica by replica; default: pairs by their links")
+    add("--tp", type=int, default=0, metavar="N", help="GPUs of a replica: 1, 2, 4 or 8; default: the profile's")
+    add("--devices", default="", metavar="0,1,…",
+        help="GPUs or their UUIDs, replica by replica; default: those of CUDA_VISIBLE_DEVICES, or all, by their links"
+    )  # fmt: skip
     add("--drafts", type=int, metavar="K", help="drafts a step, 0 for none; default: the profile's")
     add(
         "--set",
@@ -65,6 +68,7 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
         runtime=arguments.runtime,
         backend=arguments.backend,
         replicas=arguments.replicas,
+        width=arguments.tp,
         devices=arguments.devices,
         drafts=arguments.drafts,
         overrides=dict(arguments.set),

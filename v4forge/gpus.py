@@ -55,6 +55,7 @@ class Gpu:
     used_bytes: int
     driver: str
     compute: tuple[int, int]  # capability, major and minor
+    sliced: bool = False  # by MIG
 
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name})"
@@ -180,7 +181,14 @@ def _gpu(nvml: Nvml, index: int, driver: str) -> Gpu:
         memory = _memory(nvml, handle)
     except nvml.NVMLError as error:
         raise UserError(f"GPU {index} ({name}) does not tell its memory: {error}", "nvidia-smi -q -d MEMORY") from None
-    return Gpu(index, name, uuid, memory.total, memory.used, driver, compute)
+    return Gpu(index, name, uuid, memory.total, memory.used, driver, compute, _sliced(nvml, handle))
+
+
+def _sliced(nvml: Nvml, handle: Any) -> bool:
+    """Whether MIG divides it; most kinds of GPUs have no such mode."""
+    with suppress(nvml.NVMLError):
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+    return False
 
 
 def _memory(nvml: Nvml, handle: Any) -> Any:

@@ -42,6 +42,7 @@ REFUSED = {
     "an older driver": (dict(driver="580.59.99"), f"the NVIDIA driver is 580.59.99; the image's CUDA needs {NEEDED}"),
     "a driver without a number": (dict(driver="[N/A]"), "the driver's version is '[N/A]'"),
     "too little memory": (dict(memory_bytes=80 * GIB), "the artifact is 158.7 GiB; 2 of these GPUs hold 128.0 GiB"),
+    "a sliced GPU": (dict(sliced=True), "GPU 0 (NVIDIA H200) is sliced by MIG"),
     "a GPU in use": (dict(used_bytes=40 * GIB), "GPU 0 (NVIDIA H200) is in use: 40.0 GiB by python3 (process 12)"),
 }
 
@@ -60,10 +61,13 @@ def test_drivers_are_compared_by_number(driver: str) -> None:
 
 
 def test_a_smaller_gpu_is_told_how_many_of_it_hold_the_artifact() -> None:
-    with pytest.raises(UserError, match="tensor-parallel-size=4"):
+    with pytest.raises(UserError, match="make serve TP=4"):
         preflight.check_can_serve(machine(8, memory_bytes=80 * GIB), 2, ARTIFACT, 0.8, NEEDED)
     with pytest.raises(UserError, match="more memory"):
         preflight.check_can_serve(machine(8, memory_bytes=16 * GIB), 2, ARTIFACT, 0.8, NEEDED)
+    with pytest.raises(UserError, match="more of these GPUs"):
+        preflight.check_can_serve(machine(2, memory_bytes=80 * GIB), 2, ARTIFACT, 0.8, NEEDED)
+    assert preflight.check_can_serve(machine(8, memory_bytes=80 * GIB), 4, ARTIFACT, 0.8, NEEDED, replicas=2) == []
 
 
 def test_too_few_gpus_are_told_for_how_many_replicas_they_are_enough() -> None:
@@ -84,6 +88,11 @@ def test_the_guard_asks_the_library_for_the_gpus_of_the_plan(tmp_path: Path, mon
     used = Card("GPU-2", used_bytes=40 * GIB, programs=[Program(12, b"python3", 40 * GIB)])
     nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1"), used]))
     guarded(tmp_path, [["0", "1"]])
+    guarded(tmp_path, [["GPU-0", "GPU-1"]])
+    with pytest.raises(UserError, match=r"GPU 1 \(NVIDIA H200\) is sliced by MIG"):
+        nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1", mig=True)]))
+        guarded(tmp_path, [["GPU-0", "GPU-1"]])
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card("GPU-0"), Card("GPU-1"), used]))
     with pytest.raises(UserError, match=r"GPU 2 \(NVIDIA H200\) is in use: 40\.0 GiB by python3 \(process 12\)"):
         guarded(tmp_path, [["0", "2"]])
     with pytest.raises(UserError, match="there is no GPU 7"):

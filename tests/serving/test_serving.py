@@ -10,11 +10,14 @@ import shlex
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import nvml_stand_in
 import pytest
 import yaml
+from nvml_stand_in import Card, NvmlLibrary
 
 from scripts import serve as program
 from scripts import serve_options
@@ -31,6 +34,15 @@ from v4forge.serving.supervisord import Supervised
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
 TOPOLOGY = gpus.Topology({(a, b): "NV18" for b in range(8) for a in range(b)}, {n: str(n // 4) for n in range(8)})
+UUIDS = [f"GPU-{letter * 8}-0000-0000-0000-000000000000" for letter in "abcdefgh"]
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of eight GPUs, all joined alike, and a shell of no scheduler."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "topology", lambda: TOPOLOGY)
+    nvml_stand_in.put(monkeypatch, NvmlLibrary([Card(uuid) for uuid in UUIDS]))
 
 
 def deployment(folder: Path, **changes: Any) -> Deployment:
@@ -135,39 +147,110 @@ def test_a_deployment_of_another_version_is_an_error_with_a_way_out(tmp_path: Pa
         Deployment.load(tmp_path)
 
 
+def by_index(groups: Sequence[Sequence[str]]) -> list[list[int]]:
+    return [[UUIDS.index(uuid) for uuid in group] for group in groups]
+
+
 @pytest.mark.parametrize(
     ("arguments", "placed"),
     [
-        ([], [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]),
-        (["--replicas", "2"], [["0", "1"], ["2", "3"]]),
-        (["--devices", "6,7,4,5"], [["6", "7"], ["4", "5"]]),
-        (["--devices", "3,1,2"], [["3", "1"]]),
-        (["--backend", "cpu", "--replicas", "3"], [[], [], []]),
+        ([], [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (["--replicas", "2"], [[0, 1], [2, 3]]),
+        (["--devices", "6,7,4,5"], [[6, 7], [4, 5]]),
+        (["--devices", "3,1,2"], [[3, 1]]),
+        (["--devices", f"{UUIDS[5]},GPU-b"], [[5, 1]]),
+        (["--tp", "1"], [[n] for n in range(8)]),
+        (["--tp", "4"], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (["--tp", "8"], [[*range(8)]]),
+        (["--set", "tensor-parallel-size=4", "--replicas", "1"], [[0, 1, 2, 3]]),
     ],
 )
-def test_replicas_get_pairs_of_gpus(
-    arguments: list[str], placed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("runtime", ["docker", "host"])
+@pytest.mark.usefixtures("eight")
+def test_replicas_get_their_gpus_by_uuid(arguments: list[str], placed: list[list[int]], runtime: str) -> None:
+    made = asked_for(*arguments, "--runtime", runtime)
+    assert by_index(made.gpus) == placed and made.runtime == runtime
+
+
+def test_a_group_of_four_is_of_one_numa_node(monkeypatch: pytest.MonkeyPatch, eight: None) -> None:
+    crossed = dataclasses.replace(TOPOLOGY, numa={n: str(n % 2) for n in range(8)})
+    monkeypatch.setattr(gpus, "topology", lambda: crossed)
+    assert by_index(asked_for("--tp", "4").gpus) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("visible", "placed"), [("4,5,2,3", [[2, 3], [4, 5]]), (f"{UUIDS[7]},{UUIDS[6]}", [[6, 7]]), ("3", None)]
+)
+def test_the_gpus_of_a_scheduler_are_all_that_is_used(
+    monkeypatch: pytest.MonkeyPatch, eight: None, visible: str, placed: list[list[int]] | None
 ) -> None:
-    monkeypatch.setattr(gpus, "topology", lambda: TOPOLOGY)
-    made = asked_for(*arguments)
-    assert made.gpus == placed
-    assert made.runtime == ("host" if "cpu" in arguments else "docker")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert by_index(asked_for("--devices", "0,1").gpus) == [[0, 1]]
+    if placed:
+        assert by_index(asked_for().gpus) == placed
+        return
+    with pytest.raises(UserError, match=r"need 2, there are 1 \(hint: make serve TP=1\)"):
+        asked_for()
+
+
+def test_on_a_cpu_replicas_have_no_gpus_and_without_a_driver_they_have_their_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml_stand_in.put(monkeypatch, None)
+    on_cpu = asked_for("--backend", "cpu", "--replicas", "3")
+    assert on_cpu.gpus == [[], [], []] and on_cpu.runtime == "host"
+    assert asked_for("--devices", "6,7,4,5").gpus == [["6", "7"], ["4", "5"]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["--devices", "0,0"], "DEVICES=0,0 is not a list of GPUs"),
+        (["--devices", "0,0"], "DEVICES=0,0 names a GPU twice"),
+        (["--devices", f"0,{UUIDS[0]}"], f"DEVICES=0,{UUIDS[0]} names a GPU twice"),
         (["--devices", "a"], "DEVICES=a is not a list of GPUs"),
+        (["--devices", "0,9"], "there is no GPU 9"),
+        (["--devices", "0,GPU-"], "GPU- is the beginning of 8 GPUs' UUIDs"),
+        (["--devices", "0,MIG-1c3a"], "MIG-1c3a is a slice of a GPU, by MIG; a replica takes whole ones"),
         (["--devices", "0"], "1 replicas of 2 GPUs need 2, there are 1"),
         (["--devices", "0,1,2,3", "--replicas", "3"], "3 replicas of 2 GPUs need 6, there are 4"),
+        (["--tp", "3"], "a replica takes 1, 2, 4, 8 GPUs, not 3"),
+        (["--set", "tensor-parallel-size=two"], "a replica takes 1, 2, 4, 8 GPUs, not two"),
         (["--backend", "cpu", "--metrics"], "Prometheus and Grafana run in containers"),
     ],
 )
+@pytest.mark.usefixtures("eight")
 def test_what_cannot_be_is_told_with_a_hint(arguments: list[str], fact: str) -> None:
     with pytest.raises(UserError) as error:
         asked_for(*arguments)
     assert error.value.fact == fact and error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("visible", "fact"),
+    [
+        ("", "CUDA_VISIBLE_DEVICES= leaves no GPU"),
+        ("-1", "CUDA_VISIBLE_DEVICES=-1 leaves no GPU"),
+        ("MIG-7f2e", "MIG-7f2e is a slice of a GPU, by MIG; a replica takes whole ones"),
+        ("0,0", "CUDA_VISIBLE_DEVICES=0,0 names a GPU twice"),
+    ],
+)
+def test_what_a_scheduler_gives_and_cannot_be_is_told(
+    monkeypatch: pytest.MonkeyPatch, eight: None, visible: str, fact: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError) as error:
+        asked_for()
+    assert error.value.fact == fact and "make serve DEVICES=" in error.value.hint
+
+
+def test_a_hint_names_variables_that_the_makefile_has() -> None:
+    known = set(re.findall(r"^([A-Z_]+) :=", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    sources = [*(ROOT / "v4forge/serving").glob("*.py"), ROOT / "v4forge/gpus.py", ROOT / "v4forge/images/refusals.py"]
+    named: set[str] = set()
+    for source in sources:
+        for command in re.findall(r"make serve[\w-]*((?: [A-Z_]+=[^\s\"',;]*)+)", source.read_text(encoding="utf-8")):
+            named |= set(re.findall(r"([A-Z_]+)=", command))
+    assert {"TP", "REPLICAS", "DEVICES"} <= named <= known
 
 
 def test_a_key_is_taken_from_a_file_or_the_environment_and_kept_from_others(
@@ -212,22 +295,45 @@ def test_a_guard_may_be_left_out_by_name_and_says_what_it_found(tmp_path: Path) 
 
 def test_every_variable_of_compose_yaml_gets_a_value(tmp_path: Path) -> None:
     text = (ROOT / "compose.yaml").read_text(encoding="utf-8")
-    given = Compose(deployment(tmp_path, gpus=[[str(2 * n), str(2 * n + 1)] for n in range(4)])).variables()
+    given = Compose(deployment(tmp_path)).variables()
     own = {"PROMETHEUS_PORT", "GRAFANA_PORT"}  # only an operator sets these
     assert set(re.findall(r"\$\{(\w+)", text)) - own <= given.keys()
     assert given["PROMETHEUS_IMAGE"] == pins.read()["PROMETHEUS_IMAGE"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_profile_starts_its_replicas_and_the_router(count: int) -> None:
-    started = [name for name, service in SERVICES.items() if f"replicas-{count}" in service["profiles"]]
-    assert started == [*(f"replica{number}" for number in range(count)), "router"]
+@pytest.mark.parametrize("width", settings.WIDTHS)
+def test_compose_starts_the_replicas_that_fit_each_on_its_gpus(tmp_path: Path, width: int) -> None:
+    groups = [UUIDS[first : first + width] for first in range(0, 8, width)]
+    kept = Compose(deployment(tmp_path, gpus=groups))
+    kept.check()
+    placed = yaml.safe_load(kept.placement())["services"]
+    assert [asked_of(service)["device_ids"] for service in placed.values()] == groups
+    profiles = {word.removeprefix("--profile=") for word in kept.command("up") if word.startswith("--profile=")}
+    started = {name for name, service in SERVICES.items() if profiles.issuperset(service.get("profiles", ()))}
+    assert started == {*kept.deployment.names, "router"}
 
 
-def test_the_pair_of_each_replica_is_its_own_by_default() -> None:
-    devices = [SERVICES[f"replica{number}"]["deploy"]["resources"]["reservations"]["devices"][0] for number in range(4)]
-    pairs = [re.findall(r":-(\d)", " ".join(device["device_ids"])) for device in devices]
-    assert pairs == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+def test_compose_reads_what_is_written_for_it(tmp_path: Path) -> None:
+    kept = Compose(deployment(tmp_path, gpus=[UUIDS[:4], UUIDS[4:]]))
+    kept.write()
+    done = subprocess.run(kept.command("config"), capture_output=True, text=True, env=kept._environment())
+    services = yaml.safe_load(done.stdout)["services"]
+    assert [asked_of(services[name])["device_ids"] for name in kept.deployment.names] == [UUIDS[:4], UUIDS[4:]]
+    assert "deploy" not in services["router"]
+
+
+def asked_of(service: dict[str, Any]) -> dict[str, Any]:
+    """The GPUs that a service of a compose file asks for."""
+    (asked,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert asked["driver"] == "nvidia" and asked["capabilities"] == ["gpu"]
+    return asked
+
+
+def test_a_replica_shares_memory_with_nothing_else_of_the_machine() -> None:
+    replicas = {name: service for name, service in SERVICES.items() if name.startswith("replica")}
+    assert len(replicas) == 8
+    assert all("ipc" not in service and service["shm_size"] == "16gb" for service in replicas.values())
+    assert all(service["labels"] for service in SERVICES.values())
 
 
 def test_no_service_has_more_rights_than_it_needs() -> None:
@@ -242,11 +348,58 @@ def test_a_command_of_compose_comes_out_as_the_words_that_went_in(tmp_path: Path
     assert shlex.split(Compose(chosen).variables()["REPLICA_ARGUMENTS"]) == chosen.arguments(0)
 
 
-def test_more_replicas_or_gpus_than_compose_yaml_has_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"compose\.yaml has 4 replicas, not 5"):
-        Compose(deployment(tmp_path, gpus=[["0", "1"]] * 5)).variables()
-    with pytest.raises(UserError, match=r"compose\.yaml gives a replica 2 GPUs, not 4"):
-        Compose(deployment(tmp_path, gpus=[["0", "1", "2", "3"]])).variables()
+def test_more_replicas_than_compose_yaml_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"compose\.yaml has 8 replicas, not 9"):
+        Compose(deployment(tmp_path, gpus=[["0"]] * 9)).check()
+
+
+def test_what_compose_does_not_take_is_refused_before_anything_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("services: {replica0: {no-such-thing: 1}}\n")
+    with pytest.raises(UserError, match="docker failed"):
+        Compose(deployment(tmp_path, compose=[str(tmp_path / "more.yaml")])).write()
+
+
+DOCKER = """#!/bin/sh
+echo "$@" >>{folder}/asked
+case "$1 $2 $4" in
+    "ps "*) grep -qs rm {folder}/asked || echo "container${{5##*=}}" ;;
+    "network ls"*) echo net1 net2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "label"),
+    [
+        (
+            '{"runtime": "docker", "port": 9, "former": 1, "gpus": [["0"]]}',
+            "com.docker.compose.project=v4forge-9",
+        ),
+        ('{"runtime": "docker", "port": 90', "v4forge.folder={folder}"),
+    ],
+)
+def test_a_stop_needs_no_valid_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept: str, label: str
+) -> None:
+    (tmp_path / "docker").write_text(DOCKER.format(folder=tmp_path))
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / STATE).write_text(kept)
+    with pytest.raises(UserError) as error:
+        Deployment.load(tmp_path)
+    assert error.value.hint == "make serve-stop"
+    launch.stop(tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "serve: stopped" and not (tmp_path / STATE).exists()
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert all(f"--filter=label={label.format(folder=tmp_path)}" in line for line in asked if " --quiet " in line)
+    ends = [line for line in asked if " --quiet " not in line]
+    assert ends == [
+        "stop -t 600 containerrouter",
+        "stop -t 0 containerreplica0",
+        "stop -t 60 container",
+        "rm --force container",
+        "network rm net1 net2",
+    ]
 
 
 @pytest.mark.parametrize("refusal", refusals.OF_A_DEPLOYMENT)
@@ -284,7 +437,10 @@ def test_without_haproxy_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.Mon
     assert error.value.hint == "apt-get install haproxy"
 
 
-def test_print_shows_the_exact_command_of_each_replica(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_shows_the_exact_command_of_each_replica(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml_stand_in.put(monkeypatch, None)
     program.print_commands(program.parse(["--print", "--devices", "0,1,2,3", "--artifact", "/a"]))
     shown = capsys.readouterr().out
     for number, devices in enumerate(("0,1", "2,3")):

@@ -36,6 +36,8 @@ class Keeper:
     def note(self, word: str) -> None:
         self.noted.append(Noted(word, self.deployment, self.deployment.key, dict(os.environ)))
 
+    def check(self) -> None: ...
+
     def write(self) -> None:
         self.note("write")
 

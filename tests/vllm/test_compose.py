@@ -16,6 +16,8 @@ import pytest
 from served import ROOT, SERVE_ENVIRONMENT, dense_settings, wait_until
 
 from v4forge.images import base, containers, definitions
+from v4forge.serving.compose import Compose
+from v4forge.serving.deployment import Deployment
 
 pytestmark = [pytest.mark.serve, pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -109,8 +111,11 @@ def host(tmp_path_factory: pytest.TempPathFactory, dense_model: Path) -> Iterato
         more = MOUNTS.format(environment=SERVE_ENVIRONMENT, python=python, patches=ROOT / "patches")
         (folder / "more.yaml").write_text(more)
         host.words = ["--artifact", str(dense_model), "--backend", "cpu", "--runtime", "docker", *dense_settings()]
-        host.words += ["--compose-file", str(folder / "more.yaml"), "--drain", "60"]
-        done = host.serve("up", *host.words, API_KEY="sesame", V4FORGE_IMAGE_SERVE=TAG, REPLICA1_GPU0="6")
+        # What a deployment on GPUs writes for itself, for one that runs on the CPU.
+        gpus = Deployment(folder=str(folder), artifact="", runtime="docker", gpus=[["0", "1"], ["6", "3"]])
+        (folder / "gpus.yaml").write_text(Compose(gpus).placement())
+        host.words += ["--compose-file", str(folder / "more.yaml"), str(folder / "gpus.yaml"), "--drain", "60"]
+        done = host.serve("up", *host.words, API_KEY="sesame", V4FORGE_IMAGE_SERVE=TAG)
         assert done.returncode == 0, done.stdout + done.stderr
         host.said = done.stdout
         yield host

@@ -76,7 +76,7 @@ class Session:
             yield self._whole(served_model.look(running.url, self.key or running.key, self.folder, model=self.model))
             return
         folder = self.folder.with_name(f"{self.folder.name}-bench")
-        if Deployment.load(folder):  # of a bench that was killed
+        if Deployment.left(folder):  # of a bench that was killed
             launch.stop(folder)
         deployment = launch.deployment_of(replace(own or self.wanted, folder=folder))
         launch.up(deployment, self.key, self.start, self.steps)

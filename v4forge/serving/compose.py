@@ -19,8 +19,10 @@ from v4forge.images import refusals
 from v4forge.serving.deployment import METRICS, ROUTER, Deployment, Process
 
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
-PAIR = 2
-MOST = 4
+# Which GPUs each replica has, on top of compose.yaml.
+PLACEMENT = "gpus.yaml"
+MOST = 8
+FOLDER_LABEL = "v4forge.folder"
 # Whom a caller who is root runs it as: the image's own user.
 USER = 10000
 # Of docker-compose ps and inspect -> ours.
@@ -46,19 +48,24 @@ class Compose:
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
-        self.files = [FILE, LIMITS, *map(Path, deployment.compose)]
+        placed = [Path(deployment.folder) / PLACEMENT] if deployment.backend == "cuda" else []
+        self.files = [FILE, LIMITS, *placed, *map(Path, deployment.compose)]
 
     @property
     def project(self) -> str:
         return f"v4forge-{self.deployment.port}"
 
+    @property
+    def label(self) -> str:
+        """What all of the deployment has, for docker's filters; by its folder where its port is not known."""
+        if not self.deployment.port:
+            return f"{FOLDER_LABEL}={self.deployment.folder}"
+        return f"com.docker.compose.project={self.project}"
+
     def variables(self) -> dict[str, str]:
-        """The variables of compose.yaml. Raises UserError for what it cannot express."""
+        """The variables of compose.yaml."""
         deployment = self.deployment
-        if deployment.replicas > MOST:
-            fact = f"compose.yaml has {MOST} replicas, not {deployment.replicas}"
-            raise UserError(fact, f"make serve REPLICAS={MOST}")
-        values = {
+        return {
             "COMPOSE_PROJECT_NAME": self.project,
             "SERVE_IMAGE": deployment.image,
             "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
@@ -71,18 +78,32 @@ class Compose:
             "ADMIN_PORT": str(deployment.port + 1),
             **{key: pins.read()[key] for key in ("PROMETHEUS_IMAGE", "GRAFANA_IMAGE")},
         }
-        for number, devices in enumerate(deployment.gpus):
-            if deployment.backend == "cuda" and len(devices) != PAIR:
-                hint = "make serve TP=2, or without docker: RUNTIME=host"
-                raise UserError(f"compose.yaml gives a replica {PAIR} GPUs, not {len(devices)}", hint)
-            values |= {f"REPLICA{number}_GPU{place}": device for place, device in enumerate(devices)}
-        return values
+
+    def placement(self) -> str:
+        """The GPUs of each replica as a compose file: JSON, which is YAML too."""
+        services = {}
+        for name, devices in zip(self.deployment.names, self.deployment.gpus, strict=True):
+            asked = {"driver": "nvidia", "capabilities": ["gpu"], "device_ids": list(devices)}
+            services[name] = {"deploy": {"resources": {"reservations": {"devices": [asked]}}}}
+        return json.dumps({"services": services}, indent=1) + "\n"
+
+    def check(self) -> None:
+        """Raises UserError for more replicas than compose.yaml has."""
+        if self.deployment.replicas > MOST:
+            fact = f"compose.yaml has {MOST} replicas, not {self.deployment.replicas}"
+            raise UserError(fact, f"make serve REPLICAS={MOST}")
+        self.variables()
 
     def write(self) -> None:
+        """Writes what compose reads besides compose.yaml. Raises UserError where it does not take all that."""
+        folder = Path(self.deployment.folder)
         lines = [f"{name}={value}\n" for name, value in self.deployment.variables(0).items()]
-        write_text(Path(self.deployment.folder) / "replica.env", "".join(lines))
+        write_text(folder / "replica.env", "".join(lines))
+        if self.deployment.backend == "cuda":
+            write_text(folder / PLACEMENT, self.placement())
         if self.deployment.key_file and not os.getuid():
             os.chown(self.deployment.key_file, USER, USER)
+        self._run("config", "--quiet")
 
     def check_readable(self) -> None:
         """Raises UserError for an artifact that the image's user may not read, where a replica runs as that, and for
@@ -99,7 +120,7 @@ class Compose:
             raise UserError(fact, f"chmod -R go+rX {artifact}, or make serve as another user")
 
     def command(self, *words: str) -> list[str]:
-        profiles = [f"replicas-{self.deployment.replicas}", *(["metrics"] if self.deployment.metrics else [])]
+        profiles = [*self.deployment.names, *(["metrics"] if self.deployment.metrics else [])]
         files = [word for file in self.files for word in ("--file", str(file))]
         return [*program(), *files, *(f"--profile={name}" for name in profiles), *words]
 
@@ -131,24 +152,34 @@ class Compose:
         return "".join(each.stdout for each in told)
 
     def _containers(self, service: str = "") -> list[str]:
-        """The ids of the project's containers, or of one service's, those that have ended too."""
-        labels = [f"project={self.project}", *([f"service={service}"] if service else [])]
-        filters = [f"--filter=label=com.docker.compose.{label}" for label in labels]
-        return subprocess.run(
-            ["docker", "ps", "--all", "--quiet", *filters], capture_output=True, text=True
-        ).stdout.split()
+        """The ids of the deployment's containers, or of one service's, those that have ended too; none while the
+        daemon is silent."""
+        return _docker("ps", "--all", "--quiet", *self._filters(service)).stdout.split()
+
+    def _filters(self, service: str = "") -> list[str]:
+        labels = [self.label, *([f"com.docker.compose.service={service}"] if service else [])]
+        return [f"--filter=label={label}" for label in labels]
 
     def follow(self, names: Sequence[str], lines: int) -> NoReturn:
         words = self.command("logs", "--follow", f"--tail={lines}", *names)
         os.execvpe(words[0], words, self._environment())
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
+        # Docker's own commands by a label: compose's want every value of compose.yaml, which a damaged plan has not.
         # The router gets SIGUSR1, ends when its last answer has, and is not started again.
-        self._run("stop", f"--timeout={self.deployment.drain_s}", ROUTER)
+        self._stop(ROUTER, self.deployment.drain_s)
         say("serve: no request is left, stopping the replicas")
-        if silent:
-            self._run("kill", *silent)  # which starts nothing again
-        self._run("down", "--timeout=60")
+        for name in silent:
+            self._stop(name, 0)
+        self._stop("", 60)
+        for listed, remove in ((("ps", "--all"), ("rm", "--force")), (("network", "ls"), ("network", "rm"))):
+            if found := _told(*listed, "--quiet", *self._filters()).split():
+                _told(*remove, *found)
+
+    def _stop(self, service: str, seconds: int) -> None:
+        """Stops a service, or with "" all; who does not end within `seconds` is killed."""
+        if found := _told("ps", "--all", "--quiet", *self._filters(service)).split():
+            _told("stop", "-t", str(seconds), *found)
 
     def _environment(self) -> dict[str, str]:
         return os.environ | self.variables()
@@ -159,7 +190,23 @@ class Compose:
             raise _explained(done.stdout + done.stderr)
 
 
+def _docker(*words: str) -> subprocess.CompletedProcess[str]:
+    """A docker command's end. Raises UserError where docker is not installed."""
+    try:
+        return subprocess.run(["docker", *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("docker is not installed", refusals.INSTALL) from None
+
+
+def _told(*words: str) -> str:
+    """What a docker command prints. Raises UserError where it fails."""
+    done = _docker(*words)
+    if done.returncode:
+        raise _explained(done.stdout + done.stderr)
+    return done.stdout
+
+
 def _explained(said: str) -> UserError:
     last = " ".join(said.strip().splitlines()[-2:]) or "it said nothing"
-    otherwise = UserError(f"docker compose failed: {last}", "docker ps --all, docker logs <container>")
+    otherwise = UserError(f"docker failed: {last}", "docker ps --all, docker logs <container>")
     return refusals.explained(said, refusals.OF_A_DEPLOYMENT, otherwise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from v4forge.serving.client import Endpoint
 from v4forge.serving.haproxy import Addresses
 from v4forge.serving.settings import Serving
 
-STATE = "serving.json"
+STATE, KEY, SUPERVISED = "serving.json", "api_key", "supervisord.conf"
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
 ROUTER, METRICS = "router", ("prometheus", "grafana")
 
@@ -115,14 +116,31 @@ class Deployment:
     @classmethod
     def load(cls, folder: Path) -> Deployment | None:
         """The deployment that was started in this folder and not stopped, None where there is none."""
-        kept = read_json(folder / STATE)
-        if not kept:
+        if not (folder / STATE).exists():
             return None
         try:
-            return cls(**kept)
+            return cls(**read_json(folder / STATE))
         except TypeError:
-            hint = f"stop what runs by hand (docker ps, supervisorctl), then remove {folder / STATE}"
-            raise UserError(f"{folder / STATE} was written by another version", hint) from None
+            raise UserError(f"{folder / STATE} was written by another version", "make serve-stop") from None
+
+    @classmethod
+    def left(cls, folder: Path) -> Deployment | None:
+        """As much of a deployment as a stop needs, of what is kept in this folder by whatever version, whole or not;
+        None where nothing is kept. A port of 0 is one that is not known."""
+        if not (folder / STATE).exists():
+            return None
+        kept = read_json(folder / STATE)
+        docker = kept.get("runtime", "") == "docker" or not (folder / SUPERVISED).exists()
+        key_file, replicas = Path(os.path.abspath(folder)) / KEY, kept.get("gpus")
+        return cls(
+            folder=os.path.abspath(folder),
+            artifact="",
+            runtime="docker" if docker else "host",
+            gpus=((),) * (len(replicas) if isinstance(replicas, list) else 1),
+            port=kept["port"] if isinstance(kept.get("port"), int) else 0,
+            key_file=str(key_file) if key_file.is_file() else "",
+            drain_s=kept["drain_s"] if isinstance(kept.get("drain_s"), int) else cls.drain_s,
+        )
 
     def forget(self) -> None:
         """Takes away what save() kept: it runs no more."""
@@ -148,8 +166,11 @@ class Runtime(Protocol):
 
     deployment: Deployment
 
+    def check(self) -> None:
+        """Raises UserError for a deployment that it cannot keep. Nothing is written."""
+
     def write(self) -> None:
-        """Writes the files that start() reads."""
+        """Writes the files that start() reads. Raises UserError for what cannot be read so."""
 
     def start(self) -> None:
         """Starts everything that does not run yet."""

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from v4forge import certified, gpus, outcomes
+from v4forge import certified, outcomes
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import containers, definitions
 from v4forge.outcomes import Outcome
-from v4forge.serving import preflight, probe, readiness, settings
+from v4forge.serving import placement, preflight, probe, readiness, settings
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import Deployment, Runtime
+from v4forge.serving.deployment import KEY, Deployment, Runtime
 from v4forge.serving.preflight import Proof
 from v4forge.serving.probe import FLOOR, Expected
 from v4forge.serving.supervisord import Supervised
@@ -31,7 +31,8 @@ NOTHING = "nothing is served from {}"
 @dataclass(frozen=True)
 class Wanted:
     """A deployment as it is asked for. deployment_of() decides what is left open: an empty `runtime`, `devices` or
-    `program`, no `replicas`, `drafts` None. `overrides` are the operator's settings of vLLM."""
+    `program`, no `replicas`, `drafts` None, no `width`, the GPUs of a replica. `overrides` are the operator's settings
+    of vLLM."""
 
     folder: Path
     artifact: Path
@@ -39,6 +40,7 @@ class Wanted:
     runtime: str = ""
     backend: str = "cuda"
     replicas: int = 0
+    width: int = 0
     devices: str = ""
     drafts: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +98,8 @@ def deployment_of(wanted: Wanted) -> Deployment:
     overrides = dict(wanted.overrides)
     if wanted.drafts is not None:
         overrides |= {settings.DRAFTS: str(wanted.drafts), settings.DRAFT_METHOD: "mtp"}
+    if wanted.width:
+        overrides[settings.TENSOR_PARALLEL] = str(wanted.width)
     chosen = settings.serving(wanted.profile, wanted.backend, overrides)
     deployment = Deployment(
         folder=os.path.abspath(wanted.folder),
@@ -119,26 +123,11 @@ def deployment_of(wanted: Wanted) -> Deployment:
     return replace(deployment, image=definitions.resolve("serve"))
 
 
-def devices(wanted: Wanted, tensor_parallel: int) -> list[list[str]]:
-    """The GPUs of each replica, by nvidia-smi's numbers: pairs as they are joined; () each on a CPU."""
+def devices(wanted: Wanted, width: int) -> list[list[str]]:
+    """The GPUs of each replica; [] each on a CPU."""
     if wanted.backend == "cpu":
         return [[] for _ in range(wanted.replicas or CPU_REPLICAS)]
-    given = [device.strip() for device in wanted.devices.split(",") if device.strip()]
-    if any(not device.isdigit() for device in given) or len(set(given)) < len(given):
-        raise UserError(f"DEVICES={wanted.devices} is not a list of GPUs", "make serve DEVICES=0,1,2,3")
-    if given:
-        order = given
-    elif tensor_parallel == 2:
-        order = [str(gpu) for pair in gpus.pairs(gpus.topology()) for gpu in pair]
-    else:
-        order = [str(gpu.index) for gpu in gpus.gpus()]
-    groups = [order[start : start + tensor_parallel] for start in range(0, len(order), tensor_parallel)]
-    whole = [group for group in groups if len(group) == tensor_parallel]
-    count = wanted.replicas or len(whole)
-    if not whole or count > len(whole):
-        fact = f"{count or 1} replicas of {tensor_parallel} GPUs need {(count or 1) * tensor_parallel}, there are"
-        raise UserError(f"{fact} {len(order)}", f"make serve REPLICAS={len(whole)}" if whole else "nvidia-smi -L")
-    return whole[:count]
+    return placement.placed(wanted.devices, wanted.replicas, width)
 
 
 def read_key(file: str) -> str:
@@ -168,7 +157,7 @@ def write_key(deployment: Deployment, key: str) -> None:
 def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployment:
     """Starts a deployment whose clients send `key`, "" for none, and waits until it is ready and has passed the probe
     -> as it runs. One that runs already is probed again. Raises UserError where it cannot be, and stops it then."""
-    deployment = replace(deployment, key_file=str(Path(deployment.folder) / "api_key") if key else "")
+    deployment = replace(deployment, key_file=str(Path(deployment.folder) / KEY) if key else "")
     running = Deployment.load(Path(deployment.folder))
     if running and (other := running.differing(deployment) or ["key"] * (running.key != key)):
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
@@ -180,7 +169,7 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
     if not running:
         for number, group in enumerate(deployment.gpus):
             if group:
-                say(f"serve: replica{number} on GPU {','.join(group)}")
+                say(f"serve: replica{number} on GPU {placement.shown(group)}")
     try:
         runtime.start()
         with steps("serve", deployment.replicas, "replicas") as progress:
@@ -198,15 +187,11 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
 def _prepare(runtime: Runtime, key: str, start: Start, steps: Steps) -> None:
     """Writes what the processes read, after a look at whether they can run."""
     deployment = runtime.deployment
+    runtime.check()
     preflight.check(deployment, start.allow, say, Proof(start.check, start.verify_key, steps))
     if isinstance(runtime, Compose):
         check_image(deployment)
         runtime.check_readable()
-    elif not (Path(deployment.program) / "vllm").exists():
-        hint = (
-            "make env-serve-cpu" if deployment.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
-        )
-        raise UserError(f"there is no vllm in {deployment.program}", hint)
     if key:
         write_key(deployment, key)
     runtime.write()
@@ -255,7 +240,7 @@ def bring_down(runtime: Runtime) -> None:
 
 def stop(folder: Path) -> None:
     """Takes no new request, waits for those that run, stops everything that was started in a folder."""
-    deployment = Deployment.load(folder)
+    deployment = Deployment.left(folder)
     if deployment is None:
         say(NOTHING.format(folder))
         return

@@ -15,6 +15,7 @@ from v4forge.contents import Steps, silent
 from v4forge.errors import UserError
 from v4forge.gpus import BLACKWELL, HOPPER, IDLE_BYTES, SMI_HINT, Gpu, Process
 from v4forge.serving.deployment import Deployment
+from v4forge.serving.settings import WIDTHS
 from v4forge.units import GIB
 
 
@@ -46,13 +47,13 @@ def check_gpus(deployment: Deployment) -> None:
     """Raises UserError unless the GPUs of the deployment can hold and run the artifact."""
     if deployment.backend != "cuda":
         return
-    chosen = {int(device) for devices in deployment.gpus for device in devices}
-    found = [gpu for gpu in gpus.gpus() if gpu.index in chosen]
-    if absent := sorted(chosen - {gpu.index for gpu in found}):
+    chosen = {device for devices in deployment.gpus for device in devices}
+    found = [gpu for gpu in gpus.gpus() if chosen & {gpu.uuid, str(gpu.index)}]
+    if absent := sorted(chosen - {name for gpu in found for name in (gpu.uuid, str(gpu.index))}):
         raise UserError(f"there is no GPU {absent[0]}", "nvidia-smi -L lists them; make serve DEVICES=<some of them>")
     shards = [path for path in Path(deployment.artifact).glob("*.safetensors") if path.is_file()]
     size = sum(path.stat().st_size for path in shards)
-    share = float(deployment.serving.value("gpu-memory-utilization") or 0.9)
+    share = deployment.serving.memory_share
     minimum = pins.read()["CUDA_DRIVER_MIN"]
     programs = gpus.processes()
     for line in check_can_serve(
@@ -82,6 +83,8 @@ def check_can_serve(
             f"make serve REPLICAS={fewer}" if fewer else "serve on a machine with more GPUs: nvidia-smi -L lists them",
         )
     for gpu in chosen:
+        if gpu.sliced:
+            raise UserError(f"{gpu} is sliced by MIG", f"sudo nvidia-smi -i {gpu.index} -mig 0; DEVICES= leaves it out")
         if gpu.compute < HOPPER:
             raise UserError(
                 f"{gpu} has compute capability {_dotted(gpu.compute)}; DeepGEMM and FP8 by blocks need"
@@ -95,11 +98,12 @@ def check_can_serve(
             )
     room = min(gpu.memory_bytes for gpu in chosen) * memory_utilization
     if room * tensor_parallel < artifact_bytes:
-        enough = next((n for n in (2, 4, 8) if n > tensor_parallel and room * n >= artifact_bytes), 0)
+        more = [n for n in WIDTHS if tensor_parallel < n <= len(chosen)]
+        enough = next((n for n in more if room * n >= artifact_bytes), 0)
         raise UserError(
             f"the artifact is {_gib(artifact_bytes)}; {tensor_parallel} of these GPUs hold"
             f" {_gib(room * tensor_parallel)} at a memory utilization of {memory_utilization:.2f}",
-            f'make serve SET="tensor-parallel-size={enough}"' if enough else "serve on GPUs with more memory",
+            f"make serve TP={enough}" if enough else "serve on more of these GPUs, or on ones with more memory",
         )
     for gpu in chosen:
         if gpu.used_bytes > IDLE_BYTES:

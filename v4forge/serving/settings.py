@@ -18,6 +18,9 @@ NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
 # A word that compose, a shell and supervisord hand on as it is.
 WORD = re.compile(r"[\w@%+=:,./\[\]-]*")
 TENSOR_PARALLEL = "tensor-parallel-size"
+# GPUs of a replica: what divides the 64 heads, on one host.
+WIDTHS = (1, 2, 4, 8)
+MEMORY_SHARE = "gpu-memory-utilization"
 DRAFTS = "speculative-config.num_speculative_tokens"
 DRAFT_METHOD = "speculative-config.method"
 
@@ -60,7 +63,20 @@ class Serving:
 
     @property
     def tensor_parallel(self) -> int:
-        return int(self.value(TENSOR_PARALLEL) or 1)
+        """The GPUs of a replica. Raises UserError for a number that is none of WIDTHS."""
+        width = self.value(TENSOR_PARALLEL) or 1
+        if width not in WIDTHS:
+            raise UserError(f"a replica takes {', '.join(map(str, WIDTHS))} GPUs, not {width}", "make serve TP=2")
+        return int(width)
+
+    @property
+    def memory_share(self) -> float:
+        """Of each GPU's memory, what vLLM may take. Raises UserError for what is no share."""
+        text = str(self.value(MEMORY_SHARE) or 0.9)
+        share = float(text) if re.fullmatch(r"[\d.]*\d", text) and text.count(".") < 2 else 0.0
+        if not 0 < share <= 1:
+            raise UserError(f"{MEMORY_SHARE} is a share of 1, not {text}", f'make serve SET="{MEMORY_SHARE}=0.9"')
+        return share
 
     @property
     def max_model_len(self) -> int | None:

@@ -21,7 +21,7 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.serving.deployment import ROUTER, Deployment, Process
+from v4forge.serving.deployment import ROUTER, SUPERVISED, Deployment, Process
 
 REPLICA = ROOT / "docker" / "serve" / "replica"
 # supervisord's words -> ours; the others are told as they are.
@@ -42,9 +42,17 @@ class Supervised:
         name = hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
         self.socket = Path(f"/tmp/v4forge-{os.getuid()}-{name}.sock")
 
+    def check(self) -> None:
+        """Raises UserError where a program is missing."""
+        if not (Path(self.deployment.program) / "vllm").exists():
+            cpu = "make env-serve-cpu"
+            hint = cpu if self.deployment.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
+            raise UserError(f"there is no vllm in {self.deployment.program}", hint)
+        self.configuration()
+
     def write(self) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "supervisord.conf", self.configuration())
+        write_text(self.folder / SUPERVISED, self.configuration())
 
     def configuration(self) -> str:
         parts: list[tuple[str, Mapping[str, Any]]] = [
@@ -107,7 +115,7 @@ class Supervised:
         for name in (*self.deployment.names, ROUTER):
             with suppress(FileNotFoundError):  # what an earlier start said is another story
                 (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
-        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")]
+        command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / SUPERVISED)]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"supervisord did not start: {done.stderr.strip()}", f"see {self.logs}/supervisord.log")
