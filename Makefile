@@ -50,11 +50,12 @@ REGISTRY :=
 # PEM files: who signs images and certificates, and whose signature they must have.
 SIGN_KEY :=
 VERIFY_KEY :=
-# Serving. SERVE_PROFILE is one of docker/serve/settings.toml, SET other options of vllm serve; ALLOW names guards that may
-# fail. The variable API_KEY of the environment, or the file, is the key that clients must send.
+# Serving. SERVE_PROFILE is one of docker/serve/settings.toml, empty: production, and published for benches; SET other
+# options of vllm serve; ALLOW names guards that may fail. The variable API_KEY of the environment, or the file, is the
+# key that clients must send.
 ARTIFACT :=
 BACKEND := cuda
-SERVE_PROFILE := published
+SERVE_PROFILE :=
 REPLICAS :=
 # GPUs of a replica: 1, 2, 4 or 8. Empty: the profile's.
 TP :=
@@ -112,7 +113,7 @@ certified = .venv/bin/python -m scripts.certified
 serve = .venv/bin/python -m scripts.serve
 serve_folder = --folder $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve)
 serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
-	--backend $(call q,BACKEND) --serve-profile $(call q,SERVE_PROFILE) --bind $(call q,BIND) --port $(call q,PORT) \
+	--backend $(call q,BACKEND) $(if $(value SERVE_PROFILE),--serve-profile $(call q,SERVE_PROFILE)) --bind $(call q,BIND) --port $(call q,PORT) \
 	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) $(if $(value TP),--tp $(call q,TP)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
 	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics)
@@ -274,7 +275,7 @@ bench: env ## Everything below about ARTIFACT, served by itself, then the report
 	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
 	trap 'exit 130' INT TERM; $(if $(value URL),,trap '$(MAKE) serve-stop' EXIT;) \
 	try bench-speed; \
-	if $(if $(value URL),true,$(MAKE) serve DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
+	if $(if $(value URL),true,$(MAKE) serve SERVE_PROFILE=$(or $(SERVE_PROFILE),published) DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
 	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
 	try report; \
 	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }

@@ -35,9 +35,8 @@ class Outcome:
 
 
 def message(content: str, tokens: int, stream: bool = False, **more: Any) -> dict[str, Any]:
-    """A chat request; it is answered with exactly so many tokens."""
+    """A chat request to whatever model is served; it is answered with exactly so many tokens."""
     return {
-        "model": "deepseek-v4-flash-w4a16",
         "messages": [{"role": "user", "content": content}],
         "max_tokens": tokens,
         "temperature": 0,

@@ -11,7 +11,7 @@ from scripts import serve_options
 from scripts.cli import steps
 from v4forge.bench.session import Session
 from v4forge.errors import UserError
-from v4forge.serving import launch
+from v4forge.serving import launch, settings
 
 REQUEST_LIMIT_S = 600
 
@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--folder", type=Path, default=serve_options.FOLDER, metavar="DIR",
         help="of a deployment of make serve, which is measured if it runs; default: %(default)s")  # fmt: skip
     serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
-    serve_options.add_wanted(serving)
+    serve_options.add_wanted(serving, settings.PUBLISHED)
     serve_options.add_start(serving)
 
 

@@ -14,11 +14,12 @@ ARTIFACT = "scratch/tiny/artifact"
 FOLDER = Path("scratch/tiny/serve")
 
 
-def add_wanted(command: argparse._ActionsContainer) -> None:
-    """The options that say what is started."""
+def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profile) -> None:
+    """The options that say what is started, by default with the settings of a profile."""
     add = command.add_argument
     add("--artifact", default=ARTIFACT, metavar="DIR", help="default: %(default)s")
-    add("--serve-profile", default=Wanted.profile, metavar="NAME", help=f"one of: {', '.join(settings.profiles())}")
+    add("--serve-profile", default=profile, metavar="NAME",
+        help=f"one of: {', '.join(settings.profiles())}; default: %(default)s")  # fmt: skip
     add("--runtime", choices=("", "docker", "host"), default="", help="default: docker; host for BACKEND=cpu")
     add("--backend", choices=("cuda", "cpu"), default=Wanted.backend, help="default: cuda; cpu is for tests")
     add("--replicas", type=int, default=0, metavar="N", help="default: as many as there are GPUs for")

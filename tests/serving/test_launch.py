@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from keeper_stand_in import Noted, in_variables, install, steps, wanted, words
+from keeper_stand_in import Keeper, Noted, in_variables, install, steps, wanted, words
 
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
 from v4forge.serving import launch, probe, readiness
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import Deployment
+from v4forge.serving.deployment import Deployment, Runtime
 from v4forge.serving.launch import Start
 from v4forge.serving.supervisord import Supervised
 
@@ -48,6 +49,57 @@ def test_what_runs_is_not_started_as_something_else(tmp_path: Path, noted: list[
         launch.up(launch.deployment_of(wanted(tmp_path, port=9000)), "", Start(), steps)
     assert launch.up(deployment, "", Start(), steps) == deployment
     assert words(noted) == ["write", "start", "start"]
+
+
+# What vLLM ends with where the KV cache is too small, and what it says of one that is not.
+TOO_LONG = (
+    "replica0 has ended: ValueError: To serve at least one request with the model's max seq len (65536), 3.91 GiB KV"
+    " cache is needed, which is larger than the available KV cache memory (1.20 GiB). Based on the available memory,"
+    " the estimated maximum model length is 20113. Try increasing `gpu_memory_utilization`"
+)
+KEPT = "INFO 12-01 [kv_cache_utils.py:2327] GPU KV cache size: 20,224 tokens, Maximum concurrency for 19,968 tokens"
+
+
+def gpus_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What each start's context was, of a machine on which 20,113 tokens fit."""
+    contexts: list[str] = []
+
+    def wait(runtime: Runtime, *_: object) -> None:
+        contexts.append(str(runtime.deployment.serving.max_model_len))
+        if int(contexts[-1]) > 20113:
+            raise UserError(TOO_LONG, "make serve-logs")
+
+    monkeypatch.setattr(readiness, "wait", wait)
+    monkeypatch.setattr(Keeper, "log", lambda *_: KEPT)
+    return contexts
+
+
+def test_a_context_that_does_not_fit_becomes_the_one_that_does(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contexts = gpus_of(monkeypatch)
+    asked = Deployment(str(tmp_path / "serve"), str(tmp_path), "docker", profile="production", gpus=[["0", "1"]])
+    served = launch.up(asked, "", Start(), steps)
+    assert contexts == ["65536", "19968"] and words(noted) == ["write", "start", "stop", "write", "start"]
+    said = capsys.readouterr().out.splitlines()
+    assert "serve: a context of 65,536 tokens does not fit on these GPUs, 19,968 do: once more" in said
+    name = "deepseek-v4-flash-w4a16"
+    assert said[-1] == f"ready: {asked.url}, {name}, context 19,968, k=3, 20,224 KV tokens a replica, 1 replica"
+    again = launch.up(asked, "", Start(), steps)  # what runs is what was asked for
+    assert again.context == served.context == 19968 and again.differing(served) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"profile": "throughput"}, {"profile": "production", "overrides": {"max-model-len": "32768"}}]
+)
+def test_a_context_that_was_chosen_is_not_another(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    contexts = gpus_of(monkeypatch)
+    asked = Deployment(str(tmp_path / "serve"), str(tmp_path), "docker", gpus=[["0", "1"]], **changes)
+    with pytest.raises(UserError, match="the estimated maximum model length is 20113"):
+        launch.up(asked, "", Start(), steps)
+    assert len(contexts) == 1 and words(noted)[-1] == "stop"
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import dataclasses
 import os
@@ -19,8 +20,8 @@ import pytest
 import yaml
 from nvml_stand_in import Card, NvmlLibrary
 
+from scripts import benching, serve_options
 from scripts import serve as program
-from scripts import serve_options
 from v4forge import gpus, pins
 from v4forge.errors import UserError
 from v4forge.images import refusals
@@ -80,6 +81,43 @@ def test_an_override_wins_over_the_profile_and_the_backend() -> None:
     chosen = settings.serving("latency", "cpu", {"max-model-len": "77", "enforce-eager": "", "new-option": "true"})
     words = " ".join(chosen.arguments("/a", 8000))
     assert "--max-model-len 77" in words and "--new-option" in words and "--enforce-eager" not in words
+
+
+def test_what_is_served_for_use_is_the_production_profile_and_benches_ask_for_the_published() -> None:
+    made = asked_for("--backend", "cpu")
+    assert made.profile == settings.PRODUCTION == "production"
+    chosen = settings.serving(made.profile)
+    assert chosen.max_model_len == 65536 and chosen.value("enable-prefix-caching") is True and chosen.drafts == 3
+    asked = argparse.ArgumentParser()
+    benching.add_arguments(asked)
+    assert asked.parse_args([]).serve_profile == settings.PUBLISHED == "published"
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 5])
+def test_drafts_that_stop_paying_are_switched_off_whatever_their_number(drafts: int) -> None:
+    chosen = settings.serving("production", overrides={DRAFTS: str(drafts)})
+    assert chosen.drafts == drafts and chosen.value(settings.SCHEDULE) == f"[[1,8,{drafts}],[9,256,0]]"
+    given = settings.serving("production", overrides={DRAFTS: str(drafts), settings.SCHEDULE: "[[1,256,1]]"})
+    assert given.value(settings.SCHEDULE) == "[[1,256,1]]"
+
+
+SIZES = '{"num_hidden_layers": %d, "hidden_size": %d, "n_routed_experts": %d}'
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (SIZES % (43, 4096, 256), "deepseek-v4-flash-w4a16"),
+        ((ROOT / "models/tiny/config.json").read_text(encoding="utf-8"), "deepseek-v4-tiny-w4a16"),
+        (SIZES % (61, 7168, 384), "deepseek-v4-w4a16"),
+        ("{}", "deepseek-v4-flash-w4a16"),
+    ],
+)
+def test_no_other_model_is_served_as_flash(tmp_path: Path, config: str, name: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    words = ["--backend", "cpu", "--artifact", str(tmp_path)]
+    assert asked_for(*words).serving.model == name
+    assert asked_for(*words, "--set", "served-model-name=mine").serving.model == "mine"
 
 
 @pytest.mark.parametrize("off", [{DRAFTS: "0"}, {DRAFT_METHOD: ""}])
@@ -446,7 +484,7 @@ def test_print_shows_the_exact_command_of_each_replica(
     for number, devices in enumerate(("0,1", "2,3")):
         block = shown.split(f"replica{number}:\n")[1].split("\n\n")[0]
         assert f"CUDA_VISIBLE_DEVICES={devices}" in block
-        assert shlex.split(block.split("vllm serve ")[1]) == settings.serving().arguments("/a", 8000)
+        assert shlex.split(block.split("vllm serve ")[1]) == settings.serving("production").arguments("/a", 8000)
 
 
 def test_the_admin_listener_is_never_public(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ services:
 TAG = "v4forge-test-serve:cpu"
 STREAM = json.dumps(
     {
-        "model": "deepseek-v4-flash-w4a16",
+        "model": "deepseek-v4-w4a16",
         "prompt": "once",
         "max_tokens": 600,
         "ignore_eos": True,
@@ -143,7 +143,7 @@ def load_image(host: Host) -> None:
 
 
 def ask(host: Host, tokens: int = 8, key: str = "sesame") -> subprocess.CompletedProcess[str]:
-    body = {"model": "deepseek-v4-flash-w4a16", "prompt": "x", "max_tokens": tokens, "ignore_eos": True}
+    body = {"model": "deepseek-v4-w4a16", "prompt": "x", "max_tokens": tokens, "ignore_eos": True}
     words = ["curl", "--silent", "--fail-with-body", "http://127.0.0.1:8000/v1/completions"]
     words += ["-H", "Content-Type: application/json", "-H", f"Authorization: Bearer {key}", "-d", json.dumps(body)]
     return host.run(*words)
@@ -151,7 +151,7 @@ def ask(host: Host, tokens: int = 8, key: str = "sesame") -> subprocess.Complete
 
 def test_the_start_probes_every_replica_and_ends_with_the_address(host: Host) -> None:
     lines = host.said.splitlines()
-    assert lines[-1] == "ready: http://127.0.0.1:8000"
+    assert lines[-1].startswith("ready: http://127.0.0.1:8000, deepseek-v4-w4a16, context 2,048, k=0, ")
     assert any(line.startswith("replica 1: prompts") and " ok " in line for line in lines)
     assert ask(host).returncode == 0
     assert ask(host, key="open").returncode == 22

@@ -20,7 +20,9 @@ BY_DRAFTS = (settings.DRAFTS, settings.DRAFT_METHOD)  # what --drafts sets
 
 
 def test_the_start_ends_with_the_address(tiny: Served) -> None:
-    assert tiny.said.splitlines()[-1] == f"ready: {tiny.deployment.url}"
+    ready = tiny.said.splitlines()[-1]
+    assert ready.startswith(f"ready: {tiny.deployment.url}, deepseek-v4-tiny-w4a16, context 8,192, k=2, ")
+    assert ready.endswith(" KV tokens a replica, 2 replicas")
 
 
 def test_a_chat_is_answered(tiny: Served) -> None:
@@ -57,7 +59,7 @@ def test_two_hundred_streams_at_once_all_end_whole_on_both_replicas(tiny: Served
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        ({"model": "deepseek-v4-flash-w4a16"}, 400),
+        ({"model": "deepseek-v4-tiny-w4a16"}, 400),
         ({"model": "another", "messages": [{"role": "user", "content": "x"}]}, 404),
         (message("x", tokens=4, temperature=-1), 400),
         (message("word " * 20000, tokens=4), 400),
@@ -100,7 +102,7 @@ def test_the_status_shows_both_and_what_they_do(tiny: Served) -> None:
     rows = json.loads(tiny.program("status", "--json").stdout)
     assert [row["name"] for row in rows] == ["replica0", "replica1"]
     for row in rows:
-        assert row["state"] == "ready" and row["model"] == "deepseek-v4-flash-w4a16" and row["uptime_s"] > 0
+        assert row["state"] == "ready" and row["model"] == "deepseek-v4-tiny-w4a16" and row["uptime_s"] > 0
         assert row["running"] == row["waiting"] == 0 and 0 <= row["acceptance"] <= 1
     shown = tiny.program("status")
     assert shown.returncode == 0 and tiny.deployment.url in shown.stdout

@@ -25,7 +25,8 @@ ROUTER, METRICS = "router", ("prometheus", "grafana")
 class Deployment:
     """What `make serve` starts. `folder` holds its files; `gpus` the devices of each replica, none on a CPU;
     `overrides` are the operator's settings of vLLM; `key_file` holds the API key, "" for none; `program` is the folder
-    of a host's vllm; `compose` are files on top of compose.yaml."""
+    of a host's vllm; `compose` are files on top of compose.yaml; `model` is the name that it is served under, "" for
+    the settings' own; `context` is the longest that fits where the profile's does not, 0 where it does."""
 
     folder: str
     artifact: str
@@ -43,10 +44,14 @@ class Deployment:
     image: str = ""
     program: str = ""
     compose: Sequence[str] = ()
+    model: str = ""
+    context: int = 0
 
     @property
     def serving(self) -> Serving:
-        return settings.serving(self.profile, self.backend, self.overrides)
+        found: dict[str, str | int] = {settings.NAME_SERVED: self.model, settings.CONTEXT: self.context}
+        known = {name: value for name, value in found.items() if value}
+        return settings.serving(self.profile, self.backend, self.overrides, known)
 
     @property
     def replicas(self) -> int:
@@ -147,9 +152,9 @@ class Deployment:
         (Path(self.folder) / STATE).unlink(missing_ok=True)
 
     def differing(self, other: Deployment) -> list[str]:
-        """The names of what another deployment has different."""
+        """The names of what another deployment was asked to have different."""
         a, b = (json.loads(json.dumps(asdict(each))) for each in (self, other))  # tuples as lists, as they are kept
-        return [name for name in a if a[name] != b[name]]
+        return [name for name in a if a[name] != b[name] and name != "context"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,10 @@ from v4forge.serving.supervisord import Supervised
 CPU_REPLICAS = 2
 # Where vllm is without docker.
 PROGRAMS = {"cuda": ROOT / ".venv-serve/bin", "cpu": ROOT / ".venv-serve-cpu/bin"}
+# Of vLLM's log: that the context does not fit, and which would; how many tokens the KV cache has.
+FITS = re.compile(r"estimated maximum model length is (\d+)")
+KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+BLOCK, LEAST_CONTEXT = 256, 4096
 NOTHING = "nothing is served from {}"
 
 
@@ -36,7 +41,7 @@ class Wanted:
 
     folder: Path
     artifact: Path
-    profile: str = "published"
+    profile: str = settings.PRODUCTION
     runtime: str = ""
     backend: str = "cuda"
     replicas: int = 0
@@ -115,6 +120,7 @@ def deployment_of(wanted: Wanted) -> Deployment:
         affinity=wanted.affinity,
         metrics=wanted.metrics,
         compose=[os.path.abspath(file) for file in wanted.compose],
+        model=settings.name_of(wanted.artifact),
     )
     if deployment.metrics and deployment.runtime == "host":
         raise UserError("Prometheus and Grafana run in containers", "make serve RUNTIME=docker METRICS=1")
@@ -161,6 +167,7 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
     running = Deployment.load(Path(deployment.folder))
     if running and (other := running.differing(deployment) or ["key"] * (running.key != key)):
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
+    deployment = running or deployment
     runtime = runtime_of(deployment)
     if not running:
         _prepare(runtime, key, start, steps)
@@ -175,13 +182,42 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
         with steps("serve", deployment.replicas, "replicas") as progress:
             readiness.wait(runtime, start.timeout_s, progress)
         _probe(runtime, start, steps)
-    except (UserError, KeyboardInterrupt):
-        if not (start.keep or running):
-            say("serve: stopping what was started (KEEP=1 leaves it)")
-            bring_down(runtime)
-        raise
-    say(f"ready: {deployment.url}")
+    except (UserError, KeyboardInterrupt) as error:
+        if start.keep or running:
+            raise
+        say("serve: stopping what was started (KEEP=1 leaves it)")
+        bring_down(runtime)
+        if not (fits := what_fits(deployment, error)):
+            raise
+        say(f"serve: a context of {chosen.max_model_len:,} tokens does not fit on these GPUs, {fits:,} do: once more")
+        return up(replace(deployment, context=fits), key, start, steps)
+    say(f"ready: {deployment.url}, {ready_as(runtime)}")
     return deployment
+
+
+def what_fits(deployment: Deployment, error: BaseException) -> int:
+    """The tokens of context that vLLM says would fit, in whole blocks, when it ended for want of KV cache; 0 where it
+    ended otherwise, where they are few, and where the operator or a bench has chosen the context."""
+    said = FITS.search(error.fact) if isinstance(error, UserError) else None
+    chosen = deployment.profile != settings.PRODUCTION or settings.CONTEXT in deployment.overrides
+    if said is None or chosen or deployment.context:
+        return 0
+    fits = int(said[1]) // BLOCK * BLOCK
+    return fits if fits >= LEAST_CONTEXT else 0
+
+
+def ready_as(runtime: Runtime) -> str:
+    """What is served, in words: context, drafts, tokens of KV cache as the first replica's log has them, replicas."""
+    deployment, chosen = runtime.deployment, runtime.deployment.serving
+    kept = KV_TOKENS.findall(runtime.log(deployment.names[0]))
+    parts = [
+        f"{chosen.model}",
+        f"context {chosen.max_model_len:,}" if chosen.max_model_len else "context as vLLM finds it",
+        f"k={chosen.drafts}",
+        *([f"{kept[-1]} KV tokens a replica"] if kept else []),
+        f"{deployment.replicas} replica{'s' * (deployment.replicas > 1)}",
+    ]
+    return ", ".join(parts)
 
 
 def _prepare(runtime: Runtime, key: str, start: Start, steps: Steps) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
+from v4forge.files import read_json
 
 FILE = ROOT / "docker" / "serve" / "settings.toml"
-OVERRIDE = "the operator"
+OVERRIDE, FOUND = "the operator", "this artifact, on this machine"
 NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
 # A word that compose, a shell and supervisord hand on as it is.
 WORD = re.compile(r"[\w@%+=:,./\[\]-]*")
@@ -23,6 +26,10 @@ WIDTHS = (1, 2, 4, 8)
 MEMORY_SHARE = "gpu-memory-utilization"
 DRAFTS = "speculative-config.num_speculative_tokens"
 DRAFT_METHOD = "speculative-config.method"
+SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
+CONTEXT, NAME_SERVED = "max-model-len", "served-model-name"
+# What is for use, and what benches ask for.
+PRODUCTION, PUBLISHED = "production", "published"
 
 Value = str | int | float | bool
 
@@ -81,7 +88,7 @@ class Serving:
     @property
     def max_model_len(self) -> int | None:
         """Tokens of prompt and answer together; None where vLLM decides."""
-        length = str(self.value("max-model-len"))
+        length = str(self.value(CONTEXT))
         return int(length) if length.isdigit() else None
 
     @property
@@ -92,7 +99,7 @@ class Serving:
     @property
     def model(self) -> str:
         """The name that clients ask for."""
-        return str(self.value("served-model-name"))
+        return str(self.value(NAME_SERVED))
 
     def arguments(self, artifact: str, port: int, host: str = "0.0.0.0") -> list[str]:
         """What follows `vllm serve`. Raises UserError for an artifact whose path would not stay one word."""
@@ -117,14 +124,31 @@ def profiles() -> dict[str, str]:
     return {name: profile["why"] for name, profile in table()["profiles"].items()}
 
 
-def serving(profile: str = "published", backend: str = "cuda", overrides: Mapping[str, str] | None = None) -> Serving:
-    """The settings of a profile on a backend with the operator's own on top: option -> value as text, "" to leave it
-    out. Raises UserError for a profile, an option or a value that cannot be."""
+def name_of(artifact: Path) -> str:
+    """The name that an artifact is served under, by its config.json; Flash's where there is none to read."""
+    config = read_json(artifact / "config.json")
+    names: dict[str, dict[str, int]] = table()["names"]
+    fitting = (name for name, sizes in names.items() if not config or all(config.get(k) == v for k, v in sizes.items()))
+    return next(fitting)
+
+
+def serving(
+    profile: str = PUBLISHED,
+    backend: str = "cuda",
+    overrides: Mapping[str, str] | None = None,
+    found: Mapping[str, str | int] | None = None,
+) -> Serving:
+    """The settings of a profile on a backend; then `found`, those that follow from the artifact and this machine; then
+    the operator's own: option -> value as text, "" to leave it out. Where the operator sets the drafts, a profile's
+    schedule makes that many while it makes any. Raises UserError for a profile, an option or a value that cannot be."""
     for kind, name in (("profiles", profile), ("backends", backend)):
         if name not in table()[kind]:
             raise UserError(f"there is no serving {kind[:-1]} {name!r}", f"use one of: {', '.join(table()[kind])}")
     layers = [table(), table()["profiles"][profile], table()["backends"][backend]]
     settings = {name: row for layer in layers for name, row in _rows(layer, "settings").items()}
+    settings |= {name: replace(settings[name], value=value, source=FOUND) for name, value in (found or {}).items()}
+    if (asked := (overrides or {}).get(DRAFTS, "")).isdecimal() and SCHEDULE in settings:
+        settings[SCHEDULE] = _rescheduled(settings[SCHEDULE], int(asked))
     for name, text in (overrides or {}).items():
         if not NAME.fullmatch(name) or not WORD.fullmatch(text):
             fact = f"{name}={text} is not an option of vllm serve and a word"
@@ -134,6 +158,12 @@ def serving(profile: str = "published", backend: str = "cuda", overrides: Mappin
         settings = {name: row for name, row in settings.items() if not name.startswith("speculative-config.")}
     environment = {name: row for layer in layers for name, row in _rows(layer, "environment").items()}
     return Serving(profile, backend, settings, environment, table()["caches"])
+
+
+def _rescheduled(schedule: Setting, drafts: int) -> Setting:
+    """The same with this many drafts where it had any."""
+    rows = [[first, last, drafts if made else 0] for first, last, made in json.loads(str(schedule.value))]
+    return replace(schedule, value=json.dumps(rows, separators=(",", ":")))
 
 
 def _rows(layer: Mapping[str, Any], kind: str) -> dict[str, Setting]:
