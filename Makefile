@@ -304,6 +304,11 @@ report: env ## One page of what PROFILE's reports hold: index.html, and its tabl
 compare: env ## Two runs of the benches beside each other, A=<reports or result file> B=<the other>
 	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
 
+.PHONY: env-serve
+env-serve: ## The environment of RUNTIME=host on GPUs: vLLM's release with our patches and plugin, and CUDA's compiler
+	@$(need_python)
+	@PYTHONPATH=. $(PYTHON) docker/serve/environment.py host .venv-serve
+
 .PHONY: env-serve-cpu
 env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
 	@$(need_python)

@@ -133,7 +133,7 @@ RULES = (
     ),
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(USAGE, r"make (?:serve-(?:status|logs|stop|pairs)|bench|compare)(?: .*)?", "what is served or was measured"),
-    Rule(USAGE, r"make (?:env|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
+    Rule(USAGE, r"make (?:env|env-serve|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
     Rule(USAGE, r"make (?:ci|soak|lint|test|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
     Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help", beside=True),

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from torch import nn
 
 from scripts import patch as program
 from v4forge.errors import UserError
-from v4forge.images import patches
+from v4forge.images import locks, patches
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = ROOT / "docker" / "serve"
@@ -325,6 +325,39 @@ def test_only_a_stated_override_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> 
     other = "vllm 1 has requirement certifi-more>=3, but you have certifi-more 2."
     assert misfits([known, other], ["certifi"]) == [other]
     assert misfits([known], []) == [known]
+
+
+def test_a_host_without_containers_gets_what_the_image_has_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = environment_script(monkeypatch)
+    asked: list[str] = []
+
+    def install_lock(into: Path, lock: object) -> None:
+        asked.append("lock")
+        (into / "lib/python3.11/site-packages").mkdir(parents=True)
+
+    def pip(into: Path, *arguments: str | Path) -> None:
+        assert (into / "lib").is_dir()
+        asked.append("release" if "--require-hashes" in arguments else Path(arguments[-1]).name)
+
+    def apply(series: Sequence[object], tree: Path) -> list[str]:
+        asked.append(f"{len(series)} patches of {tree.name}")
+        return []
+
+    monkeypatch.setattr(script, "install_lock", install_lock)
+    monkeypatch.setattr(script, "pip", pip)
+    monkeypatch.setattr(script, "check_fits", lambda into: asked.append("fits"))
+    monkeypatch.setattr(patches, "apply", apply)
+    lock = locks.parse((ROOT / locks.lock_file("serve")).read_text(encoding="utf-8"))
+    for _ in range(2):
+        script.build_for_host(tmp_path / ".venv-serve", lock)
+    number = len(patches.series("vllm"))
+    assert asked == ["lock", "release", f"{number} patches of site-packages", "plugin", "fits"]
+    (tmp_path / ".venv-serve/lock.sha256").write_text("of another release")
+    (tmp_path / ".venv-serve/left").touch()
+    script.build_for_host(tmp_path / ".venv-serve", lock)
+    assert len(asked) == 10 and not (tmp_path / ".venv-serve/left").exists()
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -102,7 +102,7 @@ def test_serving_on_the_host_needs_a_router_and_a_vllm(
         (tmp_path / name / "bin").mkdir(parents=True)
         (tmp_path / name / "bin/vllm").touch()
     says(system.serving(machine.host("tiny")), OK, "haproxy and .venv-serve-cpu")
-    says(system.serving(flash), WARNING, "nvcc", "make serve PROFILE=flash RUNTIME=docker")
+    says(system.serving(flash), WARNING, "nvcc", "make env-serve")
     machine.program("nvcc", "")
     says(system.serving(flash), OK, "haproxy and .venv-serve")
 

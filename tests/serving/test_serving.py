@@ -468,6 +468,27 @@ def test_supervisord_gets_each_process_with_its_gpus_and_drains_the_router(
     assert all(row["autorestart"] == "true" for row in (first, second, balancer))
 
 
+def test_kernels_are_compiled_with_the_compiler_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/sbin/{name}")
+    kept = Supervised(deployment(tmp_path, runtime="host", program=str(tmp_path / ".venv-serve/bin")))
+    assert "CUDA_HOME" not in kept.process("replica0")[1]
+    (tmp_path / ".venv-serve/cuda/bin").mkdir(parents=True)
+    variables = kept.process("replica0")[1]
+    assert variables["CUDA_HOME"] == f"{tmp_path}/.venv-serve/cuda"
+    path = variables["PATH"].split(":")
+    assert (path[0], path[-1]) == (f"{tmp_path}/.venv-serve/bin", f"{tmp_path}/.venv-serve/cuda/bin")
+
+
+@pytest.mark.parametrize(("backend", "build"), [("cuda", "make env-serve"), ("cpu", "make env-serve-cpu")])
+def test_without_a_vllm_there_is_the_command_that_builds_one(tmp_path: Path, backend: str, build: str) -> None:
+    with pytest.raises(UserError, match="there is no vllm in") as error:
+        Supervised(deployment(tmp_path, runtime="host", backend=backend, program=str(tmp_path))).check()
+    assert error.value.hint == build
+    assert re.search(rf"^{build.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+
+
 def test_without_haproxy_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(UserError) as error:

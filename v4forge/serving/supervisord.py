@@ -45,9 +45,8 @@ class Supervised:
     def check(self) -> None:
         """Raises UserError where a program is missing."""
         if not (Path(self.deployment.program) / "vllm").exists():
-            cpu = "make env-serve-cpu"
-            hint = cpu if self.deployment.backend == "cpu" else "make serve RUNTIME=docker, or --program <folder>"
-            raise UserError(f"there is no vllm in {self.deployment.program}", hint)
+            build = "make env-serve-cpu" if self.deployment.backend == "cpu" else "make env-serve"
+            raise UserError(f"there is no vllm in {self.deployment.program}", build)
         self.configuration()
 
     def write(self) -> None:
@@ -84,7 +83,11 @@ class Supervised:
             return [haproxy, "-db", "-f", str(self.folder / "haproxy.cfg")], {}
         number = self.deployment.names.index(name)
         variables = self.deployment.variables(number)
-        variables |= {"PATH": f"{self.deployment.program}:{os.environ.get('PATH', os.defpath)}"}
+        path = [self.deployment.program, os.environ.get("PATH", os.defpath)]
+        if (cuda := Path(self.deployment.program).parent / "cuda").exists():  # kernels are compiled when they first run
+            variables["CUDA_HOME"] = str(cuda)
+            path.append(f"{cuda}/bin")
+        variables["PATH"] = ":".join(path)
         variables |= {"API_KEY_FILE": self.deployment.key_file or os.devnull}
         if self.deployment.gpus[number]:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.deployment.gpus[number])

@@ -133,7 +133,7 @@ def serving(host: Host) -> Outcome:
     if host.full_size and host.chosen_runtime == "docker":
         return ok("not needed: RUNTIME=docker serves in containers")
     folder = ROOT / (".venv-serve" if host.full_size else ".venv-serve-cpu")
-    build = "make env-serve-cpu" if not host.full_size else "make serve PROFILE=flash RUNTIME=docker"
+    build = "make env-serve-cpu" if not host.full_size else "make env-serve"
     lacks = [
         *(["haproxy"] if not host.which("haproxy") else []),
         *([f"{folder.name} with vllm"] if not (folder / "bin/vllm").exists() else []),
