@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import nvml_stand_in
 import pytest
 import yaml
 from nvml_stand_in import Card, NvmlLibrary
+from supervisor.options import ServerOptions
 
 from scripts import benching, serve_options
 from scripts import serve as program
@@ -344,7 +346,7 @@ def test_compose_starts_the_replicas_that_fit_each_on_its_gpus(tmp_path: Path, w
     groups = [UUIDS[first : first + width] for first in range(0, 8, width)]
     kept = Compose(deployment(tmp_path, gpus=groups))
     kept.check()
-    placed = yaml.safe_load(kept.placement())["services"]
+    placed = yaml.safe_load(kept.replicas())["services"]
     assert [asked_of(service)["device_ids"] for service in placed.values()] == groups
     profiles = {word.removeprefix("--profile=") for word in kept.command("up") if word.startswith("--profile=")}
     started = {name for name, service in SERVICES.items() if profiles.issuperset(service.get("profiles", ()))}
@@ -352,12 +354,34 @@ def test_compose_starts_the_replicas_that_fit_each_on_its_gpus(tmp_path: Path, w
 
 
 def test_compose_reads_what_is_written_for_it(tmp_path: Path) -> None:
-    kept = Compose(deployment(tmp_path, gpus=[UUIDS[:4], UUIDS[4:]]))
+    folder = tmp_path / "with a blank"
+    artifact = tmp_path / "an artifact, (1)"
+    folder.mkdir()
+    kept = Compose(deployment(folder, artifact=str(artifact), gpus=[UUIDS[:4], UUIDS[4:]], bind="::1"))
     kept.write()
     done = subprocess.run(kept.command("config"), capture_output=True, text=True, env=kept._environment())
     services = yaml.safe_load(done.stdout)["services"]
     assert [asked_of(services[name])["device_ids"] for name in kept.deployment.names] == [UUIDS[:4], UUIDS[4:]]
     assert "deploy" not in services["router"]
+    assert services["replica1"]["command"] == kept.deployment.arguments(1)
+    (mount,) = (each for each in services["replica0"]["volumes"] if "cache0" not in str(each))
+    assert mount["source"] == mount["target"] == str(artifact) and mount["read_only"] is True
+    assert re.search(r"::1\]?:8000:8000|host_ip: ::1", done.stdout)
+
+
+def test_containers_have_the_groups_and_a_cache_of_who_starts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Compose(deployment(tmp_path))
+    for uid, groups, added in ((1000, [1000, 50, 27], ["27", "50"]), (1000, [1000], None), (0, [0, 50], None)):
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        monkeypatch.setattr(os, "getgid", lambda uid=uid: uid)
+        monkeypatch.setattr(os, "getgroups", lambda groups=groups: groups)
+        service = json.loads(kept.replicas())["services"]["replica0"]
+        assert service.get("group_add") == added
+        user = uid or 10000
+        assert kept.variables()["SERVE_USER"] == f"{user}:{user}"
+        assert kept.deployment.variables(0)["TRITON_CACHE_DIR"] == f"/cache/{user}/triton"
 
 
 def asked_of(service: dict[str, Any]) -> dict[str, Any]:
@@ -382,8 +406,9 @@ def test_no_service_has_more_rights_than_it_needs() -> None:
 
 
 def test_a_command_of_compose_comes_out_as_the_words_that_went_in(tmp_path: Path) -> None:
-    chosen = deployment(tmp_path, profile="throughput")
-    assert shlex.split(Compose(chosen).variables()["REPLICA_ARGUMENTS"]) == chosen.arguments(0)
+    chosen = deployment(tmp_path, profile="throughput", artifact="/a/folder of mine")
+    (command,) = {tuple(each["command"]) for each in json.loads(Compose(chosen).replicas())["services"].values()}
+    assert list(command) == chosen.arguments(0)
 
 
 def test_more_replicas_than_compose_yaml_has_are_refused(tmp_path: Path) -> None:
@@ -466,6 +491,54 @@ def test_supervisord_gets_each_process_with_its_gpus_and_drains_the_router(
     )
     assert balancer["stopsignal"] == "USR1" and int(balancer["stopwaitsecs"]) > 600
     assert all(row["autorestart"] == "true" for row in (first, second, balancer))
+
+
+def test_supervisord_reads_a_folder_with_a_blank_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/opt/a b/{name}")
+    folder = tmp_path / "a b"
+    artifact, program = f"{folder}/artifact, 100%", str(tmp_path)
+    kept = Supervised(deployment(folder, runtime="host", artifact=artifact, program=program))
+    kept.write()
+    options = ServerOptions()
+    options.realize(["-c", str(folder / "supervisord.conf")])
+    processes = {process.name: process for group in options.process_group_configs for process in group.process_configs}
+    assert shlex.split(processes["replica0"].command)[1:] == kept.deployment.arguments(0)
+    assert shlex.split(processes["router"].command) == kept.process("router")[0]
+    assert processes["replica0"].environment == kept.process("replica0")[1]
+    assert processes["replica0"].stdout_logfile == f"{folder}/logs/replica0.log"
+    assert " " not in processes["replica0"].environment["TORCHINDUCTOR_CACHE_DIR"]  # of which g++ is told
+
+
+def test_an_environment_that_no_compiler_would_find_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b/vllm").touch()
+    with pytest.raises(UserError, match="do not take the blank in"):
+        Supervised(deployment(tmp_path, runtime="host", program=f"{tmp_path}/a b")).check()
+
+
+@pytest.mark.parametrize("path", ['/a/"b"', "/a/$b", "/a/b #c", "/a ;b", "/a\nb", "/a\\b"])
+def test_a_path_that_would_not_stay_as_it_is_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match="special character"):
+        deployment(tmp_path, artifact=path).arguments(0)
+
+
+@pytest.mark.parametrize(
+    ("bind", "url", "listens"),
+    [
+        ("::", "http://[::1]:8000", "bind [::]:8000"),
+        ("::1", "http://[::1]:8000", "bind [::1]:8000"),
+        ("[::1]", "http://[::1]:8000", "bind [::1]:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000", "bind 0.0.0.0:8000"),
+    ],
+)
+def test_an_address_of_ipv6_is_written_as_one(tmp_path: Path, bind: str, url: str, listens: str) -> None:
+    made = asked_for("--backend", "cpu", "--bind", bind, "--folder", str(tmp_path))
+    assert made.url == url and listens in made.router_configuration()
+    assert Compose(made).variables()["BIND"] == listens.removeprefix("bind ").removesuffix(":8000")
+    if haproxy := shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
+        (tmp_path / "haproxy.cfg").write_text(made.router_configuration())
+        done = subprocess.run([haproxy, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_kernels_are_compiled_with_the_compiler_of_the_environment(

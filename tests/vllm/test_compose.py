@@ -113,7 +113,9 @@ def host(tmp_path_factory: pytest.TempPathFactory, dense_model: Path) -> Iterato
         host.words = ["--artifact", str(dense_model), "--backend", "cpu", "--runtime", "docker", *dense_settings()]
         # What a deployment on GPUs writes for itself, for one that runs on the CPU.
         gpus = Deployment(folder=str(folder), artifact="", runtime="docker", gpus=[["0", "1"], ["6", "3"]])
-        (folder / "gpus.yaml").write_text(Compose(gpus).placement())
+        services = json.loads(Compose(gpus).replicas())["services"]
+        places = {name: {"deploy": service["deploy"]} for name, service in services.items()}
+        (folder / "gpus.yaml").write_text(json.dumps({"services": places}))
         host.words += ["--compose-file", str(folder / "more.yaml"), str(folder / "gpus.yaml"), "--drain", "60"]
         done = host.serve("up", *host.words, API_KEY="sesame", V4FORGE_IMAGE_SERVE=TAG)
         assert done.returncode == 0, done.stdout + done.stderr

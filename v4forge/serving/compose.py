@@ -9,22 +9,20 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from v4forge import pins
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import refusals
-from v4forge.serving.deployment import METRICS, ROUTER, Deployment, Process
+from v4forge.serving.deployment import METRICS, ROUTER, USER, Deployment, Process
 
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
-# Which GPUs each replica has, on top of compose.yaml.
-PLACEMENT = "gpus.yaml"
+# What each replica has besides, on top of compose.yaml.
+REPLICAS = "replicas.yaml"
 MOST = 8
 FOLDER_LABEL = "v4forge.folder"
-# Whom a caller who is root runs it as: the image's own user.
-USER = 10000
 # Of docker-compose ps and inspect -> ours.
 STATES = {"created": "starting", "restarting": "exited", "dead": "exited", "removing": "exited"}
 
@@ -48,8 +46,7 @@ class Compose:
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
-        placed = [Path(deployment.folder) / PLACEMENT] if deployment.backend == "cuda" else []
-        self.files = [FILE, LIMITS, *placed, *map(Path, deployment.compose)]
+        self.files = [FILE, LIMITS, Path(deployment.folder) / REPLICAS, *map(Path, deployment.compose)]
 
     @property
     def project(self) -> str:
@@ -71,20 +68,27 @@ class Compose:
             "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
             "SERVE_FOLDER": deployment.folder,
             "ARTIFACT": deployment.artifact,
-            "REPLICA_ARGUMENTS": " ".join(deployment.arguments(0)),
             "API_KEY_FILE": deployment.key_file or os.devnull,
-            "BIND": deployment.bind,
+            "BIND": deployment.listens,
             "PORT": str(deployment.port),
             "ADMIN_PORT": str(deployment.port + 1),
             **{key: pins.read()[key] for key in ("PROMETHEUS_IMAGE", "GRAFANA_IMAGE")},
         }
 
-    def placement(self) -> str:
-        """The GPUs of each replica as a compose file: JSON, which is YAML too."""
-        services = {}
-        for name, devices in zip(self.deployment.names, self.deployment.gpus, strict=True):
-            asked = {"driver": "nvidia", "capabilities": ["gpu"], "device_ids": list(devices)}
-            services[name] = {"deploy": {"resources": {"reservations": {"devices": [asked]}}}}
+    def replicas(self) -> str:
+        """Each replica's arguments, groups and GPUs as a compose file: JSON, which is YAML too."""
+        services: dict[str, dict[str, Any]] = {}
+        # What the caller may read by a group, the containers have to as well.
+        groups = [str(group) for group in sorted(set(os.getgroups()) - {os.getgid()})] if os.getuid() else []
+        for number, devices in enumerate(self.deployment.gpus):
+            words = [word.replace("$", "$$") for word in self.deployment.arguments(number)]
+            service: dict[str, Any] = {"command": words}
+            services[self.deployment.names[number]] = service
+            if groups:
+                service["group_add"] = groups
+            if devices:
+                asked = {"driver": "nvidia", "capabilities": ["gpu"], "device_ids": list(devices)}
+                service["deploy"] = {"resources": {"reservations": {"devices": [asked]}}}
         return json.dumps({"services": services}, indent=1) + "\n"
 
     def check(self) -> None:
@@ -92,15 +96,14 @@ class Compose:
         if self.deployment.replicas > MOST:
             fact = f"compose.yaml has {MOST} replicas, not {self.deployment.replicas}"
             raise UserError(fact, f"make serve REPLICAS={MOST}")
-        self.variables()
+        self.replicas()
 
     def write(self) -> None:
         """Writes what compose reads besides compose.yaml. Raises UserError where it does not take all that."""
         folder = Path(self.deployment.folder)
         lines = [f"{name}={value}\n" for name, value in self.deployment.variables(0).items()]
         write_text(folder / "replica.env", "".join(lines))
-        if self.deployment.backend == "cuda":
-            write_text(folder / PLACEMENT, self.placement())
+        write_text(folder / REPLICAS, self.replicas())
         if self.deployment.key_file and not os.getuid():
             os.chown(self.deployment.key_file, USER, USER)
         self._run("config", "--quiet")

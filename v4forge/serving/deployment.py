@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from v4forge.serving.settings import Serving
 
 STATE, KEY, SUPERVISED = "serving.json", "api_key", "supervisord.conf"
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
+USER = 10000  # whom a caller who is root runs containers as: the image's own user
 ROUTER, METRICS = "router", ("prometheus", "grafana")
 
 
@@ -65,8 +67,13 @@ class Deployment:
     @property
     def url(self) -> str:
         """Where clients ask."""
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.listens)
         return f"http://{shown}:{self.port}"
+
+    @property
+    def listens(self) -> str:
+        """The address of the endpoint, as it stands before a colon and a port."""
+        return f"[{self.bind}]" if ":" in self.bind else self.bind
 
     @property
     def admin_url(self) -> str:
@@ -89,8 +96,19 @@ class Deployment:
         return self.serving.arguments(self.artifact, self.replica_port(number), "127.0.0.1")
 
     def variables(self, number: int) -> dict[str, str]:
-        """The environment that the settings give a replica; its caches are a volume, or a folder here."""
-        return self.serving.variables("/cache" if self.runtime == "docker" else f"{self.folder}/cache/{number}")
+        """The environment that the settings give a replica, with the folder of its caches."""
+        return self.serving.variables(self.cache(number))
+
+    def cache(self, number: int) -> str:
+        """Where a replica keeps what it compiles: in its volume, of which each user has a folder, as nobody may write
+        to what another has compiled; or in the deployment's folder, below home where that has a blank in its path,
+        which inductor's calls of g++ take apart."""
+        if self.runtime == "docker":
+            return f"/cache/{os.getuid() or USER}"
+        if " " not in self.folder:
+            return f"{self.folder}/cache/{number}"
+        name = hashlib.sha256(self.folder.encode()).hexdigest()[:16]
+        return f"{Path.home()}/.cache/v4forge/serve-{name}/{number}"
 
     def replica_port(self, number: int) -> int:
         return self.port + 2 + number
@@ -108,7 +126,7 @@ class Deployment:
             addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER)
         else:
             names = [f"127.0.0.1:{self.replica_port(number)}" for number in range(self.replicas)]
-            addresses = Addresses(f"{self.bind}:{self.port}", f"127.0.0.1:{self.port + 1}", names)
+            addresses = Addresses(f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}", names)
         return haproxy.configuration(addresses, self.drain_s, self.affinity)
 
     def save(self) -> None:

@@ -114,7 +114,7 @@ def deployment_of(wanted: Wanted) -> Deployment:
         profile=wanted.profile,
         overrides=overrides,
         gpus=devices(wanted, chosen.tensor_parallel),
-        bind=wanted.bind,
+        bind=wanted.bind.removeprefix("[").removesuffix("]"),
         port=wanted.port,
         drain_s=wanted.drain_s,
         affinity=wanted.affinity,

@@ -18,8 +18,10 @@ from v4forge.files import read_json
 FILE = ROOT / "docker" / "serve" / "settings.toml"
 OVERRIDE, FOUND = "the operator", "this artifact, on this machine"
 NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
-# A word that compose, a shell and supervisord hand on as it is.
+# A word that compose, a shell and supervisord hand on as it is; and what a path may have: these take the rest for their
+# own, and a comment begins at a blank.
 WORD = re.compile(r"[\w@%+=:,./\[\]-]*")
+PATH = re.compile(r"(?!.* [;#])[^\"'\\$`\n]*")
 TENSOR_PARALLEL = "tensor-parallel-size"
 # GPUs of a replica: what divides the 64 heads, on one host.
 WIDTHS = (1, 2, 4, 8)
@@ -102,9 +104,9 @@ class Serving:
         return str(self.value(NAME_SERVED))
 
     def arguments(self, artifact: str, port: int, host: str = "0.0.0.0") -> list[str]:
-        """What follows `vllm serve`. Raises UserError for an artifact whose path would not stay one word."""
-        if not WORD.fullmatch(artifact):
-            raise UserError(f"the path {artifact!r} has a space or another special character", "move the artifact")
+        """What follows `vllm serve`. Raises UserError for an artifact whose path would not stay as it is."""
+        if not PATH.fullmatch(artifact):
+            raise UserError(f"the path {artifact!r} has a quote or another special character", "move the artifact")
         chosen = [word for setting in self.settings.values() for word in setting.words()]
         return [artifact, "--host", host, "--port", str(port), *chosen]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
+from v4forge.serving import settings
 from v4forge.serving.deployment import ROUTER, SUPERVISED, Deployment, Process
 
 REPLICA = ROOT / "docker" / "serve" / "replica"
@@ -47,6 +49,12 @@ class Supervised:
         if not (Path(self.deployment.program) / "vllm").exists():
             build = "make env-serve-cpu" if self.deployment.backend == "cpu" else "make env-serve"
             raise UserError(f"there is no vllm in {self.deployment.program}", build)
+        if " " in self.deployment.program:
+            fact = f"the compilers that vLLM runs do not take the blank in {self.deployment.program}"
+            raise UserError(fact, "make serve RUNTIME=docker, or move this checkout to a folder without blanks")
+        if not settings.PATH.fullmatch(str(self.folder)):
+            fact = f"the path {str(self.folder)!r} has a quote or another special character"
+            raise UserError(fact, "make serve SCRATCH=<another folder>")
         self.configuration()
 
     def write(self) -> None:
@@ -95,7 +103,7 @@ class Supervised:
 
     def _program(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         rows = {
-            "command": " ".join(command),
+            "command": shlex.join(command),
             "environment": ",".join(f'{key}="{value}"' for key, value in variables.items()),
             "directory": self.folder,
             "autorestart": "true",
