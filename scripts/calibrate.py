@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import digests
 from v4forge.checkpoint.layout import upstream
+from v4forge.checkpoint.recipe import RECIPES
 from v4forge.errors import UserError, run_main
 from v4forge.files import exclusive, read_json, write_text
 from v4forge.model import corpus, corpus_rows, hub_rows
@@ -44,6 +45,8 @@ def main() -> None:
     add("--samples", type=int, default=768, help="calibration samples (default: %(default)s)")
     add("--seq-len", type=int, default=512, help="tokens a sample (default: %(default)s)")
     add("--seed", type=int, default=42, help="picks the samples (default: %(default)s)")
+    kinds = "; ".join(f"{name}: {what}" for name, what in RECIPES.items())
+    add("--recipe", choices=tuple(RECIPES), default=defaults.recipe, help=f"{kinds} (default: %(default)s)")
     add(
         "--method",
         choices=tuple(layer_files.METHODS),
@@ -122,6 +125,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.device) -> None:
     settings = layer_files.Settings(
+        recipe=arguments.recipe,
         method=arguments.method,
         scales=arguments.scales,
         engine=arguments.engine,
@@ -132,7 +136,7 @@ def run(arguments: argparse.Namespace, place: distributed.Ranks, device: torch.d
     )
     from v4forge.checkpoint.reader import Checkpoint
 
-    source = Checkpoint(arguments.source)
+    source = Checkpoint(arguments.source).made_by(settings.recipe)
     source.validate(upstream(source.config))
     original = reproduce.load(arguments.compare) if arguments.compare else None
     samples, mark = place.told_after(lambda: prepared(arguments, settings, source, device))

@@ -25,6 +25,7 @@ from scripts import certified as certified_program
 from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CERTIFICATE, SIGNATURE
+from v4forge.checkpoint.recipe import RECIPES
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.model.heldout import FORMS, SHORTEST
@@ -72,6 +73,9 @@ def main() -> int:
         choices=ENGINES,
         default="",
         help="whose GPTQ it must be, by its manifest, whose settings the layers' fingerprint covers (default: any)",
+    )
+    parser.add_argument(
+        "--recipe", choices=tuple(RECIPES), default="", help="by which it must be made (default: any, by its config)"
     )
     parser.add_argument(
         "--no-hash",
@@ -168,6 +172,7 @@ def main() -> int:
             not arguments.no_hash,
             compare if text else None,
             arguments.engine,
+            arguments.recipe,
         )
     figures = prediction.figures(models, qualities, text) if text and qualities else None
     table = Table(box=None, pad_edge=False)

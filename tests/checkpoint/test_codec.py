@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.mx_utils import decompress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +70,17 @@ def test_fp4_decodes_exactly_for_every_byte_and_every_exact_scale() -> None:
     expected = E2M1_TABLE[codes] * 2.0 ** (scale.astype(float).repeat(32, axis=1) - 127)
     assert bf16_exact(expected)
     assert_same(codec.decode_fp4(torch.tensor(byte).view(torch.int8), as_e8m0(scale)), expected)
+
+
+def test_upstream_s_fp4_bytes_are_those_of_compressed_tensors_mxfp4() -> None:
+    """Code for code and scale for scale, the low nibble first: its own unpacking gives what ours does."""
+    byte = torch.arange(256, dtype=torch.uint8).repeat(len(FP4_EXACT), 1)
+    scale = torch.tensor(FP4_EXACT, dtype=torch.uint8).unsqueeze(1).repeat(1, 16)
+    values = unpack_fp4_from_uint8(byte, len(FP4_EXACT), 512, torch.float32).unflatten(-1, (16, 32))
+    theirs = (values * decompress_mx_scale(scale).float().unsqueeze(-1)).flatten(-2)
+    assert torch.equal(codec.DECODERS["mxfp4"](byte, scale).float(), theirs)
+    upstream = byte.view(torch.int8), scale.view(torch.float8_e8m0fnu)
+    assert torch.equal(codec.DECODERS["fp4"](*upstream).float(), theirs)
 
 
 def test_fp8_decodes_exactly_for_every_code_and_every_exact_scale() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 from flash import FLASH
 from synthetic import OTHER, SMALL, config_dict
 
-from v4forge.checkpoint import layout, recipe
+from v4forge.checkpoint import layout, recipe, vllm_schemes
 from v4forge.checkpoint.codec import DTYPES
 from v4forge.checkpoint.formats import TensorSpec
 from v4forge.errors import UserError
+from v4forge.quantization.postprocess import config_json
 
 
 @cache
@@ -202,6 +204,54 @@ def test_no_two_patterns_but_the_last_match_one_name(overrides: dict[str, Any]) 
     for name in names:
         matching = [r.kind for r in recipe.RULES[:-1] if re.fullmatch(r.pattern, name)]
         assert len(matching) <= 1, (name, matching)
+
+
+@cache
+def mixed() -> layout.Config:
+    """Flash with its own FP4 in the hash-routed layers, 0 to 2."""
+    return replace(flash(), recipe=recipe.MIXED)
+
+
+def test_recipe_mixed_keeps_the_fp4_of_hash_routed_layers_and_nothing_else() -> None:
+    specs, usual = layout.artifact(mixed()), artifact()
+    other = {n for n in specs.keys() | usual.keys() if specs.get(n) != usual.get(n)}
+    assert other == {n for n in usual if re.match(r"layers\.[012]\.ffn\.experts\.", n)}
+    assert len(specs) == len(usual) - 3 * 768  # without their weight_shape
+    for which, out, inputs in (("w1", 2048, 4096), ("w2", 4096, 2048), ("w3", 2048, 4096)):
+        base = f"layers.2.ffn.experts.255.{which}"
+        assert specs[f"{base}.weight_packed"] == TensorSpec("U8", (out, inputs // 2))
+        assert specs[f"{base}.weight_scale"] == TensorSpec("U8", (out, inputs // 32))
+        theirs = [upstream()[f"{base}.{part}"] for part in ("weight", "scale")]
+        assert [specs[f"{base}.weight_{part}"].bytes for part in ("packed", "scale")] == [s.bytes for s in theirs]
+    assert gigabytes(specs) / gigabytes(usual) == pytest.approx(1.00177, abs=5e-6)
+
+
+@pytest.mark.parametrize("overrides", [SMALL, {k: v for k, v in OTHER.items() if k != "shards"}, FLASH])
+@pytest.mark.parametrize("made_by", recipe.RECIPES)
+def test_every_vllm_module_resolves_to_its_scheme(overrides: dict[str, Any], made_by: str) -> None:
+    source = replace(layout.parse_config(config_dict(**overrides), "config.json"), recipe=made_by)
+    raw = config_json(source)
+    config = layout.parse_config(raw, "config.json", "artifact")
+    assert config.recipe == made_by, "it is read from the groups"
+    assert list(vllm_schemes.unresolved(config)) == []
+    fp4 = {m for m, scheme in vllm_schemes.served_modules(config).items() if scheme == recipe.FP4_EXPERTS}
+    assert {int(m.split(".")[2]) for m in fp4} == set(range(source.num_hash_layers if made_by == recipe.MIXED else 0))
+    swapped = raw["quantization_config"]["config_groups"]
+    if made_by == recipe.MIXED:
+        swapped["experts"]["targets"], swapped["fp4_experts"]["targets"] = (
+            swapped[name]["targets"] for name in ("fp4_experts", "experts")
+        )
+        assert any("resolves to ('int', 4, 'group', 128)" in line for line in vllm_schemes.unresolved(config))
+
+
+def test_where_every_layer_is_hash_routed_there_is_no_int4_group() -> None:
+    groups = recipe.quantization_config(2, 2)["config_groups"]
+    assert groups.keys() == {"attention", "fp4_experts"}
+
+
+@pytest.mark.parametrize("quantization", [None, [], {}, {"config_groups": []}, {"config_groups": {"experts": {}}}])
+def test_a_config_of_no_known_groups_is_taken_for_the_usual_recipe(quantization: object) -> None:
+    assert recipe.stated(quantization) == recipe.INT4
 
 
 def test_a_name_that_no_rule_knows_raises() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from v4forge import artifact_folder, machine
 from v4forge.checkpoint import incoming, recipe
 from v4forge.model import corpus
+from v4forge.pipeline import requirements
 from v4forge.quantization import layer_files, manifest
 
 MARK: dict[str, Any] = {
@@ -45,9 +47,10 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "source", tmp_path / "artifact"
 
 
-def written(folders: tuple[Path, Path]) -> dict[str, Any]:
+def written(folders: tuple[Path, Path], made_by: str = recipe.INT4) -> dict[str, Any]:
     source, artifact = folders
-    manifest.write(artifact, [REPORT], source, MARK, source.parent / "digests.json")
+    config = replace(requirements.flash_config(), recipe=made_by)
+    manifest.write(artifact, [REPORT], source, config, MARK, source.parent / "digests.json")
     return dict(json.loads((artifact / "manifest.json").read_text()))
 
 
@@ -72,6 +75,15 @@ def test_the_recipe_is_the_table_itself(folders: tuple[Path, Path]) -> None:
     told = written(folders)["recipe"]
     assert [recipe.Rule(**rule) for rule in told["rules"]] == list(recipe.RULES)
     assert told["aliases"] == recipe.ALIASES
+    assert told["name"] == recipe.INT4
+
+
+def test_recipe_mixed_says_which_layers_it_leaves(folders: tuple[Path, Path]) -> None:
+    told = written(folders, recipe.MIXED)["recipe"]
+    kept, *others = (recipe.Rule(**rule) for rule in told["rules"])
+    assert told["name"] == recipe.MIXED and others == list(recipe.RULES)
+    assert (kept.kind, kept.source, kept.artifact) == ("hash-routed experts", "fp4", "mxfp4")
+    assert "layers 0 to 2" in kept.why
 
 
 def test_the_calibration_is_the_whole_fingerprint_but_the_source(folders: tuple[Path, Path]) -> None:

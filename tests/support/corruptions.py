@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from damage import (
     EXPERT,
+    KEPT,
     ZERO_CODES,
     Damage,
     another_tokenizer,
+    as_e8m0,
+    as_int4,
     changed,
     configured,
     copied,
@@ -23,12 +26,15 @@ from damage import (
     eight_bits,
     extra_file,
     flipped,
+    int4_like,
+    int4_targets_everywhere,
     lowest_bit,
     missing_file,
     nibbles_swapped,
     no_expression,
     noise,
     nonsense_sums,
+    not_a_number,
     one_code_bit,
     packed_mtp,
     poisoned,
@@ -39,20 +45,24 @@ from damage import (
     rounded_layer,
     scaled,
     stale_sums,
+    step_up,
     swapped,
     truncated,
     twice,
     unanchored,
     weightless,
+    without_fp4_group,
     without_probe_name,
     wrong_shard,
 )
 from torch import Tensor
 
+from v4forge.checkpoint.recipe import INT4, MIXED
 from v4forge.verification import checks, tolerances
 
 NEEDS = {"source": "`--source`", "hashes": "hashing", "deep": "`--deep`"}
 PACKED, SCALE, SHAPE = (f"{EXPERT}.weight_{part}" for part in ("packed", "scale", "shape"))
+KEPT_PACKED, KEPT_SCALE = (f"{KEPT}.weight_{part}" for part in ("packed", "scale"))
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Corruption:
     check: str
     named: str
     beside_source: bool = False  # the check sees others without one, but not this
+    recipe: str = INT4  # by which the good artifact was made
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -201,7 +212,7 @@ CORRUPTIONS = [
     # config.json and the tokenizer
     Corruption("targets unanchored", configured(unanchored), "config resolves", "model.layers.3.attn.wq_a resolves to"),
     Corruption("a probe name missing", configured(without_probe_name), "config resolves", "experts.0.gate_proj"),
-    Corruption("8-bit experts", configured(eight_bits), "config resolves", "resolves to ('int', 8, 'group')"),
+    Corruption("8-bit experts", configured(eight_bits), "config resolves", "resolves to ('int', 8, 'group', 128)"),
     Corruption("a target that is no expression", configured(no_expression), "config resolves", "config.json"),
     Corruption("a group without weights", configured(weightless), "config resolves", "resolves to None"),
     Corruption(
@@ -265,6 +276,25 @@ CORRUPTIONS = [
     Corruption("a file missing behind the sums", missing_file, "checksums", "listed in SHA256SUMS but missing"),
     Corruption("no sums", lambda a: (a.folder / "SHA256SUMS").unlink(), "checksums", "SHA256SUMS is missing"),
     Corruption("sums of nonsense", nonsense_sums, "checksums", "SHA256SUMS is missing or damaged"),
+    # recipe mixed: upstream's FP4 in the hash-routed layer
+    *(
+        Corruption(f"recipe mixed: {what}", how, check, named, recipe=MIXED)
+        for what, how, check, named in (
+            ("one bit of one FP4 code flipped", changed(KEPT_PACKED, one_code_bit), "passed through", KEPT_PACKED),
+            ("the same, where there is no source", changed(KEPT_PACKED, one_code_bit), "recorded", f"{KEPT}.weight"),
+            ("one scale doubled", changed(KEPT_SCALE, step_up), "passed through", KEPT_SCALE),
+            ("the same, where there is no source", changed(KEPT_SCALE, step_up), "recorded", f"{KEPT}.weight"),
+            ("a scale that is none in BF16", changed(KEPT_SCALE, not_a_number), "finite", "the E8M0 scale byte 255"),
+            ("nibbles exchanged", changed(KEPT_PACKED, nibbles_swapped), "passed through", KEPT_PACKED),
+            ("two experts exchanged", swapped(KEPT, f"{KEPT[:-4]}0.w3"), "passed through", "another expert's"),
+            ("w1 and w3 exchanged", swapped(KEPT, f"{KEPT[:-2]}w1"), "passed through", KEPT_PACKED),
+            ("scales as E8M0, not U8", changed(KEPT_SCALE, as_e8m0), "tensors", f"{KEPT_SCALE} is F8_E8M0"),
+            ("INT4 in the FP4 layer", int4_like, "tensors", "weight_shape is not part of the layout"),
+            ("the FP4 group dropped", configured(without_fp4_group), "tensors", "weight_shape is missing"),
+            ("INT4 targets in every layer", configured(int4_targets_everywhere), "config resolves", "matches 2 groups"),
+            ("another recipe told", retold(as_int4), "provenance", "says that the recipe was 'int4'"),
+        )
+    ),
 ]
 
 

@@ -25,6 +25,7 @@ from v4forge.verification import checks as certificate_checks
 
 Tensors = dict[str, Tensor]
 EXPERT = "layers.1.ffn.experts.2.w3"
+KEPT = "layers.0.ffn.experts.2.w3"  # of a hash-routed layer, which recipe mixed leaves as it is
 ZERO_CODES = 0x88888888 - (1 << 32)  # eight codes 0, as a signed word
 
 
@@ -153,7 +154,7 @@ def swapped(one: str, other: str, parts: tuple[str, ...] = ("weight_packed", "we
 
 def nibbles_swapped(t: Tensor) -> Tensor:
     byte = t.view(torch.uint8)
-    return (byte >> 4 | byte << 4).view(torch.int32)
+    return (byte >> 4 | byte << 4).view(t.dtype)
 
 
 def scaled(row: int, factor: float) -> Callable[[Tensor], Tensor]:
@@ -190,6 +191,28 @@ def lowest_bit(t: Tensor) -> Tensor:
     changed = t.clone()
     changed.view(torch.int16)[3, 0] ^= 1
     return changed
+
+
+def step_up(scale: Tensor) -> Tensor:
+    """One scale of E8M0 doubled."""
+    changed = scale.clone()
+    changed[5, 1] += 1
+    return changed
+
+
+def not_a_number(scale: Tensor) -> Tensor:
+    """One scale of E8M0 made NaN."""
+    changed = scale.clone()
+    changed[5, 1] = 255
+    return changed
+
+
+def as_e8m0(scale: Tensor) -> Tensor:
+    return scale.view(torch.float8_e8m0fnu)
+
+
+def as_int4(manifest: dict[str, Any]) -> None:
+    manifest["calibration"]["settings"]["recipe"] = "int4"
 
 
 def wrong_shard(artifact: Artifact) -> None:
@@ -308,6 +331,28 @@ def weightless(raw: dict[str, Any]) -> None:
 
 def eight_bits(raw: dict[str, Any]) -> None:
     raw["quantization_config"]["config_groups"]["experts"]["weights"]["num_bits"] = 8
+
+
+def int4_targets_everywhere(raw: dict[str, Any]) -> None:
+    """Recipe mixed, its INT4 group reaching into the hash-routed layer."""
+    group = raw["quantization_config"]["config_groups"]["experts"]
+    group["targets"] = [group["targets"][0].replace("(?:1|", "(?:0|1|")]
+
+
+def without_fp4_group(raw: dict[str, Any]) -> None:
+    del raw["quantization_config"]["config_groups"]["fp4_experts"]
+
+
+def int4_like(artifact: Artifact) -> None:
+    """The hash-routed layer's file of the usual recipe in the place of mixed's, and its config and record left."""
+    other = Checkpoint(artifact.source.parent / "artifact", form="artifact")
+    theirs = {n: other.raw(n) for n in other.weight_map if n.startswith("layers.0.ffn.experts.")}
+
+    def change(tensors: Tensors) -> None:
+        if any(name in tensors for name in theirs):
+            tensors.update(theirs)
+
+    artifact.edit(change)
 
 
 def extra_file(artifact: Artifact) -> None:

@@ -19,17 +19,18 @@ from torch import Tensor
 from v4forge.checkpoint import codec
 from v4forge.checkpoint.prefetch import read_into
 from v4forge.checkpoint.reader import INDEX
+from v4forge.checkpoint.recipe import INT4, MIXED
 from v4forge.verification import checks
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `source`, `artifact` and `artifact-rtn`."""
+    """Holds `source`, `artifact`, `artifact-rtn`, and `artifact-mixed`, by that recipe."""
     base = tmp_path_factory.mktemp("pristine")
     source, corpus = write_source(base / "source"), write_corpus(base / "corpus.txt")
-    for method, suffix in (("gptq", ""), ("rtn", "-rtn")):
+    for options, suffix in (((), ""), (("--method", "rtn"), "-rtn"), (("--recipe", MIXED), "-mixed")):
         work, out = base / f"layers{suffix}", base / f"artifact{suffix}"
-        assert run_here("calibrate", *calibrate_arguments(source, work, corpus), "--method", method) == 0
+        assert run_here("calibrate", *calibrate_arguments(source, work, corpus), *options) == 0
         assert run_here("postprocess", "--source", source, "--work", work, "--out", out) == 0
     return base
 
@@ -37,6 +38,11 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def artifact(pristine: Path, tmp_path: Path) -> Artifact:
     return Artifact(Path(shutil.copytree(pristine / "artifact", tmp_path / "artifact")), pristine / "source")
+
+
+@pytest.fixture
+def mixed(pristine: Path, tmp_path: Path) -> Artifact:
+    return Artifact(Path(shutil.copytree(pristine / "artifact-mixed", tmp_path / "mixed")), pristine / "source")
 
 
 @pytest.fixture
@@ -127,7 +133,8 @@ def test_what_only_a_prediction_shows_fails_its_check(tiny_artifact: Artifact, c
 
 
 @pytest.mark.parametrize("corruption", [c for c in CORRUPTIONS if c not in PREDICTIONS], ids=lambda c: c.what)
-def test_a_corruption_fails_its_check_and_is_named(artifact: Artifact, corruption: Corruption) -> None:
+def test_a_corruption_fails_its_check_and_is_named(artifact: Artifact, mixed: Artifact, corruption: Corruption) -> None:
+    artifact = mixed if corruption.recipe == MIXED else artifact
     corruption.how(artifact)
     beside = "source" in corruption.needs
     failed = artifact.failed(with_source=beside)
@@ -148,10 +155,21 @@ def test_the_page_of_corruptions_is_the_table() -> None:
     assert (ROOT / "docs" / "verify.md").read_text() == page()
 
 
-def test_resealing_alone_is_no_damage(artifact: Artifact) -> None:
-    artifact.edit(lambda tensors: None)
-    assert artifact.failed() == {}
-    assert artifact.failed(with_source=False) == {}
+def test_resealing_alone_is_no_damage(artifact: Artifact, mixed: Artifact) -> None:
+    for each in (artifact, mixed):
+        each.edit(lambda tensors: None)
+        assert each.failed() == {}
+        assert each.failed(with_source=False) == {}
+
+
+def test_the_recipe_can_be_asked_for(pristine: Path, mixed: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--artifact", mixed.folder, "--source", pristine / "source", "--expect", "gptq", "--recipe")
+    assert run_here("verify", *options, MIXED) == 0
+    assert "routed experts: GPTQ (recipe mixed)" in capsys.readouterr().out
+    assert run_here("verify", *options, INT4) == 1
+    certificate = json.loads((mixed.folder / "certificate.json").read_text())
+    (failed,) = (each for each in certificate["checks"] if not each["ok"])
+    assert failed["name"] == "provenance" and "the recipe was 'mixed', 'int4' expected" in failed["detail"]
 
 
 def test_without_hashing_a_code_s_flipped_bit_is_the_only_thing_that_is_missed(artifact: Artifact) -> None:
@@ -184,7 +202,7 @@ def test_structural_damage_shows_without_the_source(artifact: Artifact) -> None:
     assert {"tensors", "expert codes"} <= artifact.failed(with_source=False).keys()
 
 
-@pytest.mark.parametrize("which", ["artifact", "artifact-rtn"])
+@pytest.mark.parametrize("which", ["artifact", "artifact-rtn", "artifact-mixed"])
 def test_an_undamaged_artifact_passes_and_its_certificate_names_the_sums(
     pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
 ) -> None:

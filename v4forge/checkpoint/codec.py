@@ -82,7 +82,10 @@ def _e2m1_pairs(device: torch.device) -> Tensor:
 
 
 def decode_fp4(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight: [..., in/2] i8, two E2M1 codes a byte, low nibble first; scale: [..., in/32] e8m0 -> [..., in] bf16."""
+    """weight: [..., in/2], two E2M1 codes a byte, low nibble first; scale: [..., in/32] e8m0 -> [..., in] bf16.
+
+    Upstream's dtypes or the bytes of compressed-tensors' `mxfp4-pack-quantized`, which are the same ones.
+    """
     _check_scales(scale, FP4_SCALES)
     pairs = _e2m1_pairs(weight.device)[weight.view(torch.uint8).int()].view(torch.bfloat16)
     # a product of BF16 numbers that is itself one is exact
@@ -204,6 +207,7 @@ def encode_fp8(weight: Tensor) -> dict[str, Tensor]:
 # By format of the recipe: the stored tensors of formats.PARTS -> the logical one.
 DECODERS: dict[str, Callable[..., Tensor]] = {
     "fp4": decode_fp4,
+    "mxfp4": decode_fp4,
     "fp8": decode_fp8,
     "fp8-ct": decode_fp8,
     "int4": decode_int4,

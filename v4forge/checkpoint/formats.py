@@ -62,6 +62,10 @@ PARTS: dict[str, Callable[[Shape], Parts]] = {
         "weight": TensorSpec("I8", (s[0], s[1] // 2)),
         "scale": TensorSpec("F8_E8M0", (s[0], s[1] // FP4_GROUP)),
     },
+    "mxfp4": lambda s: {
+        "weight_packed": TensorSpec("U8", (s[0], s[1] // 2)),
+        "weight_scale": TensorSpec("U8", (s[0], s[1] // FP4_GROUP)),
+    },
     "fp8": _fp8("scale", "F8_E8M0"),
     "fp8-ct": _fp8("weight_scale", "F32"),
     "int4": lambda s: {

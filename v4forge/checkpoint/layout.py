@@ -13,17 +13,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from v4forge.checkpoint import config_schema
+from v4forge.checkpoint import config_schema, recipe
 from v4forge.checkpoint.config_schema import COMPRESS_RATIOS, PINNED, shown
 from v4forge.checkpoint.formats import FP4_GROUP, INT4_GROUP, PARTS, Shape, TensorSpec
-from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.checkpoint.recipe import ALIASES, Rule, rule_for
 from v4forge.errors import UserError
 from v4forge.files import check_no_pointer
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the layout depends on, from config.json; `raw` is the whole file."""
+    """What the layout depends on, from config.json; `raw` is the whole file.
+
+    recipe: a key of RECIPES; of an artifact the one that it states, of a source the one by which its artifact is made.
+    """
 
     raw: dict[str, Any]
     vocab_size: int
@@ -42,6 +45,16 @@ class Config:
     index_head_dim: int
     hc_mult: int
     compress_ratios: tuple[int, ...]
+    recipe: str = recipe.INT4
+
+    @property
+    def fp4_layers(self) -> int:
+        """Of how many layers, the hash-routed ones, which come first, the routed experts stay FP4 in the artifact."""
+        return self.num_hash_layers if self.recipe == recipe.MIXED else 0
+
+    def rule_for(self, name: str) -> Rule:
+        """The recipe's rule of a logical tensor name; KeyError for a name that no rule knows."""
+        return rule_for(name, self.fp4_layers)
 
     @property
     def layers(self) -> range:
@@ -103,8 +116,9 @@ def parse_config(raw: Any, where: str, form: str = "source") -> Config:
         refuse(f"{kind} is not DeepSeek-V4")
     if faults := config_schema.faults(raw, form):
         refuse(*faults)
-    counts = {n: raw[n] for n in Config.__dataclass_fields__ if n not in ("raw", "compress_ratios")}
-    config = Config(raw=raw, compress_ratios=tuple(raw["compress_ratios"]), **counts)
+    counts = {n: raw[n] for n in Config.__dataclass_fields__ if n not in ("raw", "compress_ratios", "recipe")}
+    made_by = recipe.stated(raw.get("quantization_config")) if form == "artifact" else recipe.INT4
+    config = Config(raw=raw, compress_ratios=tuple(raw["compress_ratios"]), recipe=made_by, **counts)
     disagreements = chain(_in_shape(config), () if form == "saved" else _in_forward(config))
     if fault := next(disagreements, None):
         refuse(*fault)
@@ -257,5 +271,5 @@ def upstream(c: Config) -> dict[str, TensorSpec]:
 
 def artifact(c: Config) -> dict[str, TensorSpec]:
     """Every tensor of the artifact, aliases included."""
-    specs = {k: v for name, shape in parameters(c) for k, v in stored(name, shape, rule_for(name).artifact).items()}
+    specs = {k: v for name, shape in parameters(c) for k, v in stored(name, shape, c.rule_for(name).artifact).items()}
     return specs | {alias: specs[original] for alias, original in ALIASES.items()}

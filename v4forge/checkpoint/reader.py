@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from v4forge.checkpoint.codec import DECODERS, CodecError, spec_of
 from v4forge.checkpoint.formats import ITEM_BYTES, PARTS, TensorSpec
 from v4forge.checkpoint.incoming import INDEX
 from v4forge.checkpoint.layout import Config, load_config, stored_name
-from v4forge.checkpoint.recipe import rule_for
 from v4forge.errors import UserError
 from v4forge.files import check_no_pointer
 
@@ -82,6 +82,17 @@ class Checkpoint:
     def config(self) -> Config:
         """The checked config.json beside the shards."""
         return load_config(self.directory, self.form)
+
+    def made_by(self, recipe: str) -> Checkpoint:
+        """The same source, of which the artifact of this recipe is made; a key of RECIPES."""
+        other = copy(self)
+        other.config = replace(self.config, recipe=recipe)
+        return other
+
+    def format_of(self, logical: str) -> str:
+        """The format, a key of PARTS, in which a logical tensor is stored here."""
+        rule = self.config.rule_for(logical)
+        return rule.source if self.form == "source" else rule.artifact
 
     @property
     def shard_names(self) -> list[str]:
@@ -152,7 +163,7 @@ class Checkpoint:
     def parts(self, logical: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """The stored tensors of a logical one by part name, checked by dtype and shape."""
         parts = {}
-        for part, spec in PARTS[getattr(rule_for(logical), self.form)](shape).items():
+        for part, spec in PARTS[self.format_of(logical)](shape).items():
             name = stored_name(logical, part)
             tensor = self.raw(name)
             self.check(name, spec_of(tensor), spec)
@@ -177,14 +188,14 @@ class Checkpoint:
 
     def decoded(self, logical: str, parts: Mapping[str, Tensor]) -> Tensor:
         """What `load` returns; UserError for NaN or Inf, a scale outside BF16's range, or an expert out of range."""
-        decode = DECODERS[getattr(rule_for(logical), self.form)]
+        decode = DECODERS[self.format_of(logical)]
         try:
             tensor = decode(*parts.values())
         except CodecError as error:
             raise UserError(f"{logical}: {error}", self._hint) from None
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(f"{logical} holds NaN or Inf", self._hint)
-        if rule_for(logical).source == "int":
+        if self.format_of(logical) == "int":
             experts = self.config.n_routed_experts
             if (bad := tensor[(tensor < 0) | (tensor >= experts)]).numel():
                 raise UserError(f"{logical} routes to expert {int(bad[0])}, there are 0 to {experts - 1}", self._hint)

@@ -1,4 +1,4 @@
-"""THE table: which tensor of a DeepSeek-V4 checkpoint gets which precision, and why.
+"""THE table: which tensor of a DeepSeek-V4 checkpoint gets which precision, and why; and the recipes that vary it.
 
 Calibrate, postprocess, verify and the model card read it; no other file repeats a tensor-name pattern. A name here is
 *logical*: the weight, not how it is stored (`layers.3.attn.wq_a.weight`, whatever tensors hold it; see formats.PARTS).
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from v4forge.checkpoint.formats import FP8_BLOCK, INT4_GROUP
+from v4forge.checkpoint.formats import FP4_GROUP, FP8_BLOCK, INT4_GROUP
 
 
 @dataclass(frozen=True)
@@ -82,32 +82,73 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+INT4, MIXED = "int4", "mixed"
+RECIPES = {
+    INT4: "routed experts INT4 in every layer",
+    MIXED: "routed experts INT4, those of hash-routed layers upstream's own FP4",
+}
+
+# What the groups of the routed experts are called in quantization_config.
+EXPERTS, FP4_EXPERTS = "experts", "fp4_experts"
+
 # Copies that loaders other than vLLM expect inside the MTP block: alias -> the logical tensor it repeats (C14).
 ALIASES = {"mtp.0.head.weight": "head.weight", "mtp.0.emb.tok_emb.weight": "embed.weight"}
 
 
+@lru_cache
+def rules(fp4_layers: int = 0) -> tuple[Rule, ...]:
+    """The table of a recipe under which the first `fp4_layers` layers' routed experts keep upstream's FP4."""
+    if not fp4_layers:
+        return RULES
+    kept = Rule(
+        "hash-routed experts",
+        rf"layers\.({_layer_pattern(range(fp4_layers))})\.ffn\.experts\.\d+\.w[123]\.weight",
+        "fp4",
+        "mxfp4",
+        f"{named_layers(fp4_layers)}: INT4 costs more here than elsewhere, so upstream's own bytes stay",
+    )
+    return (kept, *RULES)
+
+
 @lru_cache(maxsize=1 << 18)
-def rule_for(name: str) -> Rule:
-    """The rule of a logical tensor name; raises KeyError for a name that no rule knows."""
-    for rule in RULES:
+def rule_for(name: str, fp4_layers: int = 0) -> Rule:
+    """The rule of a logical tensor name; its `source` is that of every recipe. Raises KeyError for a name that no rule
+    knows. Config.rule_for knows the recipe."""
+    for rule in rules(fp4_layers):
         if re.fullmatch(rule.pattern, name):
             return rule
     raise KeyError(name)
 
 
-def _layer_pattern(num_layers: int) -> str:
-    return "|".join(str(i) for i in range(num_layers))
+def named_layers(count: int) -> str:
+    """The first `count` layers, in words."""
+    return "layer 0" if count == 1 else f"layers 0 to {count - 1}"
 
 
-def quantization_config(num_layers: int) -> dict:
+def stated(quantization: object) -> str:
+    """The recipe that a quantization_config is of, by its groups; whether it is exactly that one's is not looked at."""
+    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    return MIXED if isinstance(groups, dict) and FP4_EXPERTS in groups else INT4
+
+
+def _layer_pattern(layers: range) -> str:
+    return "|".join(map(str, layers))
+
+
+def quantization_config(num_layers: int, fp4_layers: int = 0) -> dict:
     """The compressed-tensors `quantization_config` of the artifact, as vLLM resolves it on its own module names.
+
+    Under `fp4_layers` the first so many layers have a group of their own: vLLM takes one scheme for all of a layer's
+    experts, that of expert 0.
 
     Targets are anchored to layers 0..num_layers-1 and to both names under which vLLM probes a fused module. vLLM calls
     the MTP block `model.layers.<num_layers>`, where an ignore list of `mtp.*` would do nothing (C10, N4); the list is
     for loaders that keep the upstream name.
     """
-    layers = _layer_pattern(num_layers)
-    prefix = rf"re:^(?:model\.)?layers\.(?:{layers})\."
+    prefix = _module_prefix(range(num_layers))
+    groups = {EXPERTS: _int4_experts(range(fp4_layers, num_layers))} if fp4_layers < num_layers else {}
+    if fp4_layers:
+        groups[FP4_EXPERTS] = _fp4_experts(range(fp4_layers))
     return {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
@@ -137,21 +178,7 @@ def quantization_config(num_layers: int) -> dict:
                 },
                 "output_activations": None,
             },
-            "experts": {
-                "format": "pack-quantized",
-                "targets": [rf"{prefix}ffn\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"],
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "strategy": "group",
-                    "group_size": INT4_GROUP,
-                    "symmetric": True,
-                    "dynamic": False,
-                    "actorder": "static",
-                },
-                "input_activations": None,
-                "output_activations": None,
-            },
+            **groups,
         },
         "ignore": [
             "lm_head",
@@ -161,4 +188,49 @@ def quantization_config(num_layers: int) -> dict:
             r"re:.*indexer.*",
             r"re:.*shared_experts.*",
         ],
+    }
+
+
+def _module_prefix(layers: range) -> str:
+    return rf"re:^(?:model\.)?layers\.(?:{_layer_pattern(layers)})\."
+
+
+def _expert_targets(layers: range) -> list[str]:
+    return [rf"{_module_prefix(layers)}ffn\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"]
+
+
+def _int4_experts(layers: range) -> dict:
+    return {
+        "format": "pack-quantized",
+        "targets": _expert_targets(layers),
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "strategy": "group",
+            "group_size": INT4_GROUP,
+            "symmetric": True,
+            "dynamic": False,
+            "actorder": "static",
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }
+
+
+def _fp4_experts(layers: range) -> dict:
+    """compressed-tensors' preset MXFP4A16."""
+    return {
+        "format": "mxfp4-pack-quantized",
+        "targets": _expert_targets(layers),
+        "weights": {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "group",
+            "group_size": FP4_GROUP,
+            "symmetric": True,
+            "dynamic": False,
+            "scale_dtype": "torch.uint8",
+        },
+        "input_activations": None,
+        "output_activations": None,
     }

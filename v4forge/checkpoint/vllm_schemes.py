@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from v4forge.checkpoint.formats import FP4_GROUP, INT4_GROUP
 from v4forge.checkpoint.layout import Config
+from v4forge.checkpoint.recipe import EXPERTS, FP4_EXPERTS
 from v4forge.lean_imports import lean
 
 with lean("compressed_tensors.quantization"):  # which imports transformers
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
-KINDS = {"attention": ("float", 8, "block"), "experts": ("int", 4, "group")}  # type, bits, strategy of the weights
+# type, bits, strategy and group size of the weights
+KINDS = {
+    "attention": ("float", 8, "block", None),
+    EXPERTS: ("int", 4, "group", INT4_GROUP),
+    FP4_EXPERTS: ("float", 4, "group", FP4_GROUP),
+}
 
 
 def served_modules(config: Config) -> dict[str, str | None]:
-    """vLLM's module names -> the quantization they must resolve to: "attention", "experts", or None for none.
+    """vLLM's module names -> the quantization they must resolve to: a key of KINDS, or None for none.
 
     Names of vLLM 0.26 to 0.33: one layer of each attention kind, the first and last expert, and the MTP block as layer
     `num_hidden_layers` and under its upstream name.
@@ -25,12 +32,13 @@ def served_modules(config: Config) -> dict[str, str | None]:
     last = config.n_routed_experts - 1
     for layer in (*config.layers, config.num_hidden_layers):
         mtp = layer == config.num_hidden_layers
+        routed = FP4_EXPERTS if layer < config.fp4_layers else EXPERTS
         for prefix in [f"model.layers.{layer}"] + ([f"model.layers.{layer}.mtp_block", "mtp.0"] if mtp else []):
             for projection in ("wq_a", "wkv", "fused_wqa_wkv", "wq_b", "wo_a", "wo_b"):
                 names[f"{prefix}.attn.{projection}"] = None if mtp else "attention"
             for expert in (0, last):
                 for matrix in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"):
-                    names[f"{prefix}.ffn.experts.{expert}.{matrix}"] = None if mtp else "experts"
+                    names[f"{prefix}.ffn.experts.{expert}.{matrix}"] = None if mtp else routed
             for plain in (
                 *(f"attn.compressor.{m}" for m in ("wkv", "wgate", "fused_wkv_wgate")),
                 *(f"attn.indexer.{m}" for m in ("wq_b", "weights_proj")),
@@ -43,11 +51,12 @@ def served_modules(config: Config) -> dict[str, str | None]:
 
 
 def _schemes(parsed: QuantizationConfig, module: str) -> tuple[bool, list[tuple[Any, ...] | None]]:
-    """Whether the module is ignored, and (type, bits, strategy) of the weights in each group that it matches."""
+    """Whether the module is ignored, and a value of KINDS for the weights in each group that it matches."""
     ignored = any(match_name(module, pattern) for pattern in parsed.ignore or [])
     weights = [g.weights for g in parsed.config_groups.values() if any(match_name(module, t) for t in g.targets)]
     return ignored, [
-        tuple(getattr(v, "value", v) for v in (w.type, w.num_bits, w.strategy)) if w else None for w in weights
+        tuple(getattr(v, "value", v) for v in (w.type, w.num_bits, w.strategy, w.group_size)) if w else None
+        for w in weights
     ]
 
 

@@ -11,7 +11,6 @@ from v4forge.checkpoint.formats import PARTS, Shape
 from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.prefetch import Group
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.checkpoint.recipe import rule_for
 
 
 def _finite(weight: Tensor) -> Tensor:
@@ -21,14 +20,19 @@ def _finite(weight: Tensor) -> Tensor:
 
 
 # format of a routed expert -> its stacked parts to [n, out, in] bf16
-DECODERS: dict[str, Callable[..., Tensor]] = {"fp4": decode_fp4, "int4": decode_int4_stack, "bf16": _finite}
+DECODERS: dict[str, Callable[..., Tensor]] = {
+    "fp4": decode_fp4,
+    "mxfp4": decode_fp4,
+    "int4": decode_int4_stack,
+    "bf16": _finite,
+}
 
 
 def _matrices(checkpoint: Checkpoint, prefix: str, numbers: Sequence[int]) -> list[tuple[list[str], Shape, str]]:
     """Names, shape and format of some experts' w1 and w3, in turn, and of their w2."""
     inner, hidden = checkpoint.config.moe_intermediate_size, checkpoint.config.hidden_size
     alike = {("w1", "w3"): (inner, hidden), ("w2",): (hidden, inner)}
-    form = getattr(rule_for(f"{prefix}ffn.experts.0.w1.weight"), checkpoint.form)
+    form = checkpoint.format_of(f"{prefix}ffn.experts.0.w1.weight")
     return [
         ([f"{prefix}ffn.experts.{e}.{which}.weight" for e in numbers for which in kinds], shape, form)
         for kinds, shape in alike.items()

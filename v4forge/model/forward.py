@@ -11,7 +11,6 @@ from torch import Tensor
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.prefetch import Reader
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.checkpoint.recipe import rule_for
 from v4forge.errors import UserError
 from v4forge.model import deepseek_v4, experts
 from v4forge.model import mtp as model_mtp
@@ -72,8 +71,7 @@ class Forward:
                 yield index, experts.stored_order(self.checkpoint, prefix, numbers)
 
     def _stored(self, parameters: Any) -> list[str]:
-        form = self.checkpoint.form
-        return [stored for n, s in parameters for stored in layout.stored(n, s, getattr(rule_for(n), form))]
+        return [stored for n, s in parameters for stored in layout.stored(n, s, self.checkpoint.format_of(n))]
 
     def _steps(self, prefix: str) -> list[range]:
         """Which experts are read and decoded together."""

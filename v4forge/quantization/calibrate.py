@@ -62,6 +62,7 @@ def calibrate(
     Raises UserError when the source is broken, the disk is full, a forward pass leaves the finite numbers, or another
     rank has ended.
     """
+    source = source.made_by(settings.recipe)
     config, digest = source.config, digest_of(mark)
     source.validate(layout.upstream(config))
     todo = ranks.told([i for i in config.layers if not finished(work, i, digest)])

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from v4forge.checkpoint.codec import decode_int4, encode_int4
-from v4forge.checkpoint.layout import Config
+from v4forge.checkpoint.codec import DECODERS, encode_int4
+from v4forge.checkpoint.conversion import converted
+from v4forge.checkpoint.layout import Config, stored
+from v4forge.checkpoint.reader import Checkpoint
 from v4forge.model import deepseek_v4
 from v4forge.profiling import Watch
 from v4forge.quantization import gptq, peer_gptq
@@ -43,6 +45,9 @@ class AllTokens:
     x: Tensor  # [tokens, hidden]
 
 
+Shared = Common | AllTokens
+
+
 @dataclass(frozen=True)
 class Hessians:
     """Means of x^T x per expert: w1 and w3 share `hidden`, w2 has `inner`."""
@@ -52,9 +57,7 @@ class Hessians:
     blended: list[dict[str, Any]]  # of experts with fewer tokens than inputs, more of all tokens' than of their own
 
 
-def hessians(
-    rows: Sequence[Tensor], gate_up: Tensor, limit: float, shared: Common | AllTokens, numbers: Sequence[int]
-) -> Hessians:
+def hessians(rows: Sequence[Tensor], gate_up: Tensor, limit: float, shared: Shared, numbers: Sequence[int]) -> Hessians:
     """Hessians of the inputs of some experts. rows: their tokens, [n, hidden] each; gate_up: [E, 2 * inner, hidden],
     unquantized; numbers: the experts', for the notes.
     """
@@ -96,15 +99,28 @@ def named(packed: Mapping[str, Tensor], layer: int, numbers: Sequence[int]) -> d
     """What `packed` gave, under the artifact's names; numbers: the experts'."""
     inner = packed["gate_up.weight_packed"].shape[1] // 2
     slots = {"w1": ("gate_up", slice(inner)), "w2": ("down", slice(None)), "w3": ("gate_up", slice(inner, None))}
-    stored = {}
+    found = {}
     for i, e in enumerate(numbers):
         for which, (kind, rows) in slots.items():
             base = f"layers.{layer}.ffn.experts.{e}.{which}"
             weight = packed[f"{kind}.weight_packed"][i, rows]
-            stored[f"{base}.weight_packed"] = weight
-            stored[f"{base}.weight_scale"] = packed[f"{kind}.weight_scale"][i, rows]
-            stored[f"{base}.weight_shape"] = torch.tensor((len(weight), int(packed[f"{kind}.weight_shape"][1])))
-    return stored
+            found[f"{base}.weight_packed"] = weight
+            found[f"{base}.weight_scale"] = packed[f"{kind}.weight_scale"][i, rows]
+            found[f"{base}.weight_shape"] = torch.tensor((len(weight), int(packed[f"{kind}.weight_shape"][1])))
+    return found
+
+
+def kept(source: Checkpoint, layer: int, numbers: Iterable[int]) -> dict[str, Tensor]:
+    """The artifact's tensors of some experts of which the recipe keeps upstream's bytes, which `source` holds."""
+    matrices = matrix_shapes(source.config, layer, numbers)
+    return {name: tensor for each, shape in matrices.items() for name, tensor in converted(source, each, shape).items()}
+
+
+def matrix_shapes(config: Config, layer: int, numbers: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """Some experts' matrices with their shapes, [out, in]; w1, w2 and w3 of each in turn."""
+    up = (config.moe_intermediate_size, config.hidden_size)
+    shapes = {"w1": up, "w2": up[::-1], "w3": up}
+    return {f"layers.{layer}.ffn.experts.{e}.{which}.weight": shape for e in numbers for which, shape in shapes.items()}
 
 
 def nearest(weights: Tensor) -> gptq.Quantized:
@@ -176,15 +192,11 @@ def read_experts(
     work: Path, config: Config, layer: int, experts: Iterable[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Some of a finished layer's experts as served: gate_up [E, 2 * inner, hidden], down [E, hidden, inner] bf16."""
-    gate_up, down = [], []
+    decoded = []
     with safe_open(layer_file(work, layer), framework="pt") as file:
-
-        def decoded(expert: int, which: str) -> Tensor:
-            base = f"layers.{layer}.ffn.experts.{expert}.{which}"
-            packed, scale = (file.get_tensor(f"{base}.{part}").to(device) for part in ("weight_packed", "weight_scale"))
-            return decode_int4(packed, scale, file.get_tensor(f"{base}.weight_shape"))
-
-        for e in experts:
-            gate_up.append(torch.cat((decoded(e, "w1"), decoded(e, "w3"))))
-            down.append(decoded(e, "w2"))
-    return torch.stack(gate_up), torch.stack(down)
+        for name, shape in matrix_shapes(config, layer, experts).items():
+            form = config.rule_for(name).artifact
+            parts = [file.get_tensor(part).to(device) for part in stored(name, shape, form)]
+            decoded.append(DECODERS[form](*parts))
+    gate_up = [torch.cat(both) for both in zip(decoded[::3], decoded[2::3], strict=True)]
+    return torch.stack(gate_up), torch.stack(decoded[1::3])

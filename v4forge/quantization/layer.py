@@ -70,7 +70,7 @@ def stored_parts(name: str, shape: Shape) -> list[str]:
     return list(layout.stored(name, shape, rule_for(name).source))
 
 
-def groups_of(run: Run, layer: int, quantizes: bool) -> list[list[str]]:
+def groups_of(run: Run, layer: int, todo: bool) -> list[list[str]]:
     """The stored tensors of a layer in the order in which they are needed: what attends, then the experts by steps."""
     shapes = dict(layout.layer_parameters(run.source.config, layer))
     frame = [
@@ -79,13 +79,9 @@ def groups_of(run: Run, layer: int, quantizes: bool) -> list[list[str]]:
         if not deepseek_v4.EXPERT.search(name)
         for part in stored_parts(name, shape)
     ]
-    if not quantizes:
+    if not todo:
         return [frame]
     return [frame, *(model_experts.stored_order(run.source, f"layers.{layer}.", step) for step in run.own_steps())]
-
-
-def _expert(layer: int, expert: int, which: str) -> str:
-    return f"layers.{layer}.ffn.experts.{expert}.{which}.weight"
 
 
 @dataclass
@@ -95,13 +91,18 @@ class Layer:
     run: Run
     index: int
     writer: ThreadPoolExecutor
-    quantizes: bool  # or is it finished, and only run again on its quantized experts
+    todo: bool  # or is it finished, and only run again on its experts as served
     shard: SharedShard | None = None
     reserved: list[Future[None]] = field(default_factory=list)
     notes: dict[int, dict[str, Any]] = field(default_factory=dict)  # by expert of this rank
     counts: list[int] = field(default_factory=list)  # tokens by expert, of all ranks
     peak_gpu_bytes: int = 0
     writes: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the recipe keeps its experts as upstream stores them."""
+        return self.index < self.run.source.config.fp4_layers
 
     def attend(
         self,
@@ -120,7 +121,7 @@ class Layer:
         frame = next(reader)
         with watch.compute("decode"):
             view = run.source.holding(frame.on(run.device).tensors())
-            if self.quantizes:
+            if self.todo:
                 self.open(view)
             module = deepseek_v4.load_layer(deepseek_v4.Weights(view, run.device), hf_config, self.index, experts=False)
         with watch.compute("forward 1"):
@@ -144,12 +145,12 @@ class Layer:
     def reserve(self) -> None:
         """Rank 0 starts to make the layer's file, which takes a moment: the layer before is still computing."""
         run, source = self.run, self.run.source
-        if not self.quantizes:
+        if not self.todo:
             return
         specs = {
             stored: spec
             for name, shape in layout.layer_parameters(source.config, self.index)
-            for stored, spec in layout.stored(name, shape, rule_for(name).artifact).items()
+            for stored, spec in layout.stored(name, shape, source.config.rule_for(name).artifact).items()
         }
         for name, spec in specs.items():  # an integer table keeps its source's width
             if spec.dtype == "I64" and name in source.weight_map:
@@ -202,12 +203,12 @@ class Layer:
         """Every expert's work, step by step -> the experts' outputs [tokens * top_k, hidden], None without a corpus."""
         run, watch, config = self.run, self.run.watch, self.run.source.config
         dispatch = None
-        shared: experts.Common | experts.AllTokens | None = None
+        shared: experts.Shared | None = None
         if run.settings.method == "gptq" or attended:
             with watch.compute("sort"):
                 dispatch = self._dispatch(attended)
                 self.counts = dispatch.counts
-            if self.quantizes:
+            if self.todo and not self.kept:
                 with watch.compute("Hessian"):
                     shared = self._shared(attended, dispatch)
         for step in run.steps():
@@ -215,9 +216,9 @@ class Layer:
             run.progress(self.index, f"experts {step[0].start}-{step[0].stop - 1}" if step[0] else "experts")
             with watch.compute("sort"):
                 rows = dispatch.rows(step) if dispatch else []
-            if self.quantizes:
+            if self.todo:
                 group = next(reader)
-                served = self._quantized(own, group, rows, limit, shared) if own else None
+                served = self._made(own, group, rows, limit, shared) if own else None
             else:
                 served = experts.read_experts(run.work, config, self.index, own, run.device) if own else None
             if dispatch is None:
@@ -245,7 +246,7 @@ class Layer:
             indices = torch.empty(0, config.num_experts_per_tok, dtype=torch.int64, device=run.device)
         return Dispatch(run.ranks, x, indices, config.n_routed_experts)
 
-    def _shared(self, attended: list[deepseek_v4.Attended], dispatch: Dispatch) -> experts.Common | experts.AllTokens:
+    def _shared(self, attended: list[deepseek_v4.Attended], dispatch: Dispatch) -> experts.Shared:
         """What experts share: of all tokens, or where every token goes through every expert."""
         run, config = self.run, self.run.source.config
         like = torch.empty(config.hidden_size, config.hidden_size, device=run.device)
@@ -255,18 +256,30 @@ class Layer:
         sample = dispatch.sample(experts.SAMPLE_FACTOR * config.moe_intermediate_size)
         return experts.Common(hessian, sample)
 
+    def _made(
+        self, own: range, group: Group, rows: list[Tensor], limit: float, shared: experts.Shared | None
+    ) -> tuple[Tensor, Tensor]:
+        """Starts to write some experts, quantized or as they are -> their weights as served, gate_up and down."""
+        with self.run.watch.compute("decode"):
+            prefix = f"layers.{self.index}."
+            both = model_experts.decoded(self.run.source, prefix, own, group.on(self.run.device))
+        if not self.kept:
+            return self._quantized(own, *both, rows, limit, shared)
+        self.notes |= {e: {} for e in own}
+        stored = experts.kept(self.run.source.holding(group.tensors()), self.index, own)
+        self._write(lambda: self._recorded(stored, own))
+        return both
+
     def _quantized(
         self,
         own: range,
-        group: Group,
+        gate_up: Tensor,
+        down: Tensor,
         rows: list[Tensor],
         limit: float,
-        shared: experts.Common | experts.AllTokens | None,
+        shared: experts.Shared | None,
     ) -> tuple[Tensor, Tensor]:
-        """Quantizes some experts, starts to write them -> their weights as served, gate_up and down."""
         run, watch = self.run, self.run.watch
-        with watch.compute("decode"):
-            gate_up, down = model_experts.decoded(run.source, f"layers.{self.index}.", own, group.on(run.device))
         h = None
         if run.settings.method == "gptq":
             assert shared is not None
@@ -289,10 +302,10 @@ class Layer:
     def _recorded(self, tensors: dict[str, Tensor], own: range) -> dict[str, Tensor]:
         """Notes the digest of each matrix, by which verify finds a bit that changed later."""
         for e in own:
-            names = {which: _expert(self.index, e, which).removesuffix("weight") for which in ("w1", "w2", "w3")}
+            bases = {which: f"layers.{self.index}.ffn.experts.{e}.{which}" for which in ("w1", "w2", "w3")}
             self.notes[e]["codes"] = {
-                which: matrix_digest(tensors[f"{name}weight_packed"], tensors[f"{name}weight_scale"])
-                for which, name in names.items()
+                which: matrix_digest(tensors[f"{base}.weight_packed"], tensors[f"{base}.weight_scale"])
+                for which, base in bases.items()
             }
         return tensors
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from v4forge import machine
 from v4forge.checkout import ROOT
-from v4forge.checkpoint import incoming
+from v4forge.checkpoint import incoming, recipe
 from v4forge.checkpoint.incoming import INDEX
 from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config
 from v4forge.checkpoint.safetensors_header import carries
@@ -44,6 +44,7 @@ SCALES = ("searched", "absmax")  # how GPTQ's are chosen, by experts.SCALES
 class Settings:
     """What determines the bytes besides the source and the corpus. Never the number of processes."""
 
+    recipe: str = recipe.INT4  # one of recipe.RECIPES: which tensors get which precision
     method: str = "gptq"  # or "rtn", round-to-nearest, which reads no corpus
     scales: str = "searched"  # of GPTQ; or "absmax", llm-compressor's default rule, which round-to-nearest always has
     engine: str = "v4forge"  # whose GPTQ; or "llmcompressor", a second implementation
@@ -154,16 +155,18 @@ def report(
     used: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What layer-NNN.json holds. tokens: by expert; notes: by expert, its losses, and whether its Hessian was blended
-    or not factorized; used: by rank, seconds by stage and peak memory in bytes, which differ from run to run.
+    or not factorized; used: by rank, seconds by stage and peak memory in bytes, which differ from run to run. A layer
+    whose experts stay as they are loses nothing, and `error` is empty.
     """
     experts = sorted(notes)
     error = {}
-    if settings.method == "gptq":
+    if settings.method == "gptq" and layer >= config.fp4_layers:
         error = {w: {m: [notes[e][w][m] for e in experts] for m in LOST} for w in ("w1", "w2", "w3")}
     return {
         "layer": layer,
         "attention": COMPRESS_RATIOS[config.compress_ratios[layer]],
         "method": settings.method,
+        "stored": config.rule_for(f"layers.{layer}.ffn.experts.0.w1.weight").artifact,
         "fingerprint": mark,
         "tokens": tokens,
         "error": error,

@@ -37,7 +37,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One decoder layer: its losses by matrix kind, and how many tokens its experts saw."""
+    """One decoder layer: its losses by matrix kind, none where its experts stay as they are, and how many tokens its
+    experts saw."""
 
     layer: int
     attention: str
@@ -67,7 +68,7 @@ def layer_rows(layers: Sequence[Json]) -> list[LayerRow]:
             LayerRow(
                 layer=report["layer"],
                 attention=report["attention"],
-                losses={kind: _loss(report["error"][kind]) for kind in KINDS},
+                losses={kind: _loss(report["error"][kind]) for kind in KINDS if report["error"] or not _kept(report)},
                 fewest=min(tokens),
                 median=statistics.median(tokens),
                 most=max(tokens),
@@ -77,6 +78,11 @@ def layer_rows(layers: Sequence[Json]) -> list[LayerRow]:
             )
         )
     return rows
+
+
+def _kept(report: Json) -> bool:
+    """Whether the recipe left the layer's experts as upstream has them. Earlier reports know of no such layer."""
+    return bool(report.get("stored", "int4") != "int4")
 
 
 def _loss(error: Mapping[str, Sequence[float]]) -> Loss:
@@ -172,6 +178,8 @@ def summary(report: Json) -> str:
         line += f"; lost {lost['gptq']:.3%}, round-to-nearest {lost['rtn']:.3%}"
         if "rtn_same_scales" in lost:
             line += f" ({lost['rtn_same_scales']:.3%} at the same scales)"
+    if _kept(report):
+        line += "; upstream's own FP4 stays"
     used = report["run"]
     busy = sum(s for what, s in used[0]["seconds"].items() if what not in ASIDE)
     gpu, host = (max(each[kind] for each in used) for kind in ("peak_gpu", "peak_host"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from v4forge.artifact_folder import FORMAT, MANIFEST, RUN, SUMS, members
 from v4forge.checkpoint import incoming, recipe
+from v4forge.checkpoint.layout import Config
 from v4forge.digests import Digests
 from v4forge.files import write_json, write_text
 from v4forge.quantization.layer_files import METHODS
@@ -43,11 +44,14 @@ def layer_entry(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def method_of(calibration: Mapping[str, Any]) -> str:
-    """How the experts were quantized, in words, from what the manifest says of the calibration."""
+    """How the experts were quantized, in words, from what the manifest says of the calibration; and by which recipe,
+    where it is not the usual one."""
     if "from" in calibration:
         return "another tool"
     settings = calibration["settings"]
-    return METHODS[settings["method"]] + BY_ENGINE.get(settings.get("engine", ""), "") * (settings["method"] == "gptq")
+    engine = BY_ENGINE.get(settings.get("engine", ""), "") * (settings["method"] == "gptq")
+    made_by = settings.get("recipe", recipe.INT4)
+    return METHODS[settings["method"]] + engine + f" (recipe {made_by})" * (made_by != recipe.INT4)
 
 
 def _source(folder: Path, names: Sequence[str], digests: Digests) -> dict[str, Any]:
@@ -61,17 +65,24 @@ def _source(folder: Path, names: Sequence[str], digests: Digests) -> dict[str, A
 
 
 def write(
-    artifact: Path, reports: Sequence[Mapping[str, Any]], source: Path, mark: Mapping[str, Any], cache_file: Path
+    artifact: Path,
+    reports: Sequence[Mapping[str, Any]],
+    source: Path,
+    config: Config,
+    mark: Mapping[str, Any],
+    cache_file: Path,
 ) -> None:
     """Writes manifest.json, which lists every file but itself, and then SHA256SUMS, which covers it too.
 
-    `mark` is the fingerprint of what made the layers; `reports` has what layers.report returns, or as much as is known.
+    `mark` is the fingerprint of what made the layers; `reports` has what layers.report returns, or as much as is known;
+    `config` knows the recipe.
     """
     digests = Digests(cache_file)
+    rules = [asdict(rule) for rule in recipe.rules(config.fp4_layers)]
     content = {
         "format": FORMAT,
         "run": RUN,
-        "recipe": {"rules": [asdict(rule) for rule in recipe.RULES], "aliases": recipe.ALIASES},
+        "recipe": {"name": config.recipe, "rules": rules, "aliases": recipe.ALIASES},
         "source": _source(source, mark["source"], digests),
         "calibration": {key: value for key, value in mark.items() if key != "source"},
         "layers": [layer_entry(report) for report in reports],

@@ -70,7 +70,7 @@ def finished_layers(source: Checkpoint, work: Path) -> list[Path]:
 
 def config_json(config: Config) -> dict[str, Any]:
     """The artifact's config.json: upstream's, with the quantization_config that vLLM resolves."""
-    return config.raw | {"quantization_config": recipe.quantization_config(config.num_hidden_layers)}
+    return config.raw | {"quantization_config": recipe.quantization_config(config.num_hidden_layers, config.fp4_layers)}
 
 
 def copy(source: Path, target: Path) -> None:
@@ -135,6 +135,7 @@ def assemble(
     finished = finished_layers(source, work)
     tokenizer_files(source.directory)  # before every byte is read for the digests
     mark = read_json(work / layer_files.FINGERPRINT)
+    source = source.made_by(mark["settings"]["recipe"])
     cache = work.parent / ".stamps" / "digests.json"
     if layer_files.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
         raise UserError(
@@ -184,4 +185,4 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
     for path in side_files:
         copy(path, out / path.name)
     progress(total, "SHA256SUMS")
-    manifest.write(out, reports, source.directory, origin.mark, cache)
+    manifest.write(out, reports, source.directory, config, origin.mark, cache)

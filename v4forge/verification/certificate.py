@@ -49,18 +49,19 @@ def verify(
     hashing: bool = True,
     compare: Callable[[Checkpoint, Checkpoint], Sequence[Quality]] | None = None,
     engine: str = "",
+    recipe: str = "",
 ) -> tuple[list[Outcome], dict[str, str], Sequence[Quality]]:
     """Runs every check that can run -> their outcomes, name -> why for those that were not run, what `compare` found.
 
     expect: a key of METHODS, how the routed experts must have been quantized; without it all layers alike. progress
     gets bytes of the artifact that were read, and of how many. compare: from source and artifact to their qualities,
     and those of others behind them; called once the artifact is known to be whole. engine: one of ENGINES, whose GPTQ
-    it must be. Raises UserError for a source whose
-    config.json does not say what to expect.
+    it must be; recipe: one of RECIPES, by which it must be made. Raises UserError for a source whose config.json does
+    not say what to expect.
     """
     if source is not None:
         source.config  # noqa: B018, reads and checks it
-    subject = Subject(folder, source, digests, expect, engine, hashing, progress)
+    subject = Subject(folder, source, digests, expect, engine, recipe, hashing, progress)
     lacking = {need for need, there in (("source", source), ("hashes", hashing), ("deep", compare)) if not there}
     outcomes: list[Outcome] = []
     not_run: dict[str, str] = {}
@@ -99,6 +100,8 @@ def _look_closer(subject: Subject) -> str:
         command += f" --source {subject.source.directory}"
         if not (subject.source.directory / "heldout.txt").is_file():
             command += " --heldout models/tiny/heldout.txt"
+    if subject.recipe:
+        command += f" --recipe {subject.recipe}"
     if subject.expect:
         command += f" --expect {subject.expect}"
     return f"{command} --deep {max(DEEP, tokens)}"

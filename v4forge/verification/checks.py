@@ -6,25 +6,22 @@ through is compared bit for bit, and everything quantized within a stated bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from v4forge.artifact_folder import MANIFEST, SUMS, members
 from v4forge.checkpoint import layout, recipe
 from v4forge.checkpoint.formats import TensorSpec
 from v4forge.checkpoint.reader import matches
-from v4forge.checkpoint.recipe import rule_for
 from v4forge.checkpoint.vllm_schemes import unresolved
-from v4forge.digests import digest_of
 from v4forge.errors import UserError
 from v4forge.model.corpus import check_vocabulary, load_tokenizer
 from v4forge.model.evaluation import agreement, mean, perplexity_change
 from v4forge.quantization import hf_folder
-from v4forge.quantization.layer_files import ENGINES, METHODS
+from v4forge.quantization.layer_files import METHODS
 from v4forge.quantization.postprocess import TOKENIZER_FILES
-from v4forge.verification.subject import Subject
+from v4forge.verification.records import checksums, provenance, recorded
+from v4forge.verification.subject import Failures, Subject
 from v4forge.verification.tolerances import (
     ACCEPTANCE_LOST,
     AGREEMENT,
@@ -40,19 +37,12 @@ SHOWN = 5  # failures of one check that the certificate spells out
 # By kind of the recipe's rule: why a tensor that passes through may differ.
 CAUSES = {
     "attention projections": "attention quantized anew?",
+    "hash-routed experts": "another expert's, or quantized anew?",
     "F32 parameters": "C13: rounded through BF16?",
     "hash routing tables": "another order of experts or tokens?",
     "MTP experts": "an MTP block of another checkpoint, or left random (N1)?",
     "MTP projections": "an MTP block of another checkpoint, or left random (N1)?",
 }
-
-
-Failures = Iterator[str]
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """A part of the manifest, which is as untrusted as the rest; {} for one of another kind."""
-    return value if isinstance(value, dict) else {}
 
 
 def own_layout(s: Subject) -> Failures:
@@ -65,80 +55,6 @@ def opens(s: Subject) -> Failures:
     """The index, all shards' headers and config.json can be read and agree with one another."""
     s.artifact.config  # noqa: B018, reads and checks it
     yield from ()
-
-
-def checksums(s: Subject) -> Failures:
-    """Every file has the SHA-256 of SHA256SUMS and of manifest.json, and none is unlisted."""
-    try:
-        lines = (s.folder / SUMS).read_text().splitlines()
-    except (OSError, ValueError):
-        yield f"{SUMS} is missing or damaged: run postprocess again"
-        return
-    stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = {path.name: digest for path, digest in s.digests.of(members(s.folder)).items()}
-    for name in sorted(stated.keys() | found.keys()):
-        if name not in found:
-            yield f"{name} is listed in {SUMS} but missing"
-        elif stated.get(name) != found[name]:
-            says = stated.get(name, "nothing")[:12]
-            yield f"{name} has sha256 {found[name][:12]}…, {SUMS} says {says}: changed after postprocess"
-    listed = _dict(s.manifest.get("files"))
-    for name in sorted((found.keys() | listed.keys()) - {MANIFEST}):
-        if _dict(listed.get(name)).get("sha256", "") != found.get(name):
-            yield f"{MANIFEST} does not describe {name} as it is"
-
-
-def provenance(s: Subject) -> Failures:
-    """manifest.json names the source, the calibration and the engine that the layers were made with."""
-    calibration, files = s.manifest.get("calibration"), _dict(_dict(s.manifest.get("source")).get("files"))
-    if not isinstance(calibration, dict) or not files or any(name != Path(name).name for name in files):
-        yield f"{MANIFEST} does not say what the artifact was made from: run postprocess again"
-        return
-    stated = {name: _dict(entry).get("sha256") for name, entry in files.items()}
-    mark = digest_of({**calibration, "source": stated})
-    if s.expect and (method := _dict(calibration.get("settings")).get("method", s.expect)) != s.expect:
-        yield f"{MANIFEST} says that the experts were quantized with method {method!r}, {s.expect!r} expected"
-    yield from _engine(_dict(calibration.get("settings")), _dict(calibration.get("versions")), s.engine)
-    for shard in sorted({shard for name, shard in s.artifact.weight_map.items() if name.startswith("layers.")}):
-        if s.artifact.metadata(shard).get("fingerprint") != mark:
-            yield f"{shard} was made from another source or with other settings than {MANIFEST} states"
-    if s.source is not None and s.hashing:
-        folder = s.source.directory
-        found = s.digests.of([folder / name for name in stated if (folder / name).is_file()])
-        for name, digest in stated.items():
-            if (actual := found.get(folder / name)) != digest:
-                yield f"the source's {name} has sha256 {str(actual)[:12]}…, {MANIFEST} says {str(digest)[:12]}…"
-
-
-def _engine(settings: dict[str, Any], versions: dict[str, Any], expected: str) -> Failures:
-    """Whose GPTQ it is: one that there is, the expected one, and of which version where it is not our own."""
-    if settings.get("method") != "gptq":
-        if expected:
-            yield f"{MANIFEST} says that no engine's GPTQ made the codes, {expected} expected"
-        return
-    engine = settings.get("engine", ENGINES[0])  # the only one there was, before manifests said so
-    if engine not in ENGINES:
-        yield f"{MANIFEST} says that the engine was {engine!r}, which is none of {', '.join(ENGINES)}"
-    elif expected and engine != expected:
-        yield f"{MANIFEST} says that the engine was {engine}, {expected} expected"
-    elif engine != ENGINES[0] and not versions.get(engine):
-        yield f"{MANIFEST} does not say which version of {engine} it was"
-
-
-def recorded(s: Subject) -> Failures:
-    """Every expert matrix has the codes and scales that calibration recorded when it made them."""
-    layers = s.manifest.get("layers")
-    entries = [_dict(each) for each in layers] if isinstance(layers, list) else []
-    by_layer = {str(each.get("layer")): each.get("codes") for each in entries}
-    for each, _ in s.experts:
-        _, layer, _, _, expert, which, _ = each.name.split(".")
-        try:
-            stated = by_layer[layer][which][int(expert)]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            yield f"{each.name}: {MANIFEST} has no record of it"
-            continue
-        if stated != each.digest:
-            yield f"{each.name}: its codes and scales are {each.digest}, calibration recorded {stated}: a flipped bit?"
 
 
 def tensors(s: Subject) -> Failures:
@@ -163,14 +79,14 @@ def _described(spec: TensorSpec) -> str:
 def finite(s: Subject) -> Failures:
     """No tensor holds NaN or Inf, FP8 weights decode exactly, routing tables name experts that there are."""
     for each in s.seen:
-        if each.fault and rule_for(each.name).artifact != "int4":
+        if each.fault and s.config.rule_for(each.name).artifact != "int4":
             yield each.fault
 
 
 def passed_through(s: Subject) -> Failures:
-    """Everything but the routed experts equals the source bit for bit: FP8 bytes, exact decodes, F32 and BF16."""
+    """Everything that is not quantized equals the source bit for bit: FP8 and FP4 bytes, exact decodes, F32, BF16."""
     for each in s.seen:
-        cause = CAUSES.get(kind := rule_for(each.name).kind, "")
+        cause = CAUSES.get(kind := s.config.rule_for(each.name).kind, "")
         if kind != "routed experts" and each.source_fault:
             yield f"the source's {each.source_fault}"
         for difference in each.differences:
@@ -187,7 +103,7 @@ def aliases(s: Subject) -> Failures:
 def expert_codes(s: Subject) -> Failures:
     """Scales are finite and not zero, shapes are stated right, and no expert's codes are constant or nearly so."""
     for each in s.seen:
-        if each.fault and rule_for(each.name).artifact == "int4":
+        if each.fault and s.config.rule_for(each.name).artifact == "int4":
             yield each.fault
     shapes = dict(layout.parameters(s.config))
     for each, matrix in s.experts:
@@ -203,7 +119,7 @@ def expert_codes(s: Subject) -> Failures:
 def expert_errors(s: Subject) -> Failures:
     """Every INT4 matrix is its source within the stated relative error."""
     for each in s.seen:
-        if rule_for(each.name).artifact == "int4" and (fault := each.fault or each.source_fault):
+        if s.config.rule_for(each.name).artifact == "int4" and (fault := each.fault or each.source_fault):
             yield f"{each.name}: {fault}"
     for each, matrix in s.experts:
         if not each.source_fault and not matrix.error <= INT4_RELATIVE_ERROR:
@@ -262,7 +178,9 @@ def config_kept(s: Subject) -> Failures:
     """config.json is the source's but for quantization_config, and router biases will be read (`noaux_tc`)."""
     if (method := s.config.raw.get("topk_method")) != "noaux_tc":
         yield f"config.json: topk_method is {method!r}, vLLM reads gate.bias only for 'noaux_tc'"
-    if s.config.raw.get("quantization_config") != recipe.quantization_config(s.config.num_hidden_layers):
+    if s.config.raw.get("quantization_config") != recipe.quantization_config(
+        s.config.num_hidden_layers, s.config.fp4_layers
+    ):
         yield "config.json: quantization_config is not the recipe's"
     if s.source is not None:
         theirs = s.source.config.raw

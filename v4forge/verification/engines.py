@@ -127,8 +127,10 @@ def compared(
     ours: Side, theirs: Side, device: torch.device, progress: Callable[[int, str], None] = lambda _done, _what: None
 ) -> dict[str, Any]:
     """What reports/engines.json holds: both, what differs besides the engine, and by layer the share of equal codes,
-    how many matrices are identical with their scales, and the mean loss of each. progress: layers done, what next."""
-    common = sorted(ours.files.keys() & theirs.files.keys())
+    how many matrices are identical with their scales, and the mean loss of each; of the layers that both quantized.
+    progress: layers done, what next."""
+    both = ours.files.keys() & theirs.files.keys()
+    common = sorted(layer for layer in both if ours.layers[layer]["error"] and theirs.layers[layer]["error"])
     rows = []
     for done, layer in enumerate(common):
         progress(done, f"layer {layer}")

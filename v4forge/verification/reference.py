@@ -17,7 +17,7 @@ from torch import Tensor
 
 from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import stored_name
-from v4forge.checkpoint.recipe import rule_for
+from v4forge.checkpoint.recipe import Rule
 from v4forge.verification.tolerances import COLUMN_SHARE, TOLERATED_ROWS
 
 Parts = Mapping[str, Tensor]
@@ -68,6 +68,10 @@ def _fp8(parts: Parts) -> Tensor:
 # (format upstream, format in the artifact) -> the artifact's parts
 EXPECTED: dict[tuple[str, str], Callable[[Parts], Parts]] = {
     ("fp8", "fp8-ct"): lambda p: {"weight": p["weight"], "weight_scale": powers_of_two(p["scale"])},
+    ("fp4", "mxfp4"): lambda p: {
+        "weight_packed": p["weight"].view(torch.uint8),
+        "weight_scale": p["scale"].view(torch.uint8),
+    },
     ("fp8", "bf16"): lambda p: {"": _fp8(p)},
     ("fp4", "bf16"): lambda p: {"": _fp4(p)},
     ("bf16", "f32"): lambda p: {"": p[""].float()},
@@ -78,9 +82,8 @@ EXPECTED: dict[tuple[str, str], Callable[[Parts], Parts]] = {
 ALIKE = {("bf16", "f32"), ("bf16", "bf16"), ("f32", "f32"), ("int", "int")}  # element by element
 
 
-def expected(name: str, parts: Parts) -> dict[str, Tensor]:
-    """The artifact's stored tensors of an upstream logical tensor that is not a routed expert."""
-    rule = rule_for(name)
+def expected(name: str, rule: Rule, parts: Parts) -> dict[str, Tensor]:
+    """The artifact's stored tensors of an upstream logical tensor that is not quantized."""
     return {stored_name(name, part): t for part, t in EXPECTED[rule.source, rule.artifact](parts).items()}
 
 
@@ -88,6 +91,10 @@ def fault(fmt: str, parts: Parts, experts: int) -> str:
     """What makes a stored tensor unusable whatever the source says, "" for none. experts: how many there are."""
     if fmt == "int4":
         return ""
+    if fmt == "mxfp4":
+        # 6 x 2^125 is the last that is finite in BF16
+        high = int(parts["weight_scale"].max())
+        return f"has the E8M0 scale byte {high}, at most 252 decodes exactly" if high > 252 else ""
     if fmt == "int":
         table = parts[""]
         low, high = int(table.min()), int(table.max())

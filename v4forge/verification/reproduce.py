@@ -11,7 +11,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +118,9 @@ def check_inputs(original: Original, mark: Json) -> None:
             fact = f"the source's {name}: sha256 {_short(there)} in {original.path}, {_short(here)} here"
             raise UserError(fact, "make reproduce … SOURCE=<the checkpoint that it was made from>")
     made = original.content["calibration"]
-    if names := digests.changed(made["settings"], mark["settings"]):
-        there, here = made["settings"].get(names[0]), mark["settings"].get(names[0])
+    stated_settings = asdict(original.settings)  # with what an earlier version did not know of
+    if names := digests.changed(stated_settings, mark["settings"]):
+        there, here = stated_settings.get(names[0]), mark["settings"].get(names[0])
         fact = f"{names[0]} is {there} in {original.path}, {here} here"
         raise UserError(fact, f"make reproduce MANIFEST={original.path}, which sets it")
     if names := digests.changed(made["corpus"], mark["corpus"]):

@@ -23,7 +23,7 @@ from v4forge.checkpoint.codec import DTYPES
 from v4forge.checkpoint.formats import Shape, TensorSpec
 from v4forge.checkpoint.prefetch import open_file, read_into
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.checkpoint.recipe import ALIASES, Rule
 from v4forge.checkpoint.writer import matrix_digest
 from v4forge.digests import Digests
 from v4forge.errors import UserError
@@ -43,7 +43,7 @@ class Seen:
     differences: tuple[str, ...] = ()  # stored tensors that are not what the source says, and how
     stale: tuple[str, ...] = ()  # aliases that are not it
     expert: reference.Matrix | None = None  # of a routed expert's matrix
-    digest: str = ""  # of its codes and scales, as in the layer report
+    digest: str = ""  # of a routed expert's codes and scales, as in the layer report
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Piece:
 
     name: str
     shape: Shape
+    rule: Rule
     start: int = 0
     stop: int = -1  # -1: the whole tensor
 
@@ -63,12 +64,12 @@ class Piece:
 def pieces(config: layout.Config) -> Iterator[Piece]:
     """All logical tensors, those that are only compared cut into pieces."""
     for name, shape in layout.parameters(config):
-        rule, count = rule_for(name), math.prod(shape)
+        rule, count = config.rule_for(name), math.prod(shape)
         step = PIECE_BYTES // 8
         if (rule.source, rule.artifact) not in reference.ALIKE or count <= step:
-            yield Piece(name, shape)
+            yield Piece(name, shape, rule)
         else:
-            yield from (Piece(name, shape, at, min(at + step, count)) for at in range(0, count, step))
+            yield from (Piece(name, shape, rule, at, min(at + step, count)) for at in range(0, count, step))
 
 
 class _Bytes:
@@ -156,14 +157,14 @@ def scan(
 
 def _size(piece: Piece) -> int:
     """Bytes of the artifact."""
-    specs = layout.stored(piece.name, piece.shape, rule_for(piece.name).artifact)
+    specs = layout.stored(piece.name, piece.shape, piece.rule.artifact)
     if not piece.is_whole:
         return (piece.stop - piece.start) * next(iter(specs.values())).item_bytes
     return sum(spec.bytes for spec in specs.values())
 
 
 def _stored(piece: Piece, form: str) -> dict[str, TensorSpec]:
-    specs = layout.stored(piece.name, piece.shape, getattr(rule_for(piece.name), form))
+    specs = layout.stored(piece.name, piece.shape, getattr(piece.rule, form))
     if form == "artifact":
         specs |= {alias: specs[original] for alias, original in ALIASES.items() if original == piece.name}
     return specs
@@ -189,7 +190,7 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> S
     try:
         found = ours.parts(piece, _stored(piece, "artifact"))
         parts = _checked(piece, ours, found, "artifact")
-        wrong = reference.fault(rule_for(piece.name).artifact, parts, ours.checkpoint.config.n_routed_experts)
+        wrong = reference.fault(piece.rule.artifact, parts, ours.checkpoint.config.n_routed_experts)
     except UserError as error:
         return Seen(piece.name, fault=error.fact)
     stale = tuple(
@@ -199,8 +200,7 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> S
     )
     fault = f"{piece.name} {wrong}" if wrong else ""
     digest = ""
-    is_expert = rule_for(piece.name).artifact == "int4"
-    if hashing and is_expert:
+    if hashing and "weight_packed" in parts:
         digest = matrix_digest(parts["weight_packed"], parts["weight_scale"])
     wanted, source_fault = {}, ""
     if theirs is not None:
@@ -208,18 +208,18 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> S
             wanted = _checked(piece, theirs, theirs.parts(piece, _stored(piece, "source")), "source")
         except UserError as error:
             source_fault = error.fact
-    if is_expert:
+    if piece.rule.artifact == "int4":
         matrix = reference.compared(parts, wanted, piece.shape)
         return Seen(piece.name, fault, source_fault, expert=matrix, digest=digest)
     differences: tuple[str, ...] = ()
     if wanted:
-        expected = reference.expected(piece.name, wanted)
+        expected = reference.expected(piece.name, piece.rule, wanted)
         differences = tuple(
             f"{stored} differs from the source: {reference.difference(found[stored], tensor, piece.start)}"
             for stored, tensor in expected.items()
             if not reference.same_bits(found[stored], tensor)
         )
-    return Seen(piece.name, fault, source_fault, differences, stale)
+    return Seen(piece.name, fault, source_fault, differences, stale, digest=digest)
 
 
 def _checked(piece: Piece, bytes_: _Bytes, found: dict[str, Tensor], form: str) -> dict[str, Tensor]:

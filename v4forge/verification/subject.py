@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from v4forge.model.evaluation import Quality
 from v4forge.verification.reference import Matrix
 from v4forge.verification.scan import Seen, scan
 
+Failures = Iterator[str]  # what a check yields, a line each
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -27,6 +29,7 @@ class Subject:
     digests: Digests
     expect: str = ""  # a key of METHODS, or "" where either will do
     engine: str = ""  # one of ENGINES whose GPTQ it must be, or "" where any will do
+    recipe: str = ""  # one of RECIPES by which it must be made, or "" where any will do
     hashing: bool = True
     progress: Callable[[int, int], None] = lambda _done, _of: None
     qualities: Sequence[Quality] = ()  # the source's and the artifact's, of --deep; then those of others beside them
