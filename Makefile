@@ -25,6 +25,7 @@ DEVICES :=
 SOURCE :=
 CORPUS :=
 BAD_TEXT :=
+RECIPE :=
 SAMPLES :=
 SEQ_LEN :=
 SEED := 42
@@ -103,7 +104,7 @@ endif
 settings = --scratch $(call q,SCRATCH) --runtime $(call q,RUNTIME) --gpus $(call q,GPUS) --seed $(call q,SEED) \
 	$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) \
 	$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
-	$(if $(value BAD_TEXT),--bad-text $(call q,BAD_TEXT)) \
+	$(if $(value BAD_TEXT),--bad-text $(call q,BAD_TEXT)) $(if $(value RECIPE),--recipe $(call q,RECIPE)) \
 	$(if $(value FROM),--from $(call q,FROM)) $(if $(value DRY_RUN),--dry-run)
 work = --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 stage = .venv/bin/python -m scripts.stage
@@ -137,7 +138,7 @@ need_python = if [ -z "$(PYTHON)" ]; then \
 .PHONY: help
 help: ## Show this
 	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
-	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
+	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [RECIPE=mixed] [DRY_RUN=1]'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
@@ -197,7 +198,7 @@ doctor: env ## Everything that can go wrong on this machine, with the command th
 plan: env ## What would run, with disk, memory, hours and, with PRICE= an hour, money
 	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile $(call q,PROFILE)) $(work) \
 		--gpus $(call q,GPUS) $(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
-		$(if $(value PRICE),--price $(call q,PRICE)) $(if $(value NETWORK_GB_S),--network-gb-s $(call q,NETWORK_GB_S)) \
+		$(if $(value RECIPE),--recipe $(call q,RECIPE)) $(if $(value PRICE),--price $(call q,PRICE)) $(if $(value NETWORK_GB_S),--network-gb-s $(call q,NETWORK_GB_S)) \
 		$(if $(value JSON),--json)
 
 .PHONY: status

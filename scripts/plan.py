@@ -23,6 +23,7 @@ from rich.table import Table
 
 from scripts.cli import parser_for, table_console
 from v4forge.checkpoint.layout import load_config
+from v4forge.checkpoint.recipe import INT4, RECIPES
 from v4forge.errors import run_main
 from v4forge.pipeline import disk_speed, estimate, events, requirements, run_plan, run_state
 from v4forge.pipeline.estimate import Given, StageTime
@@ -61,6 +62,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     values = settings_of(arguments)
     source = arguments.source
     config = load_config(source) if source else requirements.config_of(Path(values["source"]))
+    config = dataclasses.replace(config, recipe=arguments.recipe)
     model = source or ("DeepSeek-V4-Flash" if values["profile"] == "flash" else values["source"])
     return run_plan.of_run(values, config, given_of(arguments), str(model))
 
@@ -188,6 +190,7 @@ def parse() -> argparse.Namespace:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs that share the samples (default: %(default)s)")
     add("--samples", type=int, metavar="N", help="calibration samples (default: the profile's)")
     add("--seq-len", type=int, metavar="N", help="tokens in a sample (default: the profile's)")
+    add("--recipe", choices=tuple(RECIPES), default=INT4, help="by which it is made (default: %(default)s)")
     add("--price", type=float, metavar="P", help="of an hour of the machine, in any currency; adds the cost")
     for name, does in (
         ("--read-gbps", "the disk reads"),

@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"replay: {args.manifest}, in {work}", flush=True)
     words = ["run", "calibrate", "postprocess", "--title", "reproduce", "--scratch", scratch]
     words += ["--profile", args.profile, "--source", source]
-    words += ["--runtime", args.runtime, "--gpus", str(args.gpus)] + (["--corpus", text] if text else [])
+    words += ["--recipe", original.settings.recipe, "--runtime", args.runtime, "--gpus", str(args.gpus)] + (
+        ["--corpus", text] if text else []
+    )
     if corpus := original.corpus:
         sizes = {"--samples": corpus["samples"], "--seq-len": corpus["seq_len"], "--seed": corpus["seed"]}
         words += [word for name, value in sizes.items() for word in (name, str(value))]

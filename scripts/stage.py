@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from v4forge.checkout import ROOT
+from v4forge.checkpoint.recipe import INT4, RECIPES
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable, exclusive
 from v4forge.model import corpus_rows, hub_rows
@@ -36,7 +37,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, key) not in (None, ""):
             values[key] = getattr(args, key)
     values |= {"profile": args.profile, "seed": args.seed, "gpus": args.gpus, "from": args.from_ or ""}
-    values |= {"data_set": "", "bad_text": args.bad_text or ""}
+    values |= {"recipe": args.recipe, "data_set": "", "bad_text": args.bad_text or ""}
     if values["corpus"].startswith(hub_rows.PREFIX):  # said to be wrong before anything is downloaded
         values |= {"data_set": hub_rows.parsed(values["corpus"]).argument, "corpus": ""}
     values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
@@ -69,6 +70,8 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--samples", type=int, help="calibration samples")
     parser.add_argument("--seq-len", type=int, help="tokens in a sample")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    kinds = "; ".join(f"{name}: {what}" for name, what in RECIPES.items())
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default=INT4, help=f"{kinds} (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, with its command, and stop")
     args = parser.parse_args(argv)
     if args.gpus < 1:

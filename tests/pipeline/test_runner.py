@@ -168,6 +168,15 @@ def test_a_dry_run_says_what_would_run_with_why_and_how_and_writes_nothing(
     assert not (project / "scratch").exists()
 
 
+def test_the_recipe_reaches_every_stage_that_has_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["run", "calibrate", "postprocess", "verify", "--dry-run", "--scratch", str(tmp_path)]
+    for given, told in ((["--recipe", "mixed"], "mixed"), ([], "int4")):
+        assert stage.main([*argv, *given]) == 0
+        commands = [line for line in capsys.readouterr().out.splitlines() if " -m scripts." in line]
+        found = {name: line for line in commands for name in ("calibrate", "postprocess", "verify") if name in line}
+        assert all(f"--recipe {told}" in found[name] for name in ("calibrate", "verify")), commands
+
+
 def test_a_dry_run_names_what_is_missing_and_who_makes_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["run", "calibrate", "--profile", "flash", "--runtime", "host", "--dry-run"]
     assert stage.main(argv, TABLE, project) == 0

@@ -32,6 +32,16 @@ def flash_sizes() -> requirements.Sizes:
     return requirements.sizes_of(requirements.flash_config())
 
 
+def test_recipe_mixed_needs_a_little_more_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for made_by in ("int4", "mixed"):
+        assert run_here("plan", "--profile", "flash", "--no-measure", "--json", "--recipe", made_by) == 0
+        stages = {each["stage"]: each for each in json.loads(capsys.readouterr().out)["stages"]}
+        found.append(stages["calibrate"]["writes_bytes"] + stages["postprocess"]["writes_bytes"])
+    weights = 3 * 256 * 3 * 2048 * 4096  # of the three hash-routed layers: FP4 groups of 32, INT4 groups of 128
+    assert found[1] - found[0] == weights // 32 - 2 * weights // 128 - 3 * 768 * 16
+
+
 def disk_with(monkeypatch: pytest.MonkeyPatch, free_gb: float) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(int(1e12), 0, int(free_gb * 1e9)))
 

@@ -13,7 +13,7 @@ from typing import Any
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.formats import Shape, TensorSpec
 from v4forge.checkpoint.layout import COMPRESS_RATIOS, Config, load_config
-from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.checkpoint.recipe import ALIASES
 from v4forge.errors import UserError
 from v4forge.quantization.layer_files import HIDDEN_STATES, Settings, layer_file
 from v4forge.units import GB
@@ -52,24 +52,24 @@ def sizes_of(config: Config) -> Sizes:
     artifact: Counter[str] = Counter()
     groups = {"root": layout.root_parameters(config), "mtp": layout.mtp_parameters(config)}
     for shard, parameters in groups.items():
-        upstream[shard], artifact[shard] = stored_bytes(parameters)
+        upstream[shard], artifact[shard] = stored_bytes(config, parameters)
     shapes = dict(layout.root_parameters(config))
     for original in ALIASES.values():
-        artifact["root"] += spec_bytes(layout.stored(original, shapes[original], rule_for(original).artifact))
+        artifact["root"] += spec_bytes(layout.stored(original, shapes[original], config.rule_for(original).artifact))
     kinds: dict[tuple[int, bool], tuple[int, int]] = {}
     for layer in config.layers:
         kind = config.compress_ratios[layer], layer < config.num_hash_layers
         if kind not in kinds:
-            kinds[kind] = stored_bytes(layout.layer_parameters(config, layer))
+            kinds[kind] = stored_bytes(config, layout.layer_parameters(config, layer))
         upstream[f"layers.{layer}"], artifact[f"layers.{layer}"] = kinds[kind]
     return Sizes(upstream, artifact)
 
 
-def stored_bytes(parameters: Iterable[tuple[str, Shape]]) -> tuple[int, int]:
+def stored_bytes(config: Config, parameters: Iterable[tuple[str, Shape]]) -> tuple[int, int]:
     """Bytes of logical tensors upstream, and in the artifact."""
     upstream = artifact = 0
     for name, shape in parameters:
-        rule = rule_for(name)
+        rule = config.rule_for(name)
         upstream += spec_bytes(layout.stored(name, shape, rule.source))
         artifact += spec_bytes(layout.stored(name, shape, rule.artifact))
     return upstream, artifact
@@ -88,7 +88,7 @@ def config_of(source: Path) -> Config:
 def has_flash_layers(config: Config) -> bool:
     """Whether a layer is as large as DeepSeek-V4-Flash's, however many there are."""
     flash, own = ({**vars(each)} for each in (flash_config(), config))
-    for free in ("raw", "num_hidden_layers", "compress_ratios", "num_hash_layers", "vocab_size"):
+    for free in ("raw", "num_hidden_layers", "compress_ratios", "num_hash_layers", "vocab_size", "recipe"):
         del flash[free], own[free]
     return flash == own
 

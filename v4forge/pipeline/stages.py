@@ -86,7 +86,8 @@ CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION"
 DEEP = "16384"  # tokens that models/tiny's artifacts are compared on
 CALIBRATE = (
     *("--source", "{source}", ("--corpus", "corpus"), ("--corpus", "data_set"), ("--bad-text", "bad_text")),
-    *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}", "--on-mismatch", "move"),
+    *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}"),
+    *("--recipe", "{recipe}", "--on-mismatch", "move"),
 )
 
 STAGES: dict[str, Stage] = {
@@ -115,7 +116,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}/layers", "--method", "gptq", *CALIBRATE),
         inputs=("source", "corpus"),
         outputs=("layers",),
-        settings=("samples", "seq_len", "seed", "data_set", "bad_text"),
+        settings=("samples", "seq_len", "seed", "recipe", "data_set", "bad_text"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,
@@ -135,9 +136,13 @@ STAGES: dict[str, Stage] = {
     "verify": Stage(
         program="scripts.verify",
         does="checking every tensor of the artifact",
-        arguments=("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq"),
+        arguments=(
+            *("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq"),
+            *("--recipe", "{recipe}"),
+        ),
         inputs=("source", "artifact"),
         outputs=("artifact/certificate.json",),
+        settings=("recipe",),
         pins=STORAGE,
         after=("postprocess",),
     ),
@@ -160,7 +165,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}/layers-rtn", "--method", "rtn", *CALIBRATE),
         inputs=("source", "corpus"),
         outputs=("layers-rtn",),
-        settings=("samples", "seq_len", "seed", "data_set", "bad_text"),
+        settings=("samples", "seq_len", "seed", "recipe", "data_set", "bad_text"),
         pins=(*NUMERICS, *CORPUS),
         after=("fetch",),
         parallel=True,
@@ -173,7 +178,7 @@ STAGES: dict[str, Stage] = {
         arguments=("--work", "{work}/layers-peer", "--method", "gptq", "--engine", "llmcompressor", *CALIBRATE),
         inputs=("source", "corpus"),
         outputs=("layers-peer",),
-        settings=("samples", "seq_len", "seed"),
+        settings=("samples", "seq_len", "seed", "recipe"),
         pins=(*NUMERICS, *CORPUS, "LLMCOMPRESSOR_VERSION"),
         after=("fetch",),
         parallel=True,
@@ -194,10 +199,11 @@ STAGES: dict[str, Stage] = {
         does="checking every tensor of the artifact, and how it and round-to-nearest predict beside the source",
         arguments=(
             *("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq", "--deep", DEEP),
-            *(("--heldout", "heldout"), "--beside", "{work}/artifact-rtn", "--threads", "2"),
+            *("--recipe", "{recipe}", ("--heldout", "heldout"), "--beside", "{work}/artifact-rtn", "--threads", "2"),
         ),
         inputs=("source", "artifact", "artifact-rtn", "heldout"),
         outputs=("artifact/certificate.json",),
+        settings=("recipe",),
         pins=(*NUMERICS, *STORAGE),
         after=("postprocess", "postprocess-rtn"),
         gpu=True,
