@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from programs import run_here
 
 from v4forge.bench import published_figures
 from v4forge.bench.results import command_of
-from v4forge.checkpoint import recipe
+from v4forge.checkpoint import layout, recipe
 from v4forge.errors import UserError
+from v4forge.quantization.postprocess import config_json
 from v4forge.reporting import card, card_html, card_subject, run_record
 from v4forge.reporting.benches import BENCHES
 from v4forge.serving import settings
@@ -58,6 +60,19 @@ def test_the_precision_table_has_every_rule_of_the_recipe(flash: str) -> None:
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows[1:]] == [rule.kind for rule in recipe.RULES]
     assert "| INT4, BF16 scale per 128 (GPTQ) | 142.8 GB |" in table
+
+
+def test_recipe_mixed_says_which_layers_keep_upstream_s_fp4(tiny: Path) -> None:
+    config = replace(layout.load_config(TINY_CONFIG.parent), recipe=recipe.MIXED)
+    (tiny / "artifact/config.json").write_text(json.dumps(config_json(config)))
+    rules = [asdict(rule) for rule in recipe.rules(config.fp4_layers)]
+    change(tiny / "artifact/manifest.json", recipe={"name": config.recipe, "rules": rules, "aliases": recipe.ALIASES})
+    text = text_of(tiny)
+    assert "Recipe mixed: the routed experts of the hash-routed layer 0 are not quantized either." in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| hash-routed experts |"))
+    _, upstream, here, size, why = row.strip("| ").split(" | ")
+    assert (upstream, here) == ("FP4 E2M1, E8M0 per 32", "the same FP4 bytes") and why.startswith("layer 0: INT4 costs")
+    assert re.fullmatch(r"[\d.]+ [kM]B", size)
 
 
 def test_figures_stand_beside_the_published_ones_with_standard_errors_and_sources(flash: str) -> None:

@@ -278,6 +278,17 @@ def test_a_report_of_before_shows_the_losses_that_it_has() -> None:
         assert "| 0 | CSA | 3.000 | – | 1.500 |" in table
 
 
+def test_a_layer_that_keeps_its_experts_has_no_loss_and_the_pages_say_so() -> None:
+    kept = {**layer(0), "stored": "mxfp4", "error": {}}
+    text = " ".join(Page(calibration_page.page([kept, {**layer(1), "stored": "int4"}])).text.split())
+    assert "without a loss: the experts of layer 0, which keep upstream’s own FP4 bytes (recipe mixed)" in text
+    assert "0 CSA upstream’s FP4 upstream’s FP4 upstream’s FP4 1 CSA 3.000 1.700" in text
+    assert "on 6 of 6 matrices" in text
+    table = markdown_table(run_sections.losses_table(layer_rows([kept, layer(1)])))
+    assert f"| 0 | CSA |{' – |' * 9}" in table
+    assert "0 of 0 matrices" in calibration_page.page([kept]), "where every layer is one"
+
+
 def test_the_page_shows_losses_thin_experts_checks_and_provenance(run_folder: Path) -> None:
     change(run_folder / "layers/layer-002.json", fallback=["w2 of expert 1"])
     call(run_folder)

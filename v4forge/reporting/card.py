@@ -17,6 +17,7 @@ from v4forge.bench import published_figures
 from v4forge.bench.results import command_of
 from v4forge.bench.standing import FLASH
 from v4forge.checkpoint import layout
+from v4forge.checkpoint.recipe import named_layers
 from v4forge.files import understood
 from v4forge.quantization.manifest import method_of
 from v4forge.reporting import card_tables, prediction, published_comparison, run_record, run_sections, tables
@@ -206,6 +207,7 @@ def render(subject: Subject) -> str:
         warning=warning(subject),
         tensors=len(layout.artifact(subject.config)),
         size=decimal_size(subject.bytes, least="bytes"),
+        kept=named_layers(subject.config.fp4_layers) if subject.config.fp4_layers else "",
         recipe=tables.markdown_table(card_tables.precision(manifest, card_tables.bytes_by_kind(subject.config))),
         checks=_checks(subject),
         sections=_sections(subject),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.layout import Config
-from v4forge.checkpoint.recipe import ALIASES, rule_for
+from v4forge.checkpoint.recipe import ALIASES
 from v4forge.reporting import run_record
 from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, number
 from v4forge.units import GB, GIB, decimal_size
@@ -21,6 +21,7 @@ FORMATS = {  # of recipe.Rule: upstream's, and the artifact's
     "fp4": "FP4 E2M1, E8M0 per 32",
     "fp8": "FP8 E4M3, E8M0 per 128x128",
     "int4": "INT4, BF16 scale per 128 (GPTQ)",
+    "mxfp4": "the same FP4 bytes",
     "fp8-ct": "the same FP8 bytes, scale in F32",
     "bf16": "BF16",
     "f32": "F32",
@@ -36,7 +37,7 @@ def bytes_by_kind(config: Config) -> Counter[str]:
     """Bytes of the artifact's tensors by the kind of their rule; an alias counts as what it repeats."""
     sizes: Counter[str] = Counter()
     for name, shape in layout.parameters(config):
-        rule = rule_for(name)
+        rule = config.rule_for(name)
         copies = 1 + sum(original == name for original in ALIASES.values())
         for spec in layout.stored(name, shape, rule.artifact).values():
             sizes[rule.kind] += copies * spec.bytes

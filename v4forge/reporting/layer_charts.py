@@ -39,7 +39,10 @@ class Line:
 
 
 def loss_charts(rows: Sequence[LayerRow]) -> list[Drawing]:
-    """One figure a matrix kind, all on one scale that begins at zero."""
+    """One figure a matrix kind, all on one scale that begins at zero, of the layers that were quantized."""
+    rows = [row for row in rows if row.losses]
+    if not rows:
+        return []
     highest = max((max(loss.rtn, loss.gptq) for row in rows for loss in row.losses.values()), default=0.0)
     charts = []
     for kind, title in KINDS.items():

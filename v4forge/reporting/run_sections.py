@@ -120,8 +120,8 @@ def losses_table(rows: Sequence[LayerRow]) -> Table:
     heads = [f"{kind} {method}, %" for kind in KINDS for method in ("nearest", "nearest, same scales", "GPTQ")]
     lines = []
     for row in rows:
-        by_kind = [row.losses[kind] for kind in KINDS]
-        losses = [number(value, 3) for loss in by_kind for value in (loss.rtn, loss.same_scales, loss.gptq)]
+        by_kind = [row.losses.get(kind) for kind in KINDS]
+        losses = [number(getattr(loss, way, None), 3) for loss in by_kind for way in ("rtn", "same_scales", "gptq")]
         lines.append([Cell(str(row.layer)), Cell(row.attention), *losses])
     return Table("losses", "Losses by layer", columns("<layer", "<attention", *heads), lines)
 
