@@ -280,6 +280,18 @@ def edited_card(work: Path) -> None:
     path.write_text(path.read_text() + "Even better than this.\n")
 
 
+def test_a_layer_that_keeps_its_experts_has_no_loss_to_state(work: Path) -> None:
+    path = work / "artifact/manifest.json"
+    layers = json.loads(path.read_text())["layers"]
+    for kept, facts in (({"stored": "mxfp4"}, None), ({}, "does not say layers.error")):
+        change(path, layers=[{**layers[0], **kept, "error": {}}, *layers[1:]])
+        certified_artifact.seal(work / "artifact")
+        if facts is None:
+            ok("manifest", Release(work))
+        else:
+            assert facts in failed("manifest", Release(work))[0]
+
+
 @pytest.mark.parametrize(
     ("check", "spoil", "fact", "fix"),
     [

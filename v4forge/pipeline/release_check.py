@@ -24,12 +24,13 @@ from v4forge.reporting import card, card_subject, gather
 from v4forge.reporting.benches import BENCHES
 from v4forge.verification import reproduce
 
+LOSSES = "layers.error"  # of the layers that were quantized
 # What manifest.json says at least, by dotted name, beside what a replay asks for; "layers" stands for each of them.
 STATED = (
     *("recipe.rules", "source.files", "files"),
     *(f"calibration.corpus.{name}" for name in ("sha256", "origin", "documents", "samples", "seq_len", "seed")),
     *("calibration.settings", "calibration.versions", "calibration.hardware", "calibration.code"),
-    *("layers.error", "layers.tokens", "layers.codes"),
+    *(LOSSES, "layers.tokens", "layers.codes"),
 )
 # What run.json says of each of these stages, the last by either name.
 STAGES, DEEP = ("calibrate", "postprocess", "verify"), ("calibrate", "postprocess", "verify-deep")
@@ -104,8 +105,10 @@ def manifest(release: Release) -> str:
 
 def _complete(path: Path) -> str:
     content = reproduce.load(path).content
+    quantized = [layer for layer in content["layers"] if layer.get("stored", "int4") == "int4"]
     for name in STATED:
-        if not all(_values(content, name.split("."))):
+        looked_at = {"layers": quantized} if name == LOSSES and quantized else content
+        if not all(_values(looked_at, name.split("."))):
             raise UserError(f"{path} does not say {name}", "make postprocess")
     stated = artifact_folder.stated_sums(path.parent, "make postprocess")
     listed = {name: entry.get("sha256") for name, entry in content["files"].items()}

@@ -40,6 +40,7 @@ def layer_entry(report: Mapping[str, Any]) -> dict[str, Any]:
     `tokens`: by expert, how many went through it, [] where none did; `codes`: by matrix kind, a digest an expert.
     """
     known = {key: report[key] for key in ("layer", "blended", "fallback", "codes")}
+    known["stored"] = report.get("stored", "int4")  # the format of its experts, of formats.PARTS
     return {**known, "error": mean_losses(report), "tokens": list(report.get("tokens", ()))}
 
 
