@@ -16,6 +16,8 @@ from v4forge.serving.client import PIN
 
 TEMPLATE = ROOT / "docker" / "serve" / "haproxy.cfg.j2"
 SILENCE_S = 3600
+# Checks of a replica in a row, 2 s apart, that fail before it gets nothing new: 30 s from the first to the last.
+FALL = 16
 DOCKER_RESOLVER = "127.0.0.11:53"
 ERRORS = {
     502: "the replica that answered has gone",
@@ -34,9 +36,9 @@ class Addresses:
     resolver: str = ""
 
 
-def configuration(addresses: Addresses, drain_s: int, affinity: bool = False) -> str:
+def configuration(addresses: Addresses, drain_s: int, affinity: bool = False, silence_s: int = SILENCE_S) -> str:
     """haproxy's configuration file. `drain_s`: how long a stop waits for running requests; `affinity`: requests with
-    one X-Session-Id go to one replica."""
+    one X-Session-Id go to one replica; `silence_s`: how long nothing may come of an answer."""
     text = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text)
     return template.render(
@@ -47,7 +49,8 @@ def configuration(addresses: Addresses, drain_s: int, affinity: bool = False) ->
         log="stdout",
         pin=PIN,
         drain_s=drain_s,
-        silence_s=SILENCE_S,
+        silence_s=silence_s,
+        fall=FALL,
         errors=ERRORS,
         affinity=affinity,
     )
