@@ -96,10 +96,14 @@ class Supervised:
             variables["CUDA_HOME"] = str(cuda)
             path.append(f"{cuda}/bin")
         variables["PATH"] = ":".join(path)
-        variables |= {"API_KEY_FILE": self.deployment.key_file or os.devnull}
+        variables |= {"API_KEY_FILE": self.deployment.key_file or os.devnull, "STARTS": str(self._starts(number))}
         if self.deployment.gpus[number]:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.deployment.gpus[number])
         return [str(REPLICA), *self.deployment.arguments(number)], variables
+
+    def _starts(self, number: int) -> Path:
+        """Where a replica keeps when it was started."""
+        return self.folder / f"starts-{number}"
 
     def _program(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         rows = {
@@ -107,9 +111,9 @@ class Supervised:
             "environment": ",".join(f'{key}="{value}"' for key, value in variables.items()),
             "directory": self.folder,
             "autorestart": "true",
-            # A replica that does not come up within this time counts as failed, and is tried again, ever later.
+            # A start that ends within this time has failed; it is tried again, without an end, as docker does.
             "startsecs": 1 if name == ROUTER else 10,
-            "startretries": 1000,
+            "startretries": 1000000,
             "stopsignal": "USR1" if name == ROUTER else "TERM",
             "stopwaitsecs": self.deployment.drain_s + 5 if name == ROUTER else 60,
             "killasgroup": "true",
@@ -126,6 +130,8 @@ class Supervised:
         for name in (*self.deployment.names, ROUTER):
             with suppress(FileNotFoundError):  # what an earlier start said is another story
                 (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
+        for number in range(self.deployment.replicas):
+            self._starts(number).unlink(missing_ok=True)
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / SUPERVISED)]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
