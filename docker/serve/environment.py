@@ -108,7 +108,7 @@ def build_for_host(into: Path, lock: Lock) -> None:
     if stamp.is_file() and stamp.read_text() == wanted:
         print(f"env: {into.name} is up to date")
         return
-    print(f"env: building {into.name} with Python {platform.python_version()}, about 12 GB", flush=True)
+    print(f"env: building {into.name} with Python {platform.python_version()}, about 10 GB", flush=True)
     clear(into)
     install_lock(into, lock)
     print("env: installing vllm", flush=True)
