@@ -1,5 +1,7 @@
 """The vLLM plugin of BACKEND=cpu: lets vLLM's CPU build serve a DeepSeek-V4 artifact, with its MTP block. For tests."""
 
+MOE_METHODS = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
+
 
 def register() -> None:
     """The entry point of vllm.general_plugins, called in each process of vLLM. Does nothing but on a CPU.
@@ -13,4 +15,5 @@ def register() -> None:
     from v4forge_vllm_cpu import changes
 
     changes.after_import("vllm.models.deepseek_v4", changes.models)
+    changes.after_import(f"{MOE_METHODS}.compressed_tensors_moe_w4a4_mxfp4", changes.mxfp4)
     changes.platform(type(current_platform))

@@ -61,6 +61,13 @@ def models(deepseek_v4: ModuleType) -> None:
     deepseek_v4.DeepSeekV4MTP = model.DeepSeekV4MTP  # type: ignore[attr-defined]
 
 
+def mxfp4(method: ModuleType) -> None:
+    """Lets experts in MXFP4, which recipe mixed leaves in some layers, run where there is no Marlin."""
+    from v4forge_vllm_cpu import experts
+
+    method.CompressedTensorsW4A4Mxfp4MoEMethod.process_weights_after_loading = experts.prepare_mxfp4
+
+
 def platform(cpu: type) -> None:
     """Lets vLLM's CPU platform register our kernels too, and chunk the prompts of a DeepSeek-V4; once in a process."""
     if hasattr(cpu, "with_v4forge"):

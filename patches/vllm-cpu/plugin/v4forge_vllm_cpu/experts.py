@@ -1,6 +1,7 @@
 """Routed experts in torch, in BF16: DeepSeek-V4's routing and clamped SwiGLU are what vLLM's CPU kernels refuse.
 
-INT4 weights become BF16 once, when they have been loaded. vLLM's own CPU kernel for INT4 would make activations INT8.
+INT4 and MXFP4 weights become BF16 once, when they have been loaded. vLLM's own CPU kernel for INT4 would make
+activations INT8, and for MXFP4 there is none.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes by a code's low three bits; bit 3 is the sign
 NIBBLES = 8  # INT4 codes in an INT32 word, the lowest first; a code is its value plus 8
 
 
@@ -82,6 +85,35 @@ def prepare(
     """In place of the packing for vLLM's INT4 kernel: weights in BF16; scales and zero points are used no more."""
     empty = torch.empty(0)
     return decoded(w13_packed, w13_scale), decoded(w2_packed, w2_scale), empty, empty, empty, empty
+
+
+def decoded_mxfp4(packed: Tensor, scales: Tensor) -> Tensor:
+    """BF16 [E, out, in] of E2M1 codes `packed` u8 [E, out, in / 2], the low nibble first, and their `scales`, bytes of
+    E8M0 [E, out, in / 32]."""
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.bfloat16)
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(2)
+    powers = scales.view(torch.float8_e8m0fnu).to(torch.bfloat16)
+    weights = values[codes.int()].unflatten(-1, (scales.shape[-1], -1)) * powers.unsqueeze(-1)
+    return weights.flatten(2)
+
+
+def prepare_mxfp4(self: Any, layer: nn.Module) -> None:
+    """In place of the packing for Marlin: weights in BF16, and the experts above for them."""
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
+
+    for name in ("w13", "w2"):
+        packed = getattr(layer, f"{name}_weight_packed").data
+        weights = decoded_mxfp4(packed, getattr(layer, f"{name}_weight_scale").data)
+        delattr(layer, f"{name}_weight_packed")
+        layer.register_parameter(f"{name}_weight", nn.Parameter(weights, requires_grad=False))
+    self.experts_cls, self.moe_quant_config = TorchExperts, FUSED_MOE_UNQUANTIZED_CONFIG
+    self.moe_kernel = make_mxfp4_moe_kernel(
+        moe_quant_config=self.moe_quant_config,
+        moe_config=self.moe,
+        experts_cls=TorchExperts,
+        mxfp4_backend=self.mxfp4_backend,
+        routing_tables=layer._expert_routing_tables(),
+    )
 
 
 def replace() -> None:
