@@ -321,3 +321,12 @@ def test_another_number_of_gpus_lets_bytes_differ_and_of_processes_on_a_processo
 def test_a_manifest_that_cannot_be_repeated_is_refused(made: Made, tmp_path: Path, change: Edit, said: str) -> None:
     with pytest.raises(UserError, match=said):
         reproduce.load(made.edited(tmp_path / "edited", change))
+
+
+def test_a_manifest_from_before_there_were_recipes_is_of_the_usual_one(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder / "layers", tmp_path / "layers")
+
+    def before(content: dict[str, Any]) -> None:
+        assert content["calibration"]["settings"].pop("recipe") == "int4"
+
+    assert made.calibrate(tmp_path / "layers", made.edited(tmp_path / "edited", before)) == 0
