@@ -263,6 +263,7 @@ def test_the_served_log_probabilities_are_those_of_our_own_forward(server: Serve
 
 
 @pytest.mark.serve
+@pytest.mark.soak  # a server of its own
 def test_layers_that_keep_upstream_s_fp4_are_served_as_they_are(
     tmp_path_factory: pytest.TempPathFactory, vllm_caches: Path
 ) -> None:
