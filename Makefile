@@ -138,7 +138,8 @@ need_python = if [ -z "$(PYTHON)" ]; then \
 .PHONY: help
 help: ## Show this
 	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
-	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [RECIPE=mixed] [DRY_RUN=1]'
+	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [RECIPE=mixed]'
+	@echo '              [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
 	@echo
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
