@@ -116,6 +116,15 @@ def test_what_fails_its_probe_is_stopped_unless_it_is_to_be_kept(
     launch.up(deployment, KEY, Start(allow=["tool-call"]), steps)
 
 
+def test_what_was_started_does_not_stay_behind_an_error_of_ours(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "probe", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        launch.up(launch.deployment_of(wanted(tmp_path)), "", Start(), steps)
+    assert words(noted)[-1] == "stop"
+
+
 def test_a_replica_that_does_not_answer_is_given_no_time_to_finish(
     tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
 ) -> None:

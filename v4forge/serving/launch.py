@@ -182,7 +182,7 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
         with steps("serve", deployment.replicas, "replicas") as progress:
             readiness.wait(runtime, start.timeout_s, progress)
         _probe(runtime, start, steps)
-    except (UserError, KeyboardInterrupt) as error:
+    except BaseException as error:  # whatever it is, what was started does not stay behind
         if start.keep or running:
             raise
         say("serve: stopping what was started (KEEP=1 leaves it)")
