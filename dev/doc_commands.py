@@ -96,7 +96,7 @@ VALUES = (
 )
 
 STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card|peer"
-ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=|CORPUS=))"
+ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=|CORPUS=|RECIPE=))"
 AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
 FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
