@@ -18,7 +18,6 @@ from v4forge.serving.probe import MODEL, MTP
 
 PROMPT_TOKENS = 32
 TOKEN_S = 0.002
-NAME = "deepseek-v4-flash-w4a16"
 
 
 class Replica(probe_stand_in.StandIn):
@@ -27,6 +26,7 @@ class Replica(probe_stand_in.StandIn):
 
     faults: ClassVar[probe_stand_in.Faults] = {}
     key = ""
+    name = ""  # that it serves under
     accepted = 0.7
     counted: ClassVar[dict[int, list[float]]] = {0: [0.0, 0.0]}
     speculation = True
@@ -42,7 +42,7 @@ class Replica(probe_stand_in.StandIn):
         pages = {
             "/health": "",
             "/version": '{"version": "0"}',
-            "/v1/models": json.dumps({"data": [{"id": NAME, "max_model_len": 2048}]}),
+            "/v1/models": json.dumps({"data": [{"id": self.name, "max_model_len": 2048}]}),
             "/metrics": (text if self.speculation else "") + f"vllm:generation_tokens_total {self.generated}\n",
         }
         return status, pages.get(self.path, text)
@@ -70,6 +70,7 @@ def main() -> None:
     Replica.speculation = f"--{settings.DRAFTS}" in sys.argv
     for what in (MODEL, MTP):
         print(f"v4forge: {what}: all 1 parameters filled from 1 tensors", flush=True)
+    Replica.name = sys.argv[sys.argv.index("--served-model-name") + 1]
     port = int(sys.argv[sys.argv.index("--port") + 1])
     ThreadingHTTPServer(("127.0.0.1", port), Replica).serve_forever()
 
