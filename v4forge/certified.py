@@ -6,7 +6,6 @@ whose certificate it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from v4forge import artifact_folder, contents, signatures
 from v4forge.artifact_folder import CERTIFICATE, SIGNATURE, SUMS, CertificateState
 from v4forge.contents import Memory, Steps, identity, silent
-from v4forge.digests import Digests
+from v4forge.digests import Digests, file_sha256
 from v4forge.errors import UserError
 from v4forge.files import write_text
 
@@ -84,7 +83,7 @@ def sign(artifact: Path, key: Path) -> Path:
     Raises UserError where the certificate does not pass for these files, by name and size, or nothing can be written.
     """
     artifact_folder.check(artifact, "make verify")
-    sums, certificate = artifact_folder.sums_sha256(artifact), _sha256(artifact / CERTIFICATE)
+    sums, certificate = artifact_folder.sums_sha256(artifact), file_sha256(artifact / CERTIFICATE)
     subjects = [{"name": CERTIFICATE, "digest": {"sha256": certificate}}, {"name": SUMS, "digest": {"sha256": sums}}]
     statement = {"_type": STATEMENT, "subject": subjects, "predicateType": CERTIFIED, "predicate": {}}
     content = (json.dumps(statement, indent=1, sort_keys=True) + "\n").encode()
@@ -106,10 +105,6 @@ def check_signature(artifact: Path, key: Path) -> None:
     with suppress(KeyError, TypeError, ValueError, RecursionError):
         told = json.loads(statement)
         digests = {each["name"]: each["digest"]["sha256"] for each in told["subject"]}
-        if told["predicateType"] == CERTIFIED and digests[CERTIFICATE] == _sha256(artifact / CERTIFICATE):
+        if told["predicateType"] == CERTIFIED and digests[CERTIFICATE] == file_sha256(artifact / CERTIFICATE):
             return
     raise UserError(f"{path} is of another certificate than {CERTIFICATE}", again)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
