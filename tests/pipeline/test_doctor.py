@@ -52,9 +52,14 @@ def test_an_error_of_the_user_is_a_failed_row_with_its_command(host: Host) -> No
     assert (row.status, row.fact, row.fix) == (FAILED, "the fact", "the command")
 
 
-def test_a_check_that_breaks_is_a_failed_row_and_no_traceback(host: Host) -> None:
+def test_a_check_that_breaks_is_a_failed_row_that_shows_its_traceback(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (row,) = doctor_checks.run(host, [raising(KeyError("x"))])
-    assert row.status == FAILED and "the check itself broke: KeyError: 'x'" in row.fact and "/issues" in row.fix
+    assert row.status == FAILED and "the check itself broke: KeyError: 'x'" in row.fact
+    kept = Path(row.fix.removeprefix("cat "))
+    assert "KeyError: 'x'" in kept.read_text() and kept.parent == Path("scratch/logs")
 
 
 def test_what_cannot_be_checked_is_a_warning_that_says_so(host: Host) -> None:
@@ -211,7 +216,9 @@ def test_tiny_runs_without_gpu_docker_and_network(bare: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("profile", ["tiny", "flash"])
 def test_a_fix_begins_with_a_command(bare: Path, profile: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_here("doctor", "--work", bare.parent / profile, "--profile", profile, "--json")
-    fixes = [row["fix"] for row in json.loads(capsys.readouterr().out)["checks"] if row["fix"]]
+    rows = json.loads(capsys.readouterr().out)["checks"]
+    assert not [row for row in rows if "itself broke" in row["fact"]]
+    fixes = [row["fix"] for row in rows if row["fix"]]
     assert fixes and {fix.split()[0] for fix in fixes} <= {
         "make",
         "sudo",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from v4forge import pins
-from v4forge.errors import UserError
+from v4forge.errors import UserError, keep_traceback, summary
 from v4forge.outcomes import FAILED, NOT_CHECKED, WARNING, NotChecked, Outcome, failed, not_checked
 from v4forge.pipeline.doctor import containers as of_containers
 from v4forge.pipeline.doctor import disk as of_disk
@@ -155,8 +155,9 @@ def judge(host: Host, check: Check) -> Outcome:
     except UserError as error:
         return SEVERITY.get(check.group, _failed)(host, error.fact, error.hint)
     except Exception as error:  # a check that breaks must not hide the others
-        fact = f"the check itself broke: {type(error).__name__}: {error}"
-        return failed(fact, f"report it at {pins.read()['PROJECT_URL']}/issues")
+        kept = keep_traceback(error)
+        show = f"cat {shlex.quote(str(kept))}" if kept else host.make("doctor")
+        return failed(f"the check itself broke: {summary(error)}", show)
 
 
 def _redacted(host: Host, outcome: Outcome) -> Outcome:

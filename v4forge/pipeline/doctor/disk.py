@@ -32,7 +32,10 @@ def writable(host: Host) -> Outcome:
         file.flush()
         os.fsync(file.fileno())
     for path in _files(host.work):
-        found = path.lstat()
+        try:
+            found = path.lstat()
+        except FileNotFoundError:  # another check's, or a run's, that has ended
+            continue
         if found.st_uid != host.user and not os.access(path, os.W_OK, follow_symlinks=False):
             whose = "root" if found.st_uid == 0 else f"user {found.st_uid}"
             fact = f"{path} belongs to {whose}: an earlier run left it that you cannot write"
