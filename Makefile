@@ -83,9 +83,10 @@ DATASETS :=
 WITH :=
 A :=
 B :=
-# What pytest runs besides its options in pyproject.toml: everything that needs no more than this machine, on all cores.
+# What pytest runs besides its options in pyproject.toml: everything that needs no more than this machine, on all cores,
+# each file on one, since its tests share what is made for them.
 # Soak is what repeats: `make ci` has the first few of each.
-parallel = -n logical --maxprocesses 8 --dist loadgroup
+parallel = -n logical --maxprocesses 8 --dist loadfile
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
 # Where the tests are that serve.
 SERVED := tests/vllm tests/project/test_vllm_cpu.py tests/project/test_upstream.py tests/project/test_metrics_profile.py

@@ -1,6 +1,6 @@
 """Loaded before the tests' modules, and so before torch: v4forge says how torch's threads wait.
 
-Also what every run of tests has: a seed for all that is drawn, and which tests stay together when they run in parallel.
+Also what every run of tests has: a seed for all that is drawn.
 """
 
 from __future__ import annotations
@@ -44,26 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     return f"seed: {SEED}={os.environ[SEED]}"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what is made once for their file run in one worker, so that it is made once there too."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None and (group := _group(item)):
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _group(item: pytest.Item) -> str:
-    """The file of a test that uses a fixture of its module, with that fixture's parameters; "" for any other test."""
-    info = getattr(item, "_fixtureinfo", None)
-    found = info.name2fixturedefs if info else {}
-    shared = [name for name, definitions in found.items() if definitions[-1].scope == "module"]
-    if not shared:
-        return ""
-    given = getattr(item, "callspec", None)
-    drawn = [f"{name}={given.indices[name]}" for name in sorted(shared) if given and name in given.indices]
-    return " ".join([item.nodeid.partition("::")[0], *drawn])
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
-"""tests/support/once: what tests share is made once, whichever worker asks first, and again when what determines it
-changes."""
+"""What tests share is made once: by tests/support/once whichever worker asks first, and again when what determines it
+changes; by a file's own fixtures because `make test` gives a file to one worker."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,14 +16,20 @@ import once
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# What each worker of a parallel run does: four tests that need the folder, whose making takes a moment.
+# What each of two files does: four tests that need the folder of the session, whose making takes a moment, and what is
+# made for the file.
 SUITE = """
 import time
 import once
 import pytest
 
+@pytest.fixture(scope="module")
+def of_the_file(pytestconfig):
+    with open(pytestconfig.rootpath / "of-a-file", "a") as file:
+        file.write("x")
+
 @pytest.mark.parametrize("number", range(4))
-def test_it_is_there(number, tmp_path_factory, pytestconfig):
+def test_it_is_there(number, of_the_file, tmp_path_factory, pytestconfig):
     def make(folder):
         with open(pytestconfig.rootpath / "made", "a") as file:
             file.write("x")
@@ -29,11 +37,15 @@ def test_it_is_there(number, tmp_path_factory, pytestconfig):
         (folder / "whole").touch()
     assert (once.in_session(tmp_path_factory, "shared", make) / "whole").exists()
 """
+(PARALLEL,) = re.findall(r"^parallel = (.*)", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
-@pytest.mark.parametrize("options", [("-n", "2"), ("-p", "no:xdist")], ids=["in parallel", "in one process"])
-def test_a_folder_of_a_session_is_made_by_one_worker(tmp_path: Path, options: tuple[str, ...]) -> None:
-    (tmp_path / "test_it.py").write_text(SUITE)
+@pytest.mark.parametrize(
+    "options", [PARALLEL.split(), ("-p", "no:xdist")], ids=["as make test runs it", "in one process"]
+)
+def test_what_tests_share_is_made_by_one_worker(tmp_path: Path, options: Sequence[str]) -> None:
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {ROOT / 'tests/support'}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--basetemp", str(tmp_path / "base"), *options]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
@@ -41,6 +53,7 @@ def test_a_folder_of_a_session_is_made_by_one_worker(tmp_path: Path, options: tu
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
         assert (tmp_path / "made").read_text() == "x" * count
+        assert (tmp_path / "of-a-file").read_text() == "xx" * count
 
 
 def test_what_is_kept_is_made_again_when_a_part_changes(pytestconfig: pytest.Config) -> None:
