@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import once
@@ -37,6 +38,13 @@ SERVING = {
     "vllm_stop_strings": "Stop strings",
     "vllm_cpu_expand": "Temperature",
 }
+# What they have imported when they start.
+COMPRESSOR = ("llmcompressor.modeling.moe.linearize", "transformers.models.deepseek_v4.modeling_deepseek_v4")
+VLLM = (
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.entrypoints.openai.completion.protocol",
+)
+Ended = Callable[[str], subprocess.CompletedProcess[str]]
 
 
 def stated(heading: str) -> list[str]:
@@ -54,7 +62,9 @@ def stated(heading: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    """Without what v4forge has set: none of it belongs to these programs."""
+    ours = ("PYTHONPATH", "COMPRESSED_TENSORS_LOG_DISABLED", "LLM_COMPRESSOR_LOG_DISABLED")
+    return {key: value for key, value in os.environ.items() if key not in ours} | {"HF_HUB_OFFLINE": "1"}
 
 
 def run(python: Path | str, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,24 +81,11 @@ def check(done: subprocess.CompletedProcess[str], heading: str) -> None:
     assert re.match(r"(transformers|llmcompressor|vllm) \d", said[-len(block) - 1])
 
 
-@pytest.mark.parametrize("program", CALIBRATION)
-def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(program: str, pytestconfig: pytest.Config) -> None:
-    files = (ROOT / "docker/requirements-calib.txt", FOLDER / f"{program}.py", PAGE, Path(__file__))
-    determining = [sys.version.encode(), *(path.read_bytes() for path in files)]
-    once.kept(
-        pytestconfig.cache,
-        f"upstream-{program}",
-        determining,
-        lambda _: check(run(sys.executable, program), CALIBRATION[program]),
-    )
-
-
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """What each program of SERVING ended with: they have run, forked from one that has vLLM imported."""
-    folder = tmp_path_factory.mktemp("upstream")
-    programs = [FOLDER / f"{program}.py" for program in SERVING]
-    subprocess.run([SERVE_CPU, FORKED, folder, *programs], env=environment(), timeout=280, check=True)
+def forked(python: Path | str, modules: Sequence[str], programs: Iterable[str], folder: Path) -> Ended:
+    """What each program ended with: they have run in `folder`, forked from one that has `modules` imported."""
+    paths = [FOLDER / f"{program}.py" for program in programs]
+    command = [python, FORKED, ",".join(modules), folder, *paths]
+    subprocess.run(command, env=environment(), timeout=280, check=True)
 
     def ended(program: str) -> subprocess.CompletedProcess[str]:
         code, out, err = ((folder / f"{program}{suffix}").read_text() for suffix in (".code", ".out", ".err"))
@@ -97,18 +94,47 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subproce
     return ended
 
 
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Ended]:
+    """Runs the programs of CALIBRATION when the first is asked for."""
+    return cache(lambda: forked(sys.executable, COMPRESSOR, CALIBRATION, tmp_path_factory.mktemp("calibration")))
+
+
+@pytest.mark.parametrize("program", CALIBRATION)
+def test_a_fault_of_the_calibration_libraries_is_as_the_page_says(
+    program: str, calibration: Callable[[], Ended], pytestconfig: pytest.Config
+) -> None:
+    files = (ROOT / "docker/requirements-calib.txt", FOLDER / f"{program}.py", PAGE, FORKED, Path(__file__))
+    determining = [sys.version.encode(), *(path.read_bytes() for path in files)]
+    once.kept(
+        pytestconfig.cache,
+        f"upstream-{program}",
+        determining,
+        lambda _: check(calibration()(program), CALIBRATION[program]),
+    )
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    return forked(SERVE_CPU, VLLM, SERVING, tmp_path_factory.mktemp("serving"))
+
+
 @pytest.mark.serve
 @pytest.mark.parametrize("program", SERVING)
-def test_a_fault_of_vllm_is_as_the_page_says(
-    program: str, forked: Callable[[str], subprocess.CompletedProcess[str]]
-) -> None:
-    check(forked(program), SERVING[program])
+def test_a_fault_of_vllm_is_as_the_page_says(program: str, serving: Ended) -> None:
+    check(serving(program), SERVING[program])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("program", CALIBRATION)
+def test_a_program_for_calibration_imports_all_that_it_needs(program: str) -> None:
+    check(run(sys.executable, program), CALIBRATION[program])
 
 
 @pytest.mark.soak
 @pytest.mark.serve
 @pytest.mark.parametrize("program", SERVING)
-def test_a_program_imports_all_that_it_needs(program: str) -> None:
+def test_a_program_for_vllm_imports_all_that_it_needs(program: str) -> None:
     check(run(SERVE_CPU, program), SERVING[program])
 
 

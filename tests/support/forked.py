@@ -1,6 +1,6 @@
-"""Programs of the environment that serves, each in a process that has what they all import: vLLM takes seven seconds.
+"""Programs, each in a process that has what they all import: vLLM takes seven seconds, llm-compressor as many.
 
-`python tests/support/forked.py FOLDER PROGRAM…` leaves <program>.out, .err and .code in the folder.
+`python tests/support/forked.py MODULE,… FOLDER PROGRAM…` leaves <program>.out, .err and .code in the folder.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ import runpy
 import sys
 from pathlib import Path
 
-SHARED = (
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
-    "vllm.entrypoints.openai.completion.protocol",
-)
-
 
 def main() -> None:
-    folder, *programs = map(Path, sys.argv[1:])
+    folder, *programs = map(Path, sys.argv[2:])
     sys.path[0] = str(programs[0].parent)  # where python puts it for them
     os.environ.update(VLLM_PLUGINS="", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")  # as they do
-    for name in SHARED:
+    for name in sys.argv[1].split(","):
         importlib.import_module(name)
     for program in programs:
         if (child := os.fork()) == 0:
