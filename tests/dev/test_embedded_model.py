@@ -1,4 +1,4 @@
-"""What the pipeline does to the embedded model's perplexity and draft acceptance, at the settings of `make demo`."""
+"""What the pipeline does to the embedded model's perplexity and draft acceptance, calibrated as `make demo` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from v4forge.quantization import calibrate, layer_files
 from v4forge.quantization.postprocess import assemble
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
-SEQUENCES, SEQ_LEN = 16, 512
+SEQUENCES, SEQ_LEN = 16, 256
 CPU = torch.device("cpu")
 
 
