@@ -29,6 +29,7 @@ from v4forge.images import archive, definitions
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
+SOAK = pytest.mark.soak
 TAG = definitions.tag("calib")
 SOMEBODY = 54321  # a user that neither this host nor the image knows
 # What the build host must not leave in an image.
@@ -152,14 +153,18 @@ def test_pushed_wiped_and_pulled_by_digest_it_is_that_image(documents: Path, tmp
     assert client.images.get(TAG).id == built
 
 
-def test_the_demo_runs_in_it(documents: Path) -> None:
+# make docs-check runs the demo on the host.
+@pytest.mark.parametrize(
+    ("target", "last"), [("artifact", "artifact/README.md"), pytest.param("demo", "reports/index.html", marks=SOAK)]
+)
+def test_the_pipeline_runs_in_it(target: str, last: str, documents: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:  # pytest's own folder lets nobody else in
-        log = demo_as_somebody(Path(scratch))
+        log = made_by_somebody(target, Path(scratch))
         assert "certificate: ok" in log
         assert container_log.problems(log) == []
         work = Path(scratch) / "tiny"
         assert json.loads((work / "artifact/certificate.json").read_text())["ok"]
-        assert (work / "reports/index.html").stat().st_uid == SOMEBODY
+        assert (work / last).stat().st_uid == SOMEBODY
 
 
 def test_calibration_in_a_container_begins_while_fetch_downloads_in_another(documents: Path, tmp_path: Path) -> None:
@@ -200,10 +205,10 @@ def overlapped(upstream: Path, scratch: Path, runtime: str) -> str:
     return log
 
 
-def demo_as_somebody(scratch: Path) -> str:
-    """Runs what `make demo RUNTIME=docker` runs, with 8 samples (`make test` has the demo's 64), as a user that may use
-    docker and is not root; what it said."""
-    words = ["make", "-n", "demo", "RUNTIME=docker", "SAMPLES=8", f"SCRATCH={scratch}"]
+def made_by_somebody(target: str, scratch: Path) -> str:
+    """Runs what `make <target> RUNTIME=docker` runs, with 8 samples (`make test` has the demo's 64), as a user that may
+    use docker and is not root; what it said."""
+    words = ["make", "-n", target, "RUNTIME=docker", "SAMPLES=8", f"SCRATCH={scratch}"]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
     command = shlex.split(said.splitlines()[-1])
     assert command[0] == ".venv/bin/python"
