@@ -1,6 +1,6 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
-The servers start one after the other, mostly on one core and often waiting, so they run beside everything else. What
+Tests, images and servers run beside each other, as each waits often: for a disk, a daemon, the end of a stall. What
 a part says is kept in scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from
 running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2 cores: what is over one is marked and fails nothing,
 since seconds on a shared machine are noise.
@@ -26,7 +26,7 @@ from v4forge.errors import UserError, run_main
 LOGS = Path("scratch/ci")  # below the checkout
 # Parts of one row follow each other, rows run beside each other.
 Rows = Sequence[Sequence[str]]
-ROWS: Rows = (("lint", "lock-check", "test", "test-images", "docs-check"), ("env-serve-cpu", "test-serve"))
+ROWS: Rows = (("lint", "lock-check", "test"), ("env-serve-cpu", "test-serve"), ("test-images", "docs-check"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, the environment.
 BEFORE = "V4FORGE_CI_BEFORE"
 
