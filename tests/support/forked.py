@@ -9,7 +9,9 @@ import importlib
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 
 def main() -> None:
@@ -23,10 +25,25 @@ def main() -> None:
             for number, suffix in ((1, ".out"), (2, ".err")):
                 os.dup2(os.open(folder / f"{program.stem}{suffix}", os.O_WRONLY | os.O_CREAT), number)
             sys.argv = [str(program)]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            return
+            run()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         (folder / f"{program.stem}.code").write_text(str(code))
+
+
+def run() -> NoReturn:
+    """The program of sys.argv, and an end without the two seconds in which Python takes those modules apart."""
+    code = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
