@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -112,10 +113,11 @@ def router(folder: Path, count: int, **options: Any) -> Iterator[Router]:
 
 
 def up(made: Router) -> int:
-    """How many replicas the router gives requests to."""
+    """How many replicas the router gives requests to. Asked fifty times a second: httpx takes ten times as long."""
     try:
-        rows = httpx.get(f"{made.admin}/router/stats;csv").text.splitlines()
-    except httpx.HTTPError:
+        with urllib.request.urlopen(f"{made.admin}/router/stats;csv", timeout=5) as answer:
+            rows = answer.read().decode().splitlines()
+    except OSError:
         return -1
     names = rows[0].lstrip("# ").split(",")
     found = [dict(zip(names, row.split(","), strict=False)) for row in rows[1:]]
