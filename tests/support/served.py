@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dense
+from dense import TINY
+from programs import run_module
 
 from benchmarks.clients import Outcome, ask_all
 from v4forge.serving.deployment import Deployment
@@ -21,6 +23,8 @@ SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
 # For the bench of tools: its twelve are 2,600 tokens of models/tiny's tokenizer.
 ROOM = "max-model-len=8192"
+# Tokens of a step: longer prompts are read in pieces.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ def serve(command: str, *arguments: str, key: str = "") -> subprocess.CompletedP
     words = [sys.executable, "-m", "scripts.serve", command, *arguments]
     environment = os.environ | ({"API_KEY": key} if key else {})
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def calibrated(folder: Path, *options: str) -> Path:
+    """An artifact of models/tiny by GPTQ, half of whose scales are negative; of another recipe with `options`."""
+    work, artifact = folder / "layers", folder / "artifact"
+    text = ("--corpus", TINY / "calibration.jsonl", "--samples", "8", "--seq-len", "256")
+    run_module("calibrate", "--source", TINY, "--work", work, *text, *options)
+    run_module("postprocess", "--source", TINY, "--work", work, "--out", artifact)
+    return artifact
 
 
 def share_caches(folder: Path, caches: Path, replicas: int = 2) -> Path:

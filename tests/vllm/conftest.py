@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import once
 import pytest
 from dense import TINY
 from programs import run_module
-from served import ROOM, SCHEDULE, Served, dense_settings, free_ports, serve, share_caches
+from served import CHUNK, ROOM, SCHEDULE, Served, calibrated, dense_settings, free_ports, serve, share_caches
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,13 +42,12 @@ def start(tmp_path_factory: pytest.TempPathFactory, vllm_caches: Path) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Path:
-    """An artifact of models/tiny with its certificate, made by the pipeline; rounded, which takes less time. Of all
-    tests, so that none may write there."""
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of models/tiny with its certificate, made by the pipeline. Of all tests, so that none may write
+    there."""
 
     def make(folder: Path) -> None:
-        artifact = shutil.copytree(rounded / "artifact", folder / "artifact")
-        run_module("verify", "--artifact", artifact, "--source", TINY)
+        run_module("verify", "--artifact", calibrated(folder), "--source", TINY)
 
     return once.in_session(tmp_path_factory, "certified", make) / "artifact"
 
@@ -57,8 +55,9 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory, rounded: Path) -> Pa
 @pytest.fixture(scope="session")
 def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
     """Two replicas of that artifact, which nearly all tests share: with an API key, two drafts a step and none while
-    more than eight requests run, and room for the tools of a bench. Nothing of the guards and the probe is left out."""
-    settings = ["--set", ROOM, f"{SCHEDULE}=[[1,8,2],[9,256,0]]"]
+    more than eight requests run, room for the tools of a bench, and long prompts read in pieces. Nothing of the guards
+    and the probe is left out."""
+    settings = ["--set", ROOM, f"max-num-batched-tokens={CHUNK}", f"{SCHEDULE}=[[1,8,2],[9,256,0]]"]
     return start(tiny_artifact, "--drain", "120", "--drafts", "2", *settings, key="sesame")
 
 
