@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "patches" / "vllm-cpu" / "plugin"))
 
-from v4forge_vllm_cpu import metadata, routing  # noqa: E402  (what imports nothing of vLLM)
+from v4forge_vllm_cpu import changes, metadata, routing  # noqa: E402  (what imports nothing of vLLM)
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,12 @@ def test_experts_are_chosen_by_score_and_bias_and_weighed_by_score(seed: int, ha
         assert set(chosen[token].tolist()) == set(table[words[token]].tolist() if hashed else best)
         picked = [scores[expert] for expert in chosen[token].tolist()]
         assert weights[token].tolist() == pytest.approx([1.5 * score / sum(picked) for score in picked], rel=1e-5)
+
+
+def test_engine_and_worker_sleep_while_they_wait_for_each_other() -> None:
+    shm_broadcast = ModuleType("shm_broadcast")
+    changes.waiting(shm_broadcast)
+    begun_s, computed_s = time.monotonic(), time.process_time()
+    for _ in range(100):
+        shm_broadcast.sched_yield()
+    assert time.process_time() - computed_s < (time.monotonic() - begun_s) / 2

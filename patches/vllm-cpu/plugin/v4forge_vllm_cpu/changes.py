@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.abc import Loader, MetaPathFinder
@@ -66,6 +67,12 @@ def mxfp4(method: ModuleType) -> None:
     from v4forge_vllm_cpu import experts
 
     method.CompressedTensorsW4A4Mxfp4MoEMethod.process_weights_after_loading = experts.prepare_mxfp4
+
+
+def waiting(shm_broadcast: ModuleType) -> None:
+    """Lets engine and worker sleep while they wait for each other: vLLM has each look for the other's message again and
+    again, for a second after the last, on a core that here computes."""
+    shm_broadcast.sched_yield = lambda: time.sleep(0.0005)  # type: ignore[attr-defined]
 
 
 def platform(cpu: type) -> None:
