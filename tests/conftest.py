@@ -77,6 +77,12 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vllm_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each vLLM of a run of tests keeps its caches: the first to start finds them empty."""
-    return once.shared(tmp_path_factory, "vllm-caches")
+def vllm_caches(pytestconfig: pytest.Config) -> Path:
+    """Where each vLLM of the tests keeps its caches: a run finds there what an earlier one left, of the same vLLM with
+    the same plugins on a processor of the same kind. A start with empty ones is that of a container, by night."""
+    from served import LOOK, PLUGINS, SERVE_LOCK, look_at_models
+
+    files = (SERVE_LOCK, LOOK, *sorted(path for folder in PLUGINS for path in folder.rglob("*.py")))
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "flags"))}
+    determining = [*(path.read_bytes() for path in files), "\n".join(sorted(processor)).encode()]
+    return once.kept(pytestconfig.cache, "vllm-caches", determining, look_at_models)

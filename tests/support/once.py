@@ -1,7 +1,8 @@
 """What is made once and read by many tests, in whichever worker of a parallel run they are.
 
 `in_session` makes a folder for one run of pytest; `kept` one that later runs find again, in pytest's cache, by a key of
-all that determines it. Nobody may write into either. `shared` is a folder of one run that all may fill.
+all that determines it. Nobody may write into either, but programs that are made to share a folder, as those that keep
+caches.
 """
 
 from __future__ import annotations
@@ -19,13 +20,6 @@ from filelock import FileLock
 def in_session(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of this run, which `make` has filled."""
     return _made(_of_the_run(factory) / name, make)
-
-
-def shared(factory: pytest.TempPathFactory, name: str) -> Path:
-    """The folder `name` of this run, for programs that are made to share one, as those that keep caches."""
-    folder = _of_the_run(factory) / name
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _of_the_run(factory: pytest.TempPathFactory) -> Path:

@@ -17,9 +17,13 @@ from programs import run_module
 
 from benchmarks.clients import Outcome, ask_all
 from v4forge.serving.deployment import Deployment
+from v4forge.serving.settings import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_ENVIRONMENT = ROOT / ".venv-serve-cpu"
+SERVE_LOCK = ROOT / "docker/requirements-serve-cpu.txt"
+LOOK = Path(__file__).with_name("model_infos.py")
+PLUGINS = (ROOT / "patches/vllm/plugin", ROOT / "patches/vllm-cpu/plugin")
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
 # For the bench of tools: its twelve are 2,600 tokens of models/tiny's tokenizer.
 ROOM = "max-model-len=8192"
@@ -73,10 +77,17 @@ def calibrated(folder: Path, *options: str) -> Path:
     return artifact
 
 
+def look_at_models(caches: Path) -> None:
+    """Leaves there what vLLM finds of its model classes, which in a start takes two processes more a replica."""
+    variables = os.environ | serving("published", "cpu", {}).variables(str(caches))
+    command = [SERVE_ENVIRONMENT / "bin/python", LOOK]
+    subprocess.run(command, env=variables, check=True, capture_output=True)
+
+
 def share_caches(folder: Path, caches: Path, replicas: int = 2) -> Path:
-    """Lets the replicas of a deployment to be keep their caches in `caches`, where the first of a run of tests leaves
-    what takes half of a start: vLLM's look at its model classes, in a process each, and inductor's C++. Both write
-    there as they do below ~/.cache, which many processes share. Returns the deployment's folder."""
+    """Lets the replicas of a deployment to be keep their caches in `caches`, where the first leaves what takes half of
+    a start: vLLM's look at its model classes, in a process each, and inductor's C++. Both write there as they do below
+    ~/.cache, which many processes share. Returns the deployment's folder."""
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     for number in range(replicas):
         if not (own := folder / "cache" / str(number)).is_symlink():
