@@ -29,7 +29,8 @@ from v4forge.serving.metrics import Counts
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 PROMPTS = 6
-TOKENS = 96
+TOKENS = 64
+COUNT = 6  # prompts of a bench that is interrupted after the second
 
 
 def words(served: Served, reports: Path, *more: str) -> list[str]:
@@ -72,7 +73,7 @@ def measured(tiny: Served, tmp_path_factory: pytest.TempPathFactory) -> Measured
     folder = tmp_path_factory.mktemp("draft")
     copy, reports = folder / "artifact", folder / "reports"
     shutil.copytree(tiny.deployment.artifact, copy)
-    run_module("verify", "--artifact", copy, "--source", TINY, "--no-hash", "--deep", "2048", "--seq-len", "256")
+    run_module("verify", "--artifact", copy, "--source", TINY, "--no-hash", "--deep", "1024", "--seq-len", "256")
     certificate = copy / "certificate.json"
     before = counted(tiny)
     said = bench(tiny, reports, "--limit", str(PROMPTS), "--tokens", str(TOKENS), "--offline", str(certificate))
@@ -144,7 +145,17 @@ class Chats:
 
     served: Served
     reports: Path
-    options = ("--workloads", "chat", "--limit", "9", "--tokens", "96", "--temperature", "0.8", "--thinking")
+    options = (
+        "--workloads",
+        "chat",
+        "--limit",
+        str(COUNT),
+        "--tokens",
+        str(TOKENS),
+        "--temperature",
+        "0.8",
+        "--thinking",
+    )
 
     def start(self) -> subprocess.Popen[str]:
         command = words(self.served, self.reports, *self.options)
@@ -158,8 +169,8 @@ class Chats:
         bench(self.served, self.reports, *self.options)
         content = result(self.reports)
         assert content["complete"] and len(content["commands"]) == commands and self.kept()[: len(kept)] == kept
-        assert content["sampling"] == {"tokens": 96, "temperature": 0.8, "seed": 42, "thinking": True}
-        assert content["parts"]["chat"]["prompts"] == 9 and 0 < content["parts"]["chat"]["acceptance"]["value"] < 1
+        assert content["sampling"] == {"tokens": TOKENS, "temperature": 0.8, "seed": 42, "thinking": True}
+        assert content["parts"]["chat"]["prompts"] == COUNT and 0 < content["parts"]["chat"]["acceptance"]["value"] < 1
 
 
 def test_a_bench_that_is_killed_goes_on_in_the_middle_of_a_workload(tiny: Served, tmp_path: Path) -> None:
@@ -169,7 +180,7 @@ def test_a_bench_that_is_killed_goes_on_in_the_middle_of_a_workload(tiny: Served
     running.kill()
     running.communicate()
     first = chats.kept()
-    assert 2 <= len(first) < 9 and result(tmp_path)["parts"] == {}
+    assert 2 <= len(first) < COUNT and result(tmp_path)["parts"] == {}
     wait_until(look(tiny.deployment.url, tiny.key, tiny.folder).idle, 60)
     chats.finish(first, commands=2)
 
@@ -185,7 +196,7 @@ def test_a_bench_whose_replica_dies_goes_on_in_the_middle_of_a_workload(tiny: Se
     assert running.returncode == 1
     failure, first = result(tmp_path)["failures"]["chat"], chats.kept()
     assert failure["fact"].startswith("prompt chat/") and failure["fact"] in said
-    assert f"{len(first)} of 9 prompts are kept" in failure["hint"]
-    assert 2 <= len(first) < 9
+    assert f"{len(first)} of {COUNT} prompts are kept" in failure["hint"]
+    assert 2 <= len(first) < COUNT
     wait_until(lambda: tiny.program("status").returncode == 0, 300)
     chats.finish(first, commands=2)
