@@ -118,6 +118,7 @@ def quick(tmp_path: Path, tiny_artifact: Path) -> Iterator[Bench]:
     found.stop()
 
 
+@pytest.mark.soak  # below: with stand-ins for vLLM, and with a real one that is there already
 def test_a_server_is_started_for_the_bench_and_stopped_after_it(bench: Bench) -> None:
     running = bench.start(2)
     said, content = running.communicate()[0], bench.content
@@ -190,14 +191,17 @@ def test_a_first_server_that_does_not_start_is_the_error_and_no_list_of_points(b
 
 def test_what_is_served_already_is_measured_and_not_compared(tiny: Served, tmp_path: Path) -> None:
     words = ["--url", tiny.deployment.url, "--folder", str(tiny.folder), "--backend", "cpu", *tiny.key_words]
-    words += ["--reports", str(tmp_path), "--program", str(stand_ins(tmp_path / "bin", tmp_path / "down"))]
-    points = ["--shapes", "32x16", "--concurrency", "1", "--limit", "1"]
+    words += ["--reports", str(tmp_path), "--program", str(SERVE_ENVIRONMENT / "bin")]
+    points = ["--shapes", "32x16", "--concurrency", "2", "--limit", "3"]
     command = [sys.executable, "-m", "scripts.bench", "speed", *words, *points]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     content = results.newest(tmp_path, ["speed"])["speed"].content
-    assert content["complete"] and content["settings"]["drafts"] == [2]
-    assert set(content["parts"]) == {"k2/32x16/c1", "k2/32x16/c1/again"} and not content["summary"]["comparisons"]
+    assert content["complete"] and content["settings"]["drafts"] == [2] and content["versions"]["vllm"]
+    assert set(content["parts"]) == {"k2/32x16/c2", "k2/32x16/c2/again"} and not content["summary"]["comparisons"]
+    for part in content["parts"].values():
+        check_figures(part)
+        assert 0 < part["acceptance"] < 1
 
 
 class StandIn(BaseHTTPRequestHandler):
