@@ -69,7 +69,7 @@ def test_a_forced_tool_call_comes_parsed(tiny: Served) -> None:
 
 
 def test_two_hundred_streams_at_once_all_end_whole_on_both_replicas(tiny: Served) -> None:
-    outcomes = tiny.ask_all([message(f"story {number}", tokens=16, stream=True) for number in range(200)])
+    outcomes = tiny.ask_all([message(f"story {number}", tokens=8, stream=True) for number in range(200)])
     assert [outcome for outcome in outcomes if not outcome.whole] == []
     shares = [sum(outcome.replica == str(replica) for outcome in outcomes) for replica in (0, 1)]
     assert sum(shares) == 200 and min(shares) >= 60, shares
@@ -127,20 +127,32 @@ def test_the_status_shows_both_and_what_they_do(tiny: Served) -> None:
     assert shown.returncode == 0 and tiny.deployment.url in shown.stdout
 
 
-def test_a_second_start_of_the_same_is_no_start(tiny: Served) -> None:
-    before = [processes(tiny.deployment.replica_port(number)).keys() for number in (0, 1)]
+def again(tiny: Served, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command that started it, once more; the replicas that run go on."""
     deployment = tiny.deployment
+    before = [processes(deployment.replica_port(number)).keys() for number in (0, 1)]
     named = {name: value for name, value in deployment.overrides.items() if name not in BY_DRAFTS}
     words = ["--artifact", deployment.artifact, "--folder", str(tiny.folder), "--port", str(deployment.port)]
     words += ["--backend", "cpu", "--drafts", str(deployment.serving.drafts), "--drain", str(deployment.drain_s)]
     words += ["--set", *(f"{name}={value}" for name, value in named.items())]
-    done = serve("up", *words, key="sesame")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = serve("up", *words, *more, key="sesame")
     assert [processes(deployment.replica_port(number)).keys() for number in (0, 1)] == before != [set(), set()]
-    failing = serve("up", *words, "--min-acceptance", "0.99", key="sesame")  # more than any model's
-    assert failing.returncode == 1 and "the probe failed" in failing.stderr
-    assert [processes(deployment.replica_port(number)).keys() for number in (0, 1)] == before  # what served goes on
-    other = serve("up", *words, "--affinity", key="sesame")
+    return done
+
+
+@pytest.mark.soak  # below: one whose probe fails
+def test_a_second_start_of_the_same_is_no_start(tiny: Served) -> None:
+    done = again(tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_second_start_whose_probe_fails_stops_nothing(tiny: Served) -> None:
+    failing = again(tiny, "--min-acceptance", "0.99")  # more than any model's
+    assert failing.returncode == 1 and "the probe failed: replica 0: drafts: " in failing.stderr
+
+
+def test_a_second_start_of_something_else_is_refused(tiny: Served) -> None:
+    other = again(tiny, "--affinity")
     assert other.returncode == 1
     assert other.stderr.splitlines() == [
         "error: other replicas run already, with another affinity",
@@ -149,7 +161,7 @@ def test_a_second_start_of_the_same_is_no_start(tiny: Served) -> None:
 
 
 @pytest.mark.last
-@pytest.mark.parametrize("whole_tree", [True, False], ids=["server", "engine"])
+@pytest.mark.parametrize("whole_tree", [pytest.param(True, marks=pytest.mark.soak), False], ids=["server", "engine"])
 def test_a_replica_killed_under_load_fails_no_request_that_had_not_begun_to_stream(
     tiny: Served, whole_tree: bool
 ) -> None:
