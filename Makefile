@@ -327,7 +327,7 @@ test-images: env ## Tests that need docker: builds, registry, stages in containe
 
 .PHONY: test-serve
 test-serve: env env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
-	@.venv/bin/python -m pytest -m "serve and not soak" $(SERVED)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "serve and not soak" $(SERVED)
 
 .PHONY: soak
 soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours

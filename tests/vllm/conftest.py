@@ -8,14 +8,22 @@ from pathlib import Path
 import dense
 import once
 import pytest
+from _pytest.nodeid import NodeId
 from dense import TINY
 from programs import run_module
 from served import CHUNK, ROOM, SCHEDULE, Served, calibrated, dense_settings, free_ports, serve, share_caches
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What ends processes of the deployment that all share runs after the others; in the order of its files."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What ends processes of the deployment that all share runs after the others; in the order of its files. With
+    --dist loadgroup all that asks a deployment runs in one worker, where it is started once, and else each file."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+    if config.getoption("loadgroup", False):
+        for item in items:
+            asks = "start" in getattr(item, "fixturenames", ())
+            group = "deployments" if asks else item.nodeid.partition("::")[0]
+            # As xdist does for its marker, where pytest 9.2 no longer reads it: pytest-dev/pytest-xdist#1386
+            item._id = NodeId.parse(f"{item.nodeid}@{group}")
 
 
 @pytest.fixture(scope="session")
