@@ -52,8 +52,8 @@ REGISTRY :=
 SIGN_KEY :=
 VERIFY_KEY :=
 # Serving. SERVE_PROFILE is one of docker/serve/settings.toml, empty: production, and published for benches; SET other
-# options of vllm serve; ALLOW names guards that may fail. The variable API_KEY of the environment, or the file, is the
-# key that clients must send.
+# options of vllm serve; ALLOW names guards that may fail. The variable API_KEY of the environment, or the file, has the
+# keys of which clients must send one. CERT and KEY, PEM: the endpoint speaks TLS with them.
 ARTIFACT :=
 BACKEND := cuda
 SERVE_PROFILE :=
@@ -64,6 +64,8 @@ DRAFTS :=
 BIND := 127.0.0.1
 PORT := 8000
 API_KEY_FILE :=
+CERT :=
+KEY :=
 AFFINITY :=
 DRAIN :=
 METRICS :=
@@ -118,13 +120,15 @@ serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
 	--backend $(call q,BACKEND) $(if $(value SERVE_PROFILE),--serve-profile $(call q,SERVE_PROFILE)) --bind $(call q,BIND) --port $(call q,PORT) \
 	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) $(if $(value TP),--tp $(call q,TP)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
-	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics)
+	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics) \
+	$(if $(value CERT),--cert $(call q,CERT)) $(if $(value KEY),--cert-key $(call q,KEY))
 artifact = $(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)
 verify_key = $(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
 proof = $(if $(value CHECK),--check $(call q,CHECK)) $(verify_key)
 signed = $(if $(value SIGN_KEY),@$(certified) sign $(call quoted,$(value SCRATCH)/$(value PROFILE)/artifact) --key $(call q,SIGN_KEY))
+serve_keys = $(if $(value API_KEY_FILE),--api-key-file $(call q,API_KEY_FILE))
 serve_start = $(proof) $(if $(value ALLOW),--allow $(ALLOW)) $(if $(value KEEP),--keep) $(if $(value TIMEOUT),--timeout $(call q,TIMEOUT)) \
-	$(if $(value API_KEY_FILE),--api-key-file $(call q,API_KEY_FILE))
+	$(serve_keys)
 bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
 longest = max-model-len=40960
@@ -261,6 +265,10 @@ serve-status: env ## Replicas, queue, tokens a second, draft acceptance, KV cach
 .PHONY: serve-logs
 serve-logs: env ## Follow the logs of all, or NAMES="replica0 router"
 	@$(serve) logs $(serve_folder) $(NAMES)
+
+.PHONY: serve-reload
+serve-reload: env ## Give what runs the keys of API_KEY_FILE, and its certificate anew; nothing is stopped
+	@$(serve) reload $(serve_folder) $(serve_keys)
 
 .PHONY: serve-stop
 serve-stop: env ## Take nothing new, finish what runs, stop

@@ -11,7 +11,7 @@ from scripts import serve_options
 from scripts.cli import steps
 from v4forge.bench.session import Session
 from v4forge.errors import UserError
-from v4forge.serving import launch, settings
+from v4forge.serving import keys, settings
 
 REQUEST_LIMIT_S = 600
 
@@ -52,7 +52,7 @@ def session_of(arguments: argparse.Namespace) -> Session:
         wanted=serve_options.wanted(arguments),
         start=serve_options.start(arguments),
         steps=steps,
-        key=launch.read_key(arguments.api_key_file),
+        keys=keys.read(arguments.api_key_file),
         model=arguments.model,
         artifact=Path(arguments.artifact) if arguments.artifact != serve_options.ARTIFACT else None,
         limit=arguments.limit,

@@ -4,9 +4,10 @@ python -m scripts.serve print  --artifact scratch/flash/artifact --folder scratc
 python -m scripts.serve up     --artifact scratch/flash/artifact --folder scratch/flash/serve
 python -m scripts.serve status --folder scratch/flash/serve
 python -m scripts.serve logs   --folder scratch/flash/serve
+python -m scripts.serve reload --folder scratch/flash/serve --api-key-file keys.txt
 python -m scripts.serve stop   --folder scratch/flash/serve
 
-up returns when every replica is ready and a probe of each has passed. An API key comes from the variable API_KEY or a
+up returns when every replica is ready and a probe of each has passed. API keys come from the variable API_KEY or a
 file, never from the command line.
 """
 
@@ -27,7 +28,7 @@ from scripts import serve_options
 from scripts.cli import parser_for, steps
 from v4forge import gpus
 from v4forge.errors import UserError, run_main
-from v4forge.serving import launch, settings, status
+from v4forge.serving import keys, launch, settings, status
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import ROUTER, Deployment
 
@@ -53,9 +54,9 @@ def show(deployment: Deployment) -> None:
 
 def up(arguments: argparse.Namespace) -> None:
     """Starts what is asked for, waits until it is ready and has passed the probe."""
-    key = launch.read_key(arguments.api_key_file)
+    text = keys.read(arguments.api_key_file)
     deployment = launch.deployment_of(serve_options.wanted(arguments))
-    launch.up(deployment, key, serve_options.start(arguments), steps)
+    launch.up(deployment, text, serve_options.start(arguments), steps)
 
 
 def show_status(arguments: argparse.Namespace) -> int:
@@ -108,6 +109,11 @@ def logs(arguments: argparse.Namespace) -> NoReturn:
     raise AssertionError("follow() has replaced this program")
 
 
+def reload(arguments: argparse.Namespace) -> None:
+    """Gives what runs the keys of a file, and its certificate as its files are now, without a restart."""
+    launch.reload(arguments.folder, keys.read(arguments.api_key_file))
+
+
 def stop(arguments: argparse.Namespace) -> None:
     """Takes no new request, waits for those that run, stops everything."""
     launch.stop(arguments.folder)
@@ -126,17 +132,19 @@ def print_commands(arguments: argparse.Namespace) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for("serve", __doc__)
-    commands = parser.add_subparsers(required=True, metavar="print|up|status|logs|stop|pairs")
+    commands = parser.add_subparsers(required=True, metavar="print|up|status|logs|reload|stop|pairs")
     folder = argparse.ArgumentParser(add_help=False)
     folder.add_argument("--folder", type=Path, default=serve_options.FOLDER, help="default: %(default)s")
     commands.add_parser("pairs", help=pairs.__doc__, description=pairs.__doc__).set_defaults(run=pairs)
-    for name, run in {"print": print_commands, "up": up, "status": show_status, "logs": logs, "stop": stop}.items():
+    runs = {"print": print_commands, "up": up, "status": show_status, "logs": logs, "reload": reload, "stop": stop}
+    for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__, parents=[folder])
         command.set_defaults(run=run)
         if name in ("print", "up"):
             serve_options.add_wanted(command)
 
     serve_options.add_start(commands.choices["up"])
+    serve_options.add_keys(commands.choices["reload"])
     commands.choices["status"].add_argument("--json", action="store_true", help="for programs")
     commands.choices["logs"].add_argument("names", nargs="*", metavar="replica0|router", help="default: all")
     commands.choices["logs"].add_argument(

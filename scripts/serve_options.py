@@ -38,6 +38,8 @@ def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profil
     )
     add("--bind", default=Wanted.bind, metavar="ADDRESS", help="0.0.0.0 opens it to the network; default: %(default)s")
     add("--port", type=int, default=Wanted.port, help="and the next one, for this machine; default: %(default)s")
+    add("--cert", default="", metavar="FILE", help="PEM: the endpoint speaks TLS with it")
+    add("--cert-key", default="", metavar="FILE", help="PEM: its key, where the first file has none")
     add("--drain", type=int, default=Wanted.drain_s, metavar="S",
         help="a stop waits so long for requests; default: %(default)s")  # fmt: skip
     add("--affinity", action="store_true", help="requests with one X-Session-Id go to one replica")
@@ -47,10 +49,16 @@ def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profil
     add("--program", default="", metavar="DIR", help="without docker: the folder of vllm's program")
 
 
+def add_keys(command: argparse._ActionsContainer) -> None:
+    command.add_argument("--api-key-file", default="", metavar="FILE",
+        help="clients must send a key in it, a line each: name:key, name:key:requests a minute; or the variable API_KEY"
+    )  # fmt: skip
+
+
 def add_start(command: argparse._ActionsContainer) -> None:
     """The options that say how it is started."""
     add = command.add_argument
-    add("--api-key-file", default="", metavar="FILE", help="clients must send the key in it; or the variable API_KEY")
+    add_keys(command)
     add("--timeout", type=float, default=Start.timeout_s, metavar="S",
         help="until every replica is ready; default: %(default)s")  # fmt: skip
     add("--min-acceptance", type=float, default=Start.min_acceptance, metavar="SHARE",
@@ -75,6 +83,8 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
         overrides=dict(arguments.set),
         bind=arguments.bind,
         port=arguments.port,
+        cert=arguments.cert,
+        cert_key=arguments.cert_key,
         drain_s=arguments.drain,
         affinity=arguments.affinity,
         metrics=arguments.metrics,

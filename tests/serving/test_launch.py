@@ -11,7 +11,7 @@ from keeper_stand_in import Keeper, Noted, in_variables, install, steps, wanted,
 
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
-from v4forge.serving import launch, probe, readiness
+from v4forge.serving import keys, launch, probe, readiness
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import Deployment, Runtime
 from v4forge.serving.launch import Start
@@ -29,7 +29,7 @@ def test_a_key_reaches_what_is_started_by_its_file_and_never_by_the_environment(
     tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("API_KEY", KEY)
-    deployment = launch.up(launch.deployment_of(wanted(tmp_path)), launch.read_key(""), Start(), steps)
+    deployment = launch.up(launch.deployment_of(wanted(tmp_path)), keys.read(""), Start(), steps)
     assert words(noted) == ["write", "start"] and {each.key for each in noted} == {KEY}
     assert not in_variables(KEY, noted)
     assert Path(deployment.key_file).stat().st_mode & 0o777 == 0o600
@@ -111,7 +111,7 @@ def test_what_fails_its_probe_is_stopped_unless_it_is_to_be_kept(
     with pytest.raises(UserError, match="the probe failed: replica 0: tool call: none was made") as error:
         launch.up(deployment, KEY, Start(keep=keep), steps)
     assert error.value.hint.endswith("make serve ALLOW=tool-call")
-    assert (words(noted)[-1] == "stop") is not keep and (tmp_path / "serve/api_key").exists() is keep
+    assert (words(noted)[-1] == "stop") is not keep and (tmp_path / "serve/keys/api_key").exists() is keep
     launch.stop(tmp_path / "serve")
     launch.up(deployment, KEY, Start(allow=["tool-call"]), steps)
 

@@ -50,7 +50,7 @@ def failed(checks: list[Outcome]) -> dict[str, str]:
 
 def test_replicas_without_a_fault_pass_every_check(server: ThreadingHTTPServer) -> None:
     checks = probed(server)
-    assert not failed(checks) and all(check.status == OK for check in checks) and len(checks) == 13
+    assert not failed(checks) and all(check.status == OK for check in checks) and len(checks) == 15
     assert checks[-1].detail.startswith(f"the same {3 * TOKENS} tokens of 2 replicas")
 
 

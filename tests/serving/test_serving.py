@@ -293,23 +293,6 @@ def test_a_hint_names_variables_that_the_makefile_has() -> None:
     assert {"TP", "REPLICAS", "DEVICES"} <= named <= known
 
 
-def test_a_key_is_taken_from_a_file_or_the_environment_and_kept_from_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("API_KEY", "sesame")
-    assert launch.read_key("") == "sesame" and "API_KEY" not in os.environ
-    (tmp_path / "mine").write_text("open\n")
-    assert launch.read_key(str(tmp_path / "mine")) == "open"
-    (tmp_path / "empty").write_text("\n")
-    for name in ("empty", "missing"):
-        with pytest.raises(UserError):
-            launch.read_key(str(tmp_path / name))
-    kept = deployment(tmp_path, key_file=str(tmp_path / "api_key"))
-    launch.write_key(kept, "sesame")
-    assert kept.key == "sesame" and Path(kept.key_file).stat().st_mode & 0o777 == 0o600
-    assert "sesame" not in repr(kept.endpoints)
-
-
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -364,8 +347,12 @@ def test_compose_reads_what_is_written_for_it(tmp_path: Path) -> None:
     assert [asked_of(services[name])["device_ids"] for name in kept.deployment.names] == [UUIDS[:4], UUIDS[4:]]
     assert "deploy" not in services["router"]
     assert services["replica1"]["command"] == kept.deployment.arguments(1)
-    (mount,) = (each for each in services["replica0"]["volumes"] if "cache0" not in str(each))
-    assert mount["source"] == mount["target"] == str(artifact) and mount["read_only"] is True
+    mounts = {each["target"]: each for each in services["replica0"]["volumes"] if "cache0" not in str(each)}
+    assert {target: each["source"] for target, each in mounts.items()} == {
+        str(artifact): str(artifact),
+        "/keys": f"{folder}/keys",
+    }
+    assert all(each["read_only"] is True for each in mounts.values())
     assert re.search(r"::1\]?:8000:8000|host_ip: ::1", done.stdout)
 
 

@@ -93,21 +93,22 @@ def program() -> str:
 
 
 @contextmanager
-def router(folder: Path, count: int, **options: Any) -> Iterator[Router]:
-    """haproxy before `count` workers, all of which are up. `options` are configuration()'s."""
+def router(folder: Path, count: int, certificate: str = "", **options: Any) -> Iterator[Router]:
+    """haproxy before `count` workers, all of which are up. `options` are configuration()'s; with a `certificate`
+    it speaks TLS."""
     first = free_ports(2 + count)
     workers = [Worker(first + 2 + place) for place in range(count)]
     public, admin = f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"
-    addresses = Addresses(public, admin, [f"127.0.0.1:{worker.port}" for worker in workers])
+    addresses = Addresses(public, admin, [f"127.0.0.1:{worker.port}" for worker in workers], certificate=certificate)
     (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, **({"drain_s": 30} | options)))
     with ExitStack() as stack:
         for worker in workers:
             stack.enter_context(worker.run())
         log = stack.enter_context(open(folder / "log", "wb"))
-        process = subprocess.Popen([program(), "-db", "-f", folder / "haproxy.cfg"], stdout=log, stderr=log)
+        process = subprocess.Popen([program(), "-W", "-db", "-f", folder / "haproxy.cfg"], stdout=log, stderr=log)
         stack.callback(process.wait, 30)
         stack.callback(process.terminate)
-        made = Router(f"http://{public}", f"http://{admin}", workers, folder / "log", process)
+        made = Router(f"http{'s' * bool(certificate)}://{public}", f"http://{admin}", workers, folder / "log", process)
         wait_for(lambda: up(made) == count, 20)
         yield made
 

@@ -52,6 +52,9 @@ class Keeper:
 
     def follow(self, names: Sequence[str], lines: int) -> None: ...
 
+    def reload(self) -> None:
+        self.note("reload")
+
     def stop(self, say: object, silent: Sequence[str] = ()) -> None:
         self.note(" ".join(["stop", *silent]))
 

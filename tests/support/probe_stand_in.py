@@ -55,6 +55,8 @@ class StandIn(BaseHTTPRequestHandler):
     def healthy(self, replica: int, body: dict[str, Any]) -> Answer:
         if self.path == "/v1/models":
             return 200, json.dumps({"data": [{"id": MODEL}]})
+        if self.path in ("/invocations", "/tokenize"):
+            return 404, '{"error": {"message": "nothing is served here"}}'
         if self.path == "/metrics":
             drafts, accepted = self.counted[replica]
             return 200, metrics(drafts, accepted)

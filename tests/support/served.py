@@ -48,7 +48,7 @@ class Served:
     @property
     def key_words(self) -> list[str]:
         """The option that gives a bench the key of a deployment that it is told the address of."""
-        return ["--api-key-file", str(self.folder / "api_key")] if self.key else []
+        return ["--api-key-file", str(self.folder / "keys/api_key")] if self.key else []
 
     def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return serve(command, "--folder", str(self.folder), *arguments)

@@ -92,7 +92,7 @@ def balanced(tmp_path: Path) -> Iterator[Callable[..., Balanced]]:
             program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
             assert program, "apt-get install haproxy"
             log = stack.enter_context(open(tmp_path / "log", "wb"))
-            process = subprocess.Popen([program, "-db", "-f", tmp_path / "haproxy.cfg"], stdout=log, stderr=log)
+            process = subprocess.Popen([program, "-W", "-db", "-f", tmp_path / "haproxy.cfg"], stdout=log, stderr=log)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
             wait_until(lambda: healthy(f"http://{public}"), 20)

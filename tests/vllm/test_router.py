@@ -114,7 +114,7 @@ def test_the_key_is_in_no_argument_and_no_log(tiny: Served) -> None:
     for path in tiny.folder.rglob("*"):
         if path.is_file() and "cache" not in path.parts and path.name != "api_key":
             assert b"sesame" not in path.read_bytes(), path
-    assert stat.S_IMODE((tiny.folder / "api_key").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tiny.folder / "keys/api_key").stat().st_mode) == 0o600
 
 
 def test_the_status_shows_both_and_what_they_do(tiny: Served) -> None:
@@ -197,5 +197,5 @@ def test_a_stop_takes_nothing_new_and_finishes_what_runs(tiny: Served) -> None:
     assert stopped[0].returncode == 0 and stopped[0].stdout.splitlines()[-1] == "serve: stopped"
     refused = subprocess.run(["curl", "-s", f"{url}/health"], capture_output=True)
     assert refused.returncode == 7  # nobody listens
-    assert not (tiny.folder / "api_key").exists()
+    assert not (tiny.folder / "keys/api_key").exists()
     assert tiny.program("stop").stdout.startswith("nothing is served")

@@ -13,7 +13,7 @@ from v4forge.bench import results, served_model
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target
 from v4forge.errors import UserError
-from v4forge.serving import launch
+from v4forge.serving import keys, launch
 from v4forge.serving.deployment import Deployment
 from v4forge.serving.launch import Start, Steps, Wanted, say
 
@@ -23,8 +23,9 @@ class Session:
     """What every bench is asked: `bench` is its name, `reports` where results go, `limit` the size of a trial.
 
     `url` is measured if there is one, or else the deployment that runs in `folder`, or else `wanted`, which is started
-    as `start` says. `key` is what clients send, "" for none or for the running deployment's own; `artifact` is what the
-    user says that is served, `model` which of several models. `command` is for people to repeat.
+    as `start` says. `keys` are what clients may send, as a file of them, "" for none or for the running deployment's
+    own; `artifact` is what the user says that is served, `model` which of several models. `command` is for people to
+    repeat.
     """
 
     bench: str
@@ -33,7 +34,7 @@ class Session:
     wanted: Wanted
     start: Start
     steps: Steps
-    key: str = field(default="", repr=False)
+    keys: str = field(default="", repr=False)
     artifact: Path | None = None
     model: str = ""
     limit: int | None = None
@@ -45,6 +46,11 @@ class Session:
     def folder(self) -> Path:
         """Of a deployment of make serve, which is measured if it runs."""
         return self.wanted.folder
+
+    @property
+    def key(self) -> str:
+        """The one that requests are made with."""
+        return keys.own(self.keys)
 
     def check_stopped(self) -> None:
         """Raises UserError while a deployment runs, of whose GPUs a bench's own servers would take memory."""
@@ -79,7 +85,7 @@ class Session:
         if Deployment.left(folder):  # of a bench that was killed
             launch.stop(folder)
         deployment = launch.deployment_of(replace(own or self.wanted, folder=folder))
-        launch.up(deployment, self.key, self.start, self.steps)
+        launch.up(deployment, self.keys, self.start, self.steps)
         try:
             yield served_model.look(deployment.url, self.key, folder)
         finally:

@@ -80,9 +80,7 @@ def fetch(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_
     limit_s: for the whole answer, and once more for the last wait.
     """
     limit_s = limit_s or (GET_LIMIT_S if body is None else ANSWER_LIMIT_S)
-    headers = {"Accept-Encoding": "identity"}
-    headers |= {PIN: str(at.replica)} if at.pinned else {}
-    headers |= {"Authorization": f"Bearer {at.key}"} if at.key else {}
+    headers = {"Accept-Encoding": "identity"} | _headers(at)
     method = "GET" if body is None else "POST"
     where = f"{method} {at.url}{path}"
     ends_s = time.monotonic() + limit_s
@@ -97,13 +95,31 @@ def fetch(at: Endpoint, path: str, body: Mapping[str, Any] | None = None, limit_
             )
             raise UserError(fact, "wait that long, or ask for less at a time, then the same command again")
         time.sleep(pause_s)
-    if at.pinned and (served := answer.headers.get(PIN)) != str(at.replica):
-        who = f"replica {served}" if served else "no replica of the router's"
-        raise UserError(f"{where}: {who} answered (HTTP {answer.status_code}); {at} is down?", "make serve-status")
+    _check_server(at, where, answer)
     if answer.status_code != 200:
         hint = STATUS_HINTS.get(answer.status_code, LOGS)
         raise UserError(f"{where}: HTTP {answer.status_code}, {short(text)}", hint)
     return text
+
+
+def status(at: Endpoint, path: str) -> int:
+    """The status of a replica's answer to GET. Raises UserError where none comes, or another replica's."""
+    where, ends_s = f"GET {at.url}{path}", time.monotonic() + GET_LIMIT_S
+    answer, _ = _asked(where, "GET", at.url + path, None, _headers(at), GET_LIMIT_S, ends_s)
+    _check_server(at, where, answer)
+    return answer.status_code
+
+
+def _headers(at: Endpoint) -> dict[str, str]:
+    pinned = {PIN: str(at.replica)} if at.pinned else {}
+    return pinned | ({"Authorization": f"Bearer {at.key}"} if at.key else {})
+
+
+def _check_server(at: Endpoint, where: str, answer: requests.Response) -> None:
+    """Raises UserError where another has answered than was asked."""
+    if at.pinned and (served := answer.headers.get(PIN)) != str(at.replica):
+        who = f"replica {served}" if served else "no replica of the router's"
+        raise UserError(f"{where}: {who} answered (HTTP {answer.status_code}); {at} is down?", "make serve-status")
 
 
 def _asked(

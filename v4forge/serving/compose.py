@@ -68,7 +68,6 @@ class Compose:
             "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
             "SERVE_FOLDER": deployment.folder,
             "ARTIFACT": deployment.artifact,
-            "API_KEY_FILE": deployment.key_file or os.devnull,
             "BIND": deployment.listens,
             "PORT": str(deployment.port),
             "ADMIN_PORT": str(deployment.port + 1),
@@ -104,8 +103,6 @@ class Compose:
         lines = [f"{name}={value}\n" for name, value in self.deployment.variables(0).items()]
         write_text(folder / "replica.env", "".join(lines))
         write_text(folder / REPLICAS, self.replicas())
-        if self.deployment.key_file and not os.getuid():
-            os.chown(self.deployment.key_file, USER, USER)
         self._run("config", "--quiet")
 
     def check_readable(self) -> None:
@@ -166,6 +163,12 @@ class Compose:
     def follow(self, names: Sequence[str], lines: int) -> NoReturn:
         words = self.command("logs", "--follow", f"--tail={lines}", *names)
         os.execvpe(words[0], words, self._environment())
+
+    def reload(self) -> None:
+        found = _told("ps", "--quiet", *self._filters(ROUTER)).split()
+        if not found:
+            raise UserError("the router does not run", "make serve-status")
+        _told("kill", "--signal=USR2", *found)
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         # Docker's own commands by a label: compose's want every value of compose.yaml, which a damaged plan has not.

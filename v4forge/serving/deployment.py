@@ -12,12 +12,13 @@ from typing import Protocol
 
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, write_json, write_text
-from v4forge.serving import client, haproxy, settings
+from v4forge.serving import client, haproxy, keys, settings
 from v4forge.serving.client import Endpoint
 from v4forge.serving.haproxy import Addresses
 from v4forge.serving.settings import Serving
 
-STATE, KEY, SUPERVISED = "serving.json", "api_key", "supervisord.conf"
+STATE, SUPERVISED = "serving.json", "supervisord.conf"
+KEYS, CERTIFICATE = "keys/api_key", "tls/endpoint.pem"  # a folder each: what containers see of them
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
 USER = 10000  # whom a caller who is root runs containers as: the image's own user
 ROUTER, METRICS = "router", ("prometheus", "grafana")
@@ -26,9 +27,10 @@ ROUTER, METRICS = "router", ("prometheus", "grafana")
 @dataclass(frozen=True)
 class Deployment:
     """What `make serve` starts. `folder` holds its files; `gpus` the devices of each replica, none on a CPU;
-    `overrides` are the operator's settings of vLLM; `key_file` holds the API key, "" for none; `program` is the folder
-    of a host's vllm; `compose` are files on top of compose.yaml; `model` is the name that it is served under, "" for
-    the settings' own; `context` is the longest that fits where the profile's does not, 0 where it does."""
+    `overrides` are the operator's settings of vLLM; `key_file` holds the API keys, "" for none; `cert` and `cert_key`
+    are the operator's files of a certificate, "" for no TLS; `program` is the folder of a host's vllm; `compose` are
+    files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `context` is
+    the longest that fits where the profile's does not, 0 where it does."""
 
     folder: str
     artifact: str
@@ -40,6 +42,8 @@ class Deployment:
     bind: str = "127.0.0.1"
     port: int = 8000
     key_file: str = ""
+    cert: str = ""
+    cert_key: str = ""
     drain_s: int = 600
     affinity: bool = False
     metrics: bool = False
@@ -68,7 +72,7 @@ class Deployment:
     def url(self) -> str:
         """Where clients ask."""
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.listens)
-        return f"http://{shown}:{self.port}"
+        return f"http{'s' * bool(self.cert)}://{shown}:{self.port}"
 
     @property
     def listens(self) -> str:
@@ -81,8 +85,22 @@ class Deployment:
         return f"http://127.0.0.1:{self.port + 1}"
 
     @property
+    def keys(self) -> str:
+        """The file of API keys; "" where there is none."""
+        try:
+            return Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
+        except FileNotFoundError:
+            return ""
+
+    @property
     def key(self) -> str:
-        return Path(self.key_file).read_text(encoding="utf-8").strip() if self.key_file else ""
+        """The one that we ask with."""
+        return keys.own(self.keys)
+
+    @property
+    def owner(self) -> int | None:
+        """Whom files belong to that only the processes may read, None for who starts them."""
+        return USER if self.runtime == "docker" and not os.getuid() else None
 
     @property
     def endpoints(self) -> list[Endpoint]:
@@ -96,8 +114,12 @@ class Deployment:
         return self.serving.arguments(self.artifact, self.replica_port(number), "127.0.0.1")
 
     def variables(self, number: int) -> dict[str, str]:
-        """The environment that the settings give a replica, with the folder of its caches."""
-        return self.serving.variables(self.cache(number))
+        """The environment that the settings give a replica, with the folder of its caches, and what it has to know of
+        who gets in: where the keys are, and how many replicas share what a key is good for."""
+        variables = self.serving.variables(self.cache(number)) | {"REPLICAS": str(self.replicas)}
+        if self.key_file:
+            variables["API_KEY_FILE"] = f"/{KEYS}" if self.runtime == "docker" else self.key_file
+        return variables
 
     def cache(self, number: int) -> str:
         """Where a replica keeps what it compiles: in its volume, of which each user has a folder, as nobody may write
@@ -123,16 +145,20 @@ class Deployment:
     def router_configuration(self) -> str:
         if self.runtime == "docker":
             names = [f"{name}:{REPLICA_PORT}" for name in self.names]
-            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER)
+            pem = f"/{CERTIFICATE}" if self.cert else ""
+            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER, pem)
         else:
             names = [f"127.0.0.1:{self.replica_port(number)}" for number in range(self.replicas)]
-            addresses = Addresses(f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}", names)
+            pem = f"{self.folder}/{CERTIFICATE}" if self.cert else ""
+            public, admin = f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}"
+            addresses = Addresses(public, admin, names, certificate=pem)
         return haproxy.configuration(addresses, self.drain_s, self.affinity)
 
     def save(self) -> None:
         """Keeps it in its folder, with the router's configuration."""
         folder = Path(self.folder)
-        make_folder(folder)
+        for place in (KEYS, CERTIFICATE):
+            make_folder((folder / place).parent)
         write_text(folder / "haproxy.cfg", self.router_configuration())
         write_json(folder / STATE, asdict(self))
 
@@ -154,7 +180,7 @@ class Deployment:
             return None
         kept = read_json(folder / STATE)
         docker = kept.get("runtime", "") == "docker" or not (folder / SUPERVISED).exists()
-        key_file, replicas = Path(os.path.abspath(folder)) / KEY, kept.get("gpus")
+        key_file, replicas = Path(os.path.abspath(folder)) / KEYS, kept.get("gpus")
         return cls(
             folder=os.path.abspath(folder),
             artifact="",
@@ -206,6 +232,9 @@ class Runtime(Protocol):
 
     def follow(self, names: Sequence[str], lines: int) -> None:
         """Becomes a program that shows the last lines and goes on."""
+
+    def reload(self) -> None:
+        """Has the router read its configuration and certificate anew; what runs goes on."""
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         """Drains the router, then stops all; `silent` replicas, which have answered nothing, at once."""

@@ -28,12 +28,14 @@ ERRORS = {
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the router listens, and where the replicas do; `resolver` is a name server for their names."""
+    """Where the router listens, and where the replicas do; `resolver` is a name server for their names, `certificate`
+    a PEM with its key, for TLS at the public address."""
 
     public: str
     admin: str
     replicas: Sequence[str]
     resolver: str = ""
+    certificate: str = ""
 
 
 def configuration(addresses: Addresses, drain_s: int, affinity: bool = False, silence_s: int = SILENCE_S) -> str:
@@ -46,6 +48,7 @@ def configuration(addresses: Addresses, drain_s: int, affinity: bool = False, si
         admin=addresses.admin,
         replicas=addresses.replicas,
         resolver=addresses.resolver,
+        certificate=addresses.certificate,
         log="stdout",
         pin=PIN,
         drain_s=drain_s,

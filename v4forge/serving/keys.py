@@ -6,10 +6,12 @@ before they do, so that none with a fault in it is served.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 
 from v4forge.errors import UserError
+from v4forge.serving import secret_files
 
 LINE = re.compile(r"(?:(?P<name>[A-Za-z0-9][\w.-]*):)?(?P<key>[!-9;-~]+)(?::(?P<limit>[1-9]\d*))?", re.ASCII)
 ALONE = "default"
@@ -38,6 +40,17 @@ def parse(text: str, where: str) -> list[Key]:
     if not found:
         raise UserError(f"there is no key in {where}", HINT)
     return found
+
+
+def read(file: str) -> str:
+    """The keys in a file, or in the variable API_KEY, which no program that we start shall have, as text; "" for none.
+    Raises UserError for what is no file of keys."""
+    text, where = os.environ.pop("API_KEY", "").strip(), "the variable API_KEY"
+    if file:
+        text, where = secret_files.read(file, "the API key", HINT).strip(), file
+    if text or file:
+        parse(text, where)
+    return text
 
 
 def own(text: str) -> str:

@@ -13,12 +13,11 @@ from typing import Protocol
 from v4forge import certified, outcomes
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
-from v4forge.files import write_text
 from v4forge.images import containers, definitions
 from v4forge.outcomes import Outcome
-from v4forge.serving import placement, preflight, probe, readiness, settings
+from v4forge.serving import placement, preflight, probe, readiness, secret_files, settings
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import KEY, Deployment, Runtime
+from v4forge.serving.deployment import CERTIFICATE, KEYS, Deployment, Runtime
 from v4forge.serving.preflight import Proof
 from v4forge.serving.probe import FLOOR, Expected
 from v4forge.serving.supervisord import Supervised
@@ -51,6 +50,8 @@ class Wanted:
     overrides: Mapping[str, str] = field(default_factory=dict)
     bind: str = "127.0.0.1"
     port: int = 8000
+    cert: str = ""
+    cert_key: str = ""
     drain_s: int = 600
     affinity: bool = False
     metrics: bool = False
@@ -116,6 +117,8 @@ def deployment_of(wanted: Wanted) -> Deployment:
         gpus=devices(wanted, chosen.tensor_parallel),
         bind=wanted.bind.removeprefix("[").removesuffix("]"),
         port=wanted.port,
+        cert=os.path.abspath(wanted.cert) if wanted.cert else "",
+        cert_key=os.path.abspath(wanted.cert_key) if wanted.cert_key else "",
         drain_s=wanted.drain_s,
         affinity=wanted.affinity,
         metrics=wanted.metrics,
@@ -136,41 +139,20 @@ def devices(wanted: Wanted, width: int) -> list[list[str]]:
     return placement.placed(wanted.devices, wanted.replicas, width)
 
 
-def read_key(file: str) -> str:
-    """The API key in a file, or in the variable API_KEY, which no program that we start shall have; "" for none."""
-    key = os.environ.pop("API_KEY", "").strip()
-    if not file:
-        return key
-    hint = "make serve API_KEY_FILE=<a file of one line>"
-    try:
-        key = Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the API key cannot be read: {error}", hint) from None
-    if not key:
-        raise UserError(f"there is no key in {file}", hint)
-    return key
-
-
-def write_key(deployment: Deployment, key: str) -> None:
-    """Keeps the key where only who serves can read it."""
-    previous = os.umask(0o077)
-    try:
-        write_text(Path(deployment.key_file), key + "\n")
-    finally:
-        os.umask(previous)
-
-
-def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployment:
-    """Starts a deployment whose clients send `key`, "" for none, and waits until it is ready and has passed the probe
-    -> as it runs. One that runs already is probed again. Raises UserError where it cannot be, and stops it then."""
-    deployment = replace(deployment, key_file=str(Path(deployment.folder) / KEY) if key else "")
+def up(deployment: Deployment, keys: str, start: Start, steps: Steps) -> Deployment:
+    """Starts a deployment whose clients send one of `keys`, a file's text, "" for none, and waits until it is ready and
+    has passed the probe -> as it runs. One that runs already is probed again. Raises UserError where it cannot be, and
+    stops it then."""
+    deployment = replace(deployment, key_file=str(Path(deployment.folder) / KEYS) if keys else "")
     running = Deployment.load(Path(deployment.folder))
-    if running and (other := running.differing(deployment) or ["key"] * (running.key != key)):
+    if running and (other := running.differing(deployment)):
         raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
+    if running and running.keys != keys:
+        raise UserError("other replicas run already, with another key", "make serve-reload API_KEY_FILE=<file>")
     deployment = running or deployment
     runtime = runtime_of(deployment)
     if not running:
-        _prepare(runtime, key, start, steps)
+        _prepare(runtime, keys, start, steps)
     chosen = deployment.serving
     say(f"serve: {deployment.replicas} x TP={chosen.tensor_parallel}, k={chosen.drafts}, {deployment.artifact}")
     if not running:
@@ -190,7 +172,7 @@ def up(deployment: Deployment, key: str, start: Start, steps: Steps) -> Deployme
         if not (fits := what_fits(deployment, error)):
             raise
         say(f"serve: a context of {chosen.max_model_len:,} tokens does not fit on these GPUs, {fits:,} do: once more")
-        return up(replace(deployment, context=fits), key, start, steps)
+        return up(replace(deployment, context=fits), keys, start, steps)
     say(f"ready: {deployment.url}, {ready_as(runtime)}")
     return deployment
 
@@ -220,18 +202,49 @@ def ready_as(runtime: Runtime) -> str:
     return ", ".join(parts)
 
 
-def _prepare(runtime: Runtime, key: str, start: Start, steps: Steps) -> None:
+def _prepare(runtime: Runtime, keys: str, start: Start, steps: Steps) -> None:
     """Writes what the processes read, after a look at whether they can run."""
     deployment = runtime.deployment
+    secrets = _secrets(deployment, keys)
     runtime.check()
     preflight.check(deployment, start.allow, say, Proof(start.check, start.verify_key, steps))
     if isinstance(runtime, Compose):
         check_image(deployment)
         runtime.check_readable()
-    if key:
-        write_key(deployment, key)
+    _keep(deployment, secrets)
     runtime.write()
     deployment.save()
+
+
+def _secrets(deployment: Deployment, keys: str) -> dict[str, str]:
+    """What only who serves may read, by its place in the deployment's folder: keys, where there are any, and the
+    certificate as it is now."""
+    secrets = {KEYS: keys + "\n"} if keys else {}
+    if deployment.cert:
+        secrets[CERTIFICATE] = secret_files.certificate(deployment.cert, deployment.cert_key)
+    return secrets
+
+
+def _keep(deployment: Deployment, secrets: Mapping[str, str]) -> None:
+    for place, text in secrets.items():
+        secret_files.write(Path(deployment.folder) / place, text, deployment.owner)
+
+
+def reload(folder: Path, keys: str) -> None:
+    """Gives what runs these keys, where they are not "", and its certificate anew, without a restart. Raises UserError
+    for a deployment without keys, whose replicas would not ask for them."""
+    runtime = running_in(folder)
+    deployment = runtime.deployment
+    if keys and not deployment.key_file:
+        raise UserError("the replicas were started without a key", "make serve-stop, make serve API_KEY_FILE=<file>")
+    if not keys and not deployment.cert:
+        raise UserError("there is nothing to read anew", "make serve-reload API_KEY_FILE=<file>")
+    _keep(deployment, _secrets(deployment, keys))
+    if keys:
+        say("serve: the keys are those of the file, from the next second on")
+    if deployment.cert:
+        runtime.reload()
+        say("serve: the router has its certificate anew")
 
 
 def check_image(deployment: Deployment) -> None:
@@ -270,8 +283,8 @@ def bring_down(runtime: Runtime) -> None:
     silent = [name for number, name in enumerate(deployment.names) if not readiness.ready(deployment, number)]
     runtime.stop(say, silent)
     deployment.forget()
-    if deployment.key_file:
-        Path(deployment.key_file).unlink(missing_ok=True)
+    for secret in (KEYS, CERTIFICATE):
+        (Path(deployment.folder) / secret).unlink(missing_ok=True)
 
 
 def stop(folder: Path) -> None:

@@ -18,6 +18,8 @@ from v4forge.serving.deployment import Deployment
 from v4forge.serving.settings import WIDTHS
 from v4forge.units import GIB
 
+LOOPBACK = re.compile(r"127(\.\d+){3}$|::1$")
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -150,6 +152,14 @@ def check_ports(deployment: Deployment) -> None:
             raise UserError(f"{port} is no port", "make serve PORT=8000") from None
 
 
+def check_open(deployment: Deployment) -> None:
+    """Raises UserError for an endpoint that others than this machine reach and that asks for no key."""
+    if deployment.key_file or deployment.bind == "localhost" or LOOPBACK.match(deployment.bind):
+        return
+    fact = f"the endpoint would listen on {deployment.bind} and ask nobody for a key"
+    raise UserError(fact, f"make serve BIND={deployment.bind} API_KEY_FILE=<file>, or ALLOW=open")
+
+
 @dataclass(frozen=True)
 class Check:
     """`name` is what ALLOW takes to leave it out."""
@@ -161,6 +171,7 @@ class Check:
 GUARDS = (
     Check("certificate", check_certificate),
     Check("gpu", lambda deployment, _: check_gpus(deployment)),
+    Check("open", lambda deployment, _: check_open(deployment)),
     Check("ports", lambda deployment, _: check_ports(deployment)),
 )
 EVERY_BYTE = Proof()

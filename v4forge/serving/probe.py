@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from v4forge.errors import UserError
 from v4forge.model.chat_format import ASSISTANT, END_THINK, USER
 from v4forge.outcomes import NotChecked, Outcome, failed, not_checked, ok
 from v4forge.serving.agreement import TOKENS, Completion, agreement, completion
-from v4forge.serving.client import LOGS, Endpoint, ask, form_of, metrics, short
+from v4forge.serving.client import LOGS, Endpoint, ask, form_of, metrics, short, status
 from v4forge.serving.metrics import Counts, Reading
 
 # What is completed, greedily, for TOKENS tokens each. Fixed for good too.
@@ -55,6 +56,8 @@ TOOL = {
 }
 FILLED = re.compile(r"v4forge: (?P<what>.+?): all (?P<parameters>\d+) parameters filled from (?P<tensors>\d+) tensors")
 MODEL, MTP = "the model", "the MTP block"
+# What lists the models, and paths of vLLM's that are not served.
+MODELS, UNSERVED = "/v1/models", ("/invocations", "/tokenize")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _outcome(name: str, check: Callable[[State], str], state: State) -> Outcome:
 def models(s: State) -> str:
     """The replica serves the model under the expected name."""
     with form_of("GET /v1/models"):
-        names = [str(each["id"]) for each in ask(s.at, "/v1/models")["data"]]
+        names = [str(each["id"]) for each in ask(s.at, MODELS)["data"]]
     if s.expected.model not in names:
         raise UserError(
             f"it serves {', '.join(names) or 'nothing'}, not {s.expected.model}", "make serve-stop, make serve"
@@ -228,9 +231,27 @@ def filled(log: str, expected: Expected) -> str:
     return "; ".join(told)
 
 
+def access(s: State) -> str:
+    """The replica asks for a key, where it was started with one, and answers nothing besides what is served."""
+    strangers = {"a wrong key": secrets.token_urlsafe(), "no key": ""} if s.at.key else {}
+    for what, key in strangers.items():
+        _expect(s, replace(s.at, key=key), MODELS, 401, what)
+    for path in UNSERVED:
+        _expect(s, s.at, path, 404, "the key" if s.at.key else "no key")
+    told = [f"401 with {' and with '.join(strangers)}"] if strangers else []
+    return "; ".join([*told, f"404 for {' and '.join(UNSERVED)}"])
+
+
+def _expect(s: State, at: Endpoint, path: str, wanted: int, shown: str) -> None:
+    if (told := status(at, path)) != wanted:
+        fact = f"GET {path} with {shown} was answered with HTTP {told}, not {wanted}"
+        raise UserError(fact, f"{LOGS}: does it run with --middleware, as make serve-print shows?")
+
+
 # In this order: drafts need the counters that prompts reads.
 CHECKS: dict[str, Callable[[State], str]] = {
     "models": models,
+    "access": access,
     "prompts": prompts,
     "drafts": drafts,
     "tool call": tool_call,

@@ -88,7 +88,7 @@ class Supervised:
             haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
             if haproxy is None:
                 raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
-            return [haproxy, "-db", "-f", str(self.folder / "haproxy.cfg")], {}
+            return [haproxy, "-W", "-db", "-f", str(self.folder / "haproxy.cfg")], {}
         number = self.deployment.names.index(name)
         variables = self.deployment.variables(number)
         path = [self.deployment.program, os.environ.get("PATH", os.defpath)]
@@ -96,7 +96,7 @@ class Supervised:
             variables["CUDA_HOME"] = str(cuda)
             path.append(f"{cuda}/bin")
         variables["PATH"] = ":".join(path)
-        variables |= {"API_KEY_FILE": self.deployment.key_file or os.devnull, "STARTS": str(self._starts(number))}
+        variables["STARTS"] = str(self._starts(number))
         if self.deployment.gpus[number]:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.deployment.gpus[number])
         return [str(REPLICA), *self.deployment.arguments(number)], variables
@@ -157,6 +157,12 @@ class Supervised:
     def follow(self, names: Sequence[str], lines: int) -> NoReturn:
         files = [str(self.logs / f"{name}.log") for name in names or (*self.deployment.names, ROUTER)]
         os.execvp("tail", ["tail", f"--lines={lines}", "-F", *files])
+
+    def reload(self) -> None:
+        try:
+            self._server().signalProcess(ROUTER, "USR2")
+        except (OSError, xmlrpc.client.Error):
+            raise UserError("the router does not run", "make serve-status") from None
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         try:
