@@ -132,7 +132,11 @@ RULES = (
         DRY, r"make test TESTS=.*", "minutes", ((r'TESTS="?([^"]*)"?', r'TESTS="--collect-only -q \1"'),), beside=True
     ),
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
-    Rule(USAGE, r"make (?:serve-(?:status|logs|stop|pairs)|bench|compare)(?: .*)?", "what is served or was measured"),
+    Rule(
+        USAGE,
+        r"make (?:serve-(?:status|logs|reload|stop|pairs)|bench|compare)(?: .*)?",
+        "what is served or was measured",
+    ),
     Rule(USAGE, r"make (?:env|env-serve|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
     Rule(USAGE, r"make (?:ci|soak|lint|test|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
@@ -154,7 +158,7 @@ RULES = (
     Rule(DRY, r"\.ci/run(?: soak)?", "a machine of its own", ((r"^", "bash -n "),)),
     Rule(
         SYNTAX,
-        r"(?:curl|tr|kubectl|\.|\.venv/bin/hf|sudo|docker|export|nvidia-smi) .*",
+        r"(?:curl|sed|tr|kubectl|\.|\.venv/bin/hf|sudo|docker|export|nvidia-smi) .*",
         "a server, a cluster, root or a GPU",
     ),
 )

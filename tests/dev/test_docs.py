@@ -234,3 +234,12 @@ def test_a_copy_has_what_git_has_and_is_clean(tmp_path: Path) -> None:
 def test_outside_of_a_checkout_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a git checkout"), doc_runs.copied(tmp_path):
         pass
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    files = [path for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name]
+    known = set(re.findall(r"def (test_\w+)", "\n".join(path.read_text(encoding="utf-8") for path in files)))
+    named = {name for text in PAGES.values() for name in re.findall(r"`(test_\w+…?)`", text)}
+    assert len(named) > 20
+    absent = [name for name in named if not any(each.startswith(name.rstrip("…")) for each in known)]
+    assert [name for name in absent if name.endswith("…") or name not in known] == []

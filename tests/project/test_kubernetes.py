@@ -32,8 +32,8 @@ OBJECTS: list[dict[str, Any]] = [
 VALUES = yaml.safe_load((FOLDER / "values.yaml").read_text(encoding="utf-8"))
 ENGINE = VALUES["servingEngineSpec"]
 MODEL = ENGINE["modelSpec"][0]
-PUBLISHED = settings.serving()
-VARIABLES = PUBLISHED.variables("/cache")
+PRODUCTION = settings.serving(settings.PRODUCTION)
+KEYS = "/keys/keys"
 LOAD_S = 45 * 60
 DIGEST = "ab" * 32
 IMAGE = f"registry.example/v4forge/serve@sha256:{DIGEST}"
@@ -51,8 +51,10 @@ POD = STATEFUL_SET["template"]["spec"]
 
 
 def arguments(finish_s: int) -> list[str]:
-    """The published settings, but for how long a stopped replica may take to finish."""
-    return settings.serving(overrides={"shutdown-timeout": str(finish_s)}).arguments("/artifact", 8000)
+    """The settings of production, but for how long a stopped replica may take to finish."""
+    return settings.serving(settings.PRODUCTION, overrides={"shutdown-timeout": str(finish_s)}).arguments(
+        "/artifact", 8000
+    )
 
 
 def plain(env: list[dict[str, Any]]) -> dict[str, str]:
@@ -78,10 +80,15 @@ def test_a_field_that_kubernetes_does_not_know_is_refused() -> None:
         kubernetes_validate.validate(misspelt, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_a_replica_is_told_what_the_published_profile_says() -> None:
+def variables(replicas: int) -> dict[str, str]:
+    """What a replica has in its environment: the settings', and what it has to know of who gets in."""
+    return PRODUCTION.variables("/cache") | {"API_KEY_FILE": KEYS, "REPLICAS": str(replicas)}
+
+
+def test_a_replica_is_told_what_the_production_profile_says() -> None:
     assert REPLICA["command"] == ["vllm", "serve"]
     assert REPLICA["args"] == arguments(finish_s=300)
-    assert plain(REPLICA["env"]) == VARIABLES
+    assert plain(REPLICA["env"]) == variables(STATEFUL_SET["replicas"])
 
 
 def test_the_chart_tells_a_replica_the_same() -> None:
@@ -91,11 +98,11 @@ def test_the_chart_tells_a_replica_the_same() -> None:
     own += ["--tensor-parallel-size", str(written["tensorParallelSize"])]
     own += ["--enable-prefix-caching" if written["enablePrefixCaching"] else "--no-enable-prefix-caching"]
     assert options(own + written["extraArgs"]) == options(arguments(finish_s=25))
-    assert plain(MODEL["env"]) == VARIABLES
+    assert plain(MODEL["env"]) == variables(MODEL["replicaCount"])
 
 
 def test_a_replica_gets_the_gpus_that_it_splits_the_model_over() -> None:
-    gpus = PUBLISHED.tensor_parallel
+    gpus = PRODUCTION.tensor_parallel
     assert REPLICA["resources"]["limits"]["nvidia.com/gpu"] == gpus == MODEL["requestGPU"]
     assert REPLICA["resources"]["requests"]["nvidia.com/gpu"] == gpus
 
@@ -134,10 +141,21 @@ def test_the_artifact_is_mounted_read_only() -> None:
         assert all(mount["readOnly"] is True for mount in mounts if mount["name"] == "artifact")
 
 
-def test_the_api_key_comes_from_a_secret_that_no_file_holds() -> None:
-    (key,) = [item["valueFrom"]["secretKeyRef"] for item in REPLICA["env"] if item["name"] == "VLLM_API_KEY"]
-    assert ENGINE["vllmApiKey"] == {"secretName": key["name"], "secretKey": key["key"]}
-    assert f"kubectl create secret generic {key['name']} --from-file={key['key']}=" in DOC
+def test_the_keys_come_from_a_secret_that_no_file_holds() -> None:
+    for volumes, mounts in (
+        (POD["volumes"], REPLICA["volumeMounts"]),
+        (MODEL["extraVolumes"], MODEL["extraVolumeMounts"]),
+    ):
+        (secret,) = [volume["secret"] for volume in volumes if volume["name"] == "keys"]
+        (mount,) = [mount for mount in mounts if mount["name"] == "keys"]
+        assert "subPath" not in mount and mount["readOnly"] is True  # a changed Secret arrives
+        assert secret["defaultMode"] == 0o440 and POD["securityContext"]["fsGroup"]  # who serves may read it
+        folder, entry = str(mount["mountPath"]), Path(KEYS).name
+        assert f"{folder}/{entry}" == KEYS
+        assert f"kubectl create secret generic {secret['secretName']} --from-file={entry}=" in DOC
+    router = VALUES["routerSpec"]["vllmApiKey"]
+    assert router["secretName"] == secret["secretName"] and f"--from-file={router['secretKey']}=" in DOC
+    assert "vllmApiKey" not in ENGINE and not [item for item in REPLICA["env"] if "API_KEY" in item["name"]][1:]
     assert not [item for item in OBJECTS if item["kind"] == "Secret"]
 
 
@@ -185,11 +203,13 @@ def run_documented(name: str, checkout: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_the_documents_command_takes_the_key_without_the_end_of_its_line(checkout: Path) -> None:
-    (checkout / "api-key.txt").write_text("sesame\n", encoding="utf-8")
+def test_the_documents_command_takes_the_keys_and_the_routers_own(checkout: Path) -> None:
+    (checkout / "api-keys.txt").write_text("ann:open\nrouter:sesame\n", encoding="utf-8")
+    (checkout / "bin/kubectl").write_text('#!/bin/sh\necho "$@" >>asked; [ "$1" = apply ] || cat >>applied\n')
     done = run_documented("artifact.yaml", checkout)
     assert done.returncode == 0, done.stderr
     assert (checkout / "applied").read_text(encoding="utf-8") == "sesame"
+    assert "--from-file=keys=api-keys.txt" in (checkout / "asked").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["replicas.yaml", "values.yaml"])

@@ -359,3 +359,25 @@ def test_progress_tells_the_replica_and_what_is_asked(server: ThreadingHTTPServe
     url = f"http://127.0.0.1:{server.server_port}"
     probe.probe(client.endpoints(url, 2), EXPECTED, lambda replica: LOG, lambda *step: told.append(step))
     assert told[0] == (0, "replica 0: models") and told[-1] == (2, "replicas agree")
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "fact"),
+    [
+        ("/v1/models", KEY, "GET /v1/models with a wrong key was answered with HTTP 200, not 401"),
+        ("/tokenize", KEY, "GET /tokenize with the key was answered with HTTP 405, not 404"),
+        ("/invocations", "", "GET /invocations with no key was answered with HTTP 405, not 404"),
+    ],
+)
+def test_a_replica_that_lets_anybody_in_is_named(server: ThreadingHTTPServer, path: str, key: str, fact: str) -> None:
+    server.RequestHandlerClass.key = "" if path == "/v1/models" else key  # type: ignore[attr-defined]
+    if path != "/v1/models":
+        fault(server, 1, path, lambda body: (405, "{}"))
+    found = failed(probed(server, key=key))
+    assert found["replica 1: access"].startswith(f"{fact}: make serve-logs: ")
+
+
+def test_replicas_that_ask_for_the_key_pass(server: ThreadingHTTPServer) -> None:
+    server.RequestHandlerClass.key = KEY  # type: ignore[attr-defined]
+    told = {check.name: check.detail for check in probed(server, key=KEY)}
+    assert told["replica 0: access"] == "401 with a wrong key and with no key; 404 for /invocations and /tokenize"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -17,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from balanced import wait_for
-from served import ROOT, SERVE_ENVIRONMENT, free_ports
+from served import ROOT, SERVE_ENVIRONMENT, Served, free_ports
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 SILENCE_S = 0.2
 COMMENT = ": keep-alive"
@@ -133,3 +134,81 @@ def test_a_key_that_is_added_gets_in_within_two_seconds_and_without_the_file_nob
     wait_for(lambda: status("open") == 200, 5)
     told = httpx.get(f"{guarded.url}/metrics").text
     assert "running" in told  # the application's: the middleware asks no key for it
+
+
+# --- a real vLLM
+
+
+def ways_in(tiny: Served) -> dict[str, str]:
+    deployment = tiny.deployment
+    replica = f"http://127.0.0.1:{deployment.replica_port(1)}"
+    return {"the router": deployment.url, "its address for this machine": deployment.admin_url, "a replica": replica}
+
+
+@pytest.mark.parametrize("way", ["the router", "its address for this machine", "a replica"])
+def test_whichever_way_a_request_comes_it_needs_a_key_and_finds_the_api_alone(tiny: Served, way: str) -> None:
+    url, body = ways_in(tiny)[way], {"model": tiny.deployment.serving.model, "prompt": "x", "max_tokens": 1}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for path in ("/invocations", "/tokenize", "/detokenize", "/v1/load_lora_adapter", "/docs", "/pooling"):
+            for key in ("", tiny.key):
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                assert client.post(path, json=body, headers=headers).status_code == 404, path
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            for path in ("/v1/completions", "/v1/messages", "/v1/responses"):
+                assert client.post(path, json=body, headers=headers).status_code == 401, path
+            assert client.get("/v1/models", headers=headers).status_code == 401
+        right = {"Authorization": f"Bearer {tiny.key}"}
+        assert client.post("/v1/completions", json=body, headers=right).status_code == 200
+
+
+def test_a_key_that_is_added_and_taken_away_again_counts_within_two_seconds(tiny: Served, tmp_path: Path) -> None:
+    replicas = [f"http://127.0.0.1:{tiny.deployment.replica_port(number)}" for number in (0, 1)]
+    body = {"model": tiny.deployment.serving.model, "prompt": "one two three", "max_tokens": 5, "ignore_eos": True}
+
+    def statuses(key: str) -> list[int]:
+        headers = {"Authorization": f"Bearer {key}"}
+        return [httpx.get(f"{url}/v1/models", headers=headers).status_code for url in replicas]
+
+    def counted(replica: str, name: str, key: str) -> float:
+        found = re.search(rf'^v4forge_{name}_total{{key="{key}"}} (\S+)', httpx.get(f"{replica}/metrics").text, re.M)
+        return float(found[1]) if found else 0.0
+
+    assert statuses("second") == [401, 401]
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"first:{tiny.key}\nsecond-one:second\n")
+    try:
+        done = tiny.program("reload", "--api-key-file", str(keys))
+        assert done.returncode == 0, done.stderr
+        assert wait_for(lambda: statuses("second") == [200, 200], 5) < 2
+        headers = {"Authorization": "Bearer second"}
+        for asked in ({}, {"stream": True}):
+            answer = httpx.post(f"{replicas[0]}/v1/completions", json=body | asked, headers=headers, timeout=60)
+            assert answer.status_code == 200
+        text = {"model": body["model"], "input": "one", "max_output_tokens": 5}
+        assert httpx.post(f"{replicas[0]}/v1/responses", json=text, headers=headers, timeout=60).status_code == 200
+        assert counted(replicas[0], "completion_tokens", "second-one") == 15
+        assert counted(replicas[0], "prompt_tokens", "second-one") > 6
+        assert statuses(tiny.key) == [200, 200]
+    finally:
+        keys.write_text(f"{tiny.key}\n")
+        tiny.program("reload", "--api-key-file", str(keys))
+    assert wait_for(lambda: statuses("second") == [401, 401], 5) < 2
+    assert "second-one" in httpx.get(f"{replicas[0]}/metrics").text and tiny.key not in tiny.folder.name
+
+
+def test_without_its_file_of_keys_nobody_gets_in(tiny: Served) -> None:
+    file, url = tiny.folder / "keys/api_key", ways_in(tiny)["a replica"]
+    headers = {"Authorization": f"Bearer {tiny.key}"}
+    away = file.rename(file.with_name("away"))
+    try:
+        wait_for(lambda: httpx.get(f"{url}/v1/models", headers=headers).status_code == 503, 5)
+        assert httpx.get(f"{url}/v1/models").status_code == 503 and answers(url)
+    finally:
+        away.rename(file)
+    wait_for(lambda: httpx.get(f"{url}/v1/models", headers=headers).status_code == 200, 5)
+
+
+def test_the_probe_has_seen_who_gets_in(tiny: Served) -> None:
+    told = "401 with a wrong key and with no key; 404 for /invocations and /tokenize"
+    for replica in (0, 1):
+        assert re.search(rf"^replica {replica}: access +ok +{told}$", tiny.said, re.M), tiny.said
