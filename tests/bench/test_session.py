@@ -37,7 +37,7 @@ def started(own: Wanted, key: str = "") -> Deployment:
 def test_servers_of_a_bench_live_one_after_the_other_beside_the_folder_each_with_the_key(
     tmp_path: Path, noted: list[Noted]
 ) -> None:
-    bench = session(wanted(tmp_path), key=KEY)
+    bench = session(wanted(tmp_path), keys=KEY)
     for drafts in (0, 2):
         with bench.served(wanted(tmp_path, drafts=drafts)) as at:
             assert at.key == KEY and words(noted)[-1] == "start"
@@ -72,7 +72,7 @@ def test_what_runs_is_measured_with_its_own_key_and_goes_on(tmp_path: Path, note
 
 
 def test_an_address_is_asked_with_the_key_and_nothing_is_started(tmp_path: Path, noted: list[Noted]) -> None:
-    with session(wanted(tmp_path), "http://127.0.0.1:1", key=KEY).served() as at:
+    with session(wanted(tmp_path), "http://127.0.0.1:1", keys=KEY).served() as at:
         assert (at.url, at.key) == ("http://127.0.0.1:1", KEY)
     assert noted == []
 

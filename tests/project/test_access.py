@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "patches" / "vllm" / "
 from v4forge_vllm import access
 from v4forge_vllm import keys as replicas_keys
 from v4forge_vllm.access import Access
+from v4forge_vllm.keep_alive import Stream
 
 from v4forge.errors import UserError
 from v4forge.serving import keys
@@ -294,6 +295,24 @@ def test_a_websocket_is_refused_and_the_start_of_the_server_passes(file: Path) -
     for scope in ({"type": "lifespan"}, {"type": "websocket", "path": "/v1/realtime"}):
         asyncio.run(Access(app)(scope, None, send))  # type: ignore[arg-type]
     assert asked == ["lifespan"] and [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_no_comment_follows_the_end_that_came_when_one_was_due() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ends() -> None:
+        stream = Stream(send, 60)
+        stream.last_s -= 61
+        stream._look()
+        await stream.send({"type": "http.response.body", "body": b""})
+        assert stream.comment is not None
+        await stream.comment
+
+    asyncio.run(ends())
+    assert [message["body"] for message in sent] == [b""]
 
 
 def test_the_errors_have_the_form_of_the_routers(file: Path) -> None:

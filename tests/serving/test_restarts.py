@@ -36,7 +36,7 @@ def vllm(folder: Path, lasts: int) -> Path:
 
 def variables(folder: Path, programs: Path, **more: str) -> dict[str, str]:
     found = {"PATH": f"{programs}:{os.environ['PATH']}", "STARTS": str(folder / "starts")}
-    return os.environ | found | {"RESTART_S": "1", "API_KEY_FILE": os.devnull} | more
+    return os.environ | found | {"RESTART_S": "1"} | more
 
 
 def start(environment: dict[str, str]) -> tuple[float, str]:
@@ -117,3 +117,10 @@ def test_a_router_that_is_stopped_right_after_its_start_is_no_first_process() ->
     """The kernel keeps a signal from a first process that has no handler for it yet, and the stop then waits for its
     grace, ten minutes."""
     assert SERVICES["router"]["init"] is True
+
+
+def test_vllm_asks_for_no_key_of_its_own_besides(tmp_path: Path) -> None:
+    programs = vllm(tmp_path, 99)
+    (programs / "vllm").write_text(f"#!/bin/sh\necho ${{VLLM_API_KEY-none}} >{tmp_path}/key\nexit 1\n")
+    start(variables(tmp_path, programs, VLLM_API_KEY="of another server"))
+    assert (tmp_path / "key").read_text() == "none\n"

@@ -116,10 +116,9 @@ class Deployment:
     def variables(self, number: int) -> dict[str, str]:
         """The environment that the settings give a replica, with the folder of its caches, and what it has to know of
         who gets in: where the keys are, and how many replicas share what a key is good for."""
-        variables = self.serving.variables(self.cache(number)) | {"REPLICAS": str(self.replicas)}
-        if self.key_file:
-            variables["API_KEY_FILE"] = f"/{KEYS}" if self.runtime == "docker" else self.key_file
-        return variables
+        keys_at = f"/{KEYS}" if self.key_file and self.runtime == "docker" else self.key_file
+        access = {"API_KEY_FILE": keys_at, "REPLICAS": str(self.replicas)}
+        return self.serving.variables(self.cache(number)) | access
 
     def cache(self, number: int) -> str:
         """Where a replica keeps what it compiles: in its volume, of which each user has a folder, as nobody may write

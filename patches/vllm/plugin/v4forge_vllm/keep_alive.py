@@ -48,15 +48,15 @@ class KeepAlive:
 
 
 class Stream:
-    """An answer whose head the application has sent. A comment comes between whole events only, and never while the
-    application sends, which takes as long as the client does not read."""
+    """An answer whose head the application has sent. A comment comes between whole events only; one waits at a time,
+    while the client does not read."""
 
     def __init__(self, send: Send, silence_s: float) -> None:
         self.sends = send
         self.silence_s = silence_s
         self.loop = asyncio.get_running_loop()
         self.last_s = self.loop.time()
-        self.whole, self.sending, self.ended = True, False, False
+        self.whole, self.ended = True, False
         self.comment: asyncio.Task[None] | None = None
         self.timer = self.loop.call_later(silence_s, self._look)
 
@@ -65,9 +65,7 @@ class Stream:
             self.whole = body.endswith((b"\n\n", b"\r\n\r\n"))
         if not message.get("more_body"):
             self.end()
-        self.sending = True
         await self.sends(message)
-        self.sending = False
         self.last_s = self.loop.time()
 
     def end(self) -> None:
@@ -83,7 +81,7 @@ class Stream:
         self.timer = self.loop.call_later(self.silence_s - quiet_s, self._look)
 
     async def _say(self) -> None:
-        if self.whole and not self.sending and not self.ended:
+        if self.whole and not self.ended:  # it may have become so since
             await self.sends({"type": "http.response.body", "body": COMMENT, "more_body": True})
 
 
