@@ -59,14 +59,14 @@ def test_every_query_of_a_replica_follows_the_choice_of_replicas() -> None:
         selector
         for panel in PANELS
         for target in panel["targets"]
-        for selector in re.findall(r"vllm:\w+(\{.*?\})?", target["expr"])
+        for selector in re.findall(r"(?:vllm:|v4forge_)\w+(\{.*?\})?", target["expr"])
     ]
     assert set(selectors) == {'{instance=~"$replica"}'}
 
 
 def test_counters_and_nothing_else_are_read_over_a_range() -> None:
     for query in QUERIES:
-        for name, ranged in re.findall(r"((?:vllm:|haproxy_)\w+)(?:\{[^}]*\})?(\[)?", query.text):
+        for name, ranged in re.findall(r"((?:vllm:|haproxy_|v4forge_)\w+)(?:\{[^}]*\})?(\[)?", query.text):
             assert bool(ranged) == name.endswith(("_total", "_bucket")), query
 
 
@@ -74,9 +74,9 @@ def test_counters_and_nothing_else_are_read_over_a_range() -> None:
 def test_real_servers_export_every_metric_and_label_that_a_query_names(query: Query) -> None:
     exported = {
         match[1]: set(re.findall(r'(\w+)="', match[2] or "")) | {"instance"}  # Prometheus' own
-        for match in re.finditer(r"^([a-z_:]+)(?:\{(.*)\})? \S+$", EXPORTED, flags=re.MULTILINE)
+        for match in re.finditer(r"^([a-z0-9_:]+)(?:\{(.*)\})? \S+$", EXPORTED, flags=re.MULTILINE)
     }
-    names = set(re.findall(r"(?:vllm:|haproxy_)\w+", query.text))
+    names = set(re.findall(r"(?:vllm:|haproxy_|v4forge_)\w+", query.text))
     assert names <= exported.keys()
     known = set().union(*(exported[name] for name in names))
     labels = re.findall(r'(\w+)=~?"', query.text) + re.findall(r"\{\{(\w+)\}\}", query.legend)
