@@ -11,10 +11,12 @@ from keeper_stand_in import Noted, install, steps, wanted, words
 from tls import Authority
 
 from v4forge.errors import UserError
-from v4forge.serving import haproxy, keys, launch, preflight, secret_files
+from v4forge.serving import compose, haproxy, keys, launch, preflight, secret_files
+from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import CERTIFICATE, KEYS, USER, Deployment
 from v4forge.serving.haproxy import Addresses
 from v4forge.serving.launch import Start
+from v4forge.serving.supervisord import Supervised
 
 TWO = "ann:open\nbob:sesame:60"
 
@@ -109,7 +111,7 @@ def test_keys_are_changed_while_it_runs_and_never_taken_away(
 # --- an endpoint that others reach
 
 
-@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "192.0.2.7", "serve.example"])
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "192.0.2.7", "serve.example", "127.0.0.1.example", ""])
 def test_an_endpoint_that_others_reach_is_refused_without_a_key(tmp_path: Path, bind: str) -> None:
     with pytest.raises(UserError) as error:
         preflight.check_open(deployment(tmp_path, bind=bind))
@@ -173,6 +175,24 @@ def test_the_router_speaks_tls_with_the_deployments_file_and_a_new_one_is_read_w
     assert words(noted) == ["write", "start", "reload"]
     launch.stop(folder)
     assert not (folder / CERTIFICATE).exists()
+
+
+def test_the_router_is_told_to_read_anew_by_whoever_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, ...]] = []
+    running = ["c0ffee\n"]
+
+    def docker(*words: str) -> str:
+        told.append(words)
+        return "".join(running)
+
+    monkeypatch.setattr(compose, "_told", docker)
+    runtime = Compose(deployment(tmp_path, runtime="docker"))
+    runtime.reload()
+    assert told[-1] == ("kill", "--signal=USR2", "c0ffee")
+    running.clear()
+    for each in (runtime, Supervised(deployment(tmp_path))):  # neither runs
+        with pytest.raises(UserError, match="the router does not run"):
+            each.reload()
 
 
 def test_without_a_certificate_nothing_of_it_is_in_the_configuration(tmp_path: Path) -> None:

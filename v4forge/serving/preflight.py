@@ -18,7 +18,7 @@ from v4forge.serving.deployment import Deployment
 from v4forge.serving.settings import WIDTHS
 from v4forge.units import GIB
 
-LOOPBACK = re.compile(r"127(\.\d+){3}$|::1$")
+LOOPBACK = re.compile(r"127(\.\d+){3}|::1|localhost")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def check_ports(deployment: Deployment) -> None:
 
 def check_open(deployment: Deployment) -> None:
     """Raises UserError for an endpoint that others than this machine reach and that asks for no key."""
-    if deployment.key_file or deployment.bind == "localhost" or LOOPBACK.match(deployment.bind):
+    if deployment.key_file or LOOPBACK.fullmatch(deployment.bind):
         return
     fact = f"the endpoint would listen on {deployment.bind} and ask nobody for a key"
     raise UserError(fact, f"make serve BIND={deployment.bind} API_KEY_FILE=<file>, or ALLOW=open")
