@@ -11,17 +11,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from balanced import Router, router, wait_for
+from balanced import router, wait_for
+from keeper_stand_in import steps
+from served import ROOT, SERVE_ENVIRONMENT, free_ports
 from tls import Authority
 
-from v4forge.serving import secret_files
+from v4forge.serving import launch, preflight, probe, secret_files
+from v4forge.serving.launch import Start, Wanted
 
 pytestmark = pytest.mark.serve
 
 
-def serial(front: Router, trusted: ssl.SSLContext) -> int:
+def serial(port: int, trusted: ssl.SSLContext) -> int:
     """The number of the certificate that the endpoint shows."""
-    port = int(front.public.rpartition(":")[2])
     with (
         socket.create_connection(("127.0.0.1", port)) as plain,
         trusted.wrap_socket(plain, server_hostname="127.0.0.1") as speaking,
@@ -42,6 +44,7 @@ def test_the_endpoint_speaks_tls_alone_and_a_new_certificate_ends_no_stream(tmp_
             httpx.get(front.public.replace("https", "http") + "/health")
 
         events: list[str] = []
+        port = int(front.public.rpartition(":")[2])
 
         def read() -> None:
             body = {"stream": True, "tokens": 30, "token_s": 0.1}
@@ -51,11 +54,60 @@ def test_the_endpoint_speaks_tls_alone_and_a_new_certificate_ends_no_stream(tmp_
         reader = threading.Thread(target=read)
         reader.start()
         wait_for(lambda: len(events) > 2, 10)
-        before = serial(front, trusted)
+        before = serial(port, trusted)
         authority.issue(tmp_path)
         secret_files.write(pem, secret_files.certificate(*files))
         os.kill(front.process.pid, signal.SIGUSR2)  # what make serve-reload sends
-        wait_for(lambda: serial(front, trusted) != before, 10)
+        wait_for(lambda: serial(port, trusted) != before, 10)
         assert len(events) < 30
         reader.join()
         assert len(events) == 31 and events[-1] == "data: [DONE]"
+
+
+# `vllm serve` with the real middleware and uvicorn, and a stand-in behind them.
+VLLM = """#!/bin/sh
+while [ "$1" != --port ]; do shift; done
+exec {python} {program} "$2" 15
+"""
+
+
+def test_a_deployment_of_this_host_speaks_tls_asks_for_keys_and_takes_others_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """supervisord, the router and the replicas' ways in as they are; neither GPUs nor weights."""
+    monkeypatch.setattr(preflight, "check", lambda *_: None)
+    monkeypatch.setattr(probe, "probe", lambda *_: [])
+    monkeypatch.setenv("API_KEY_FILE", "/of/another")  # what a shell has set does not count
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    python, program = SERVE_ENVIRONMENT / "bin/python", ROOT / "tests/support/guarded_app.py"
+    (programs / "vllm").write_text(VLLM.format(python=python, program=program))
+    (programs / "vllm").chmod(0o755)
+    authority = Authority()
+    trusted = ssl.create_default_context(cafile=authority.write(tmp_path))
+    cert, key = map(str, authority.issue(tmp_path))
+    folder = tmp_path / "serve"
+    asked = Wanted(folder, tmp_path, backend="cpu", port=free_ports(4), cert=cert, cert_key=key, program=str(programs))
+    running = launch.up(launch.deployment_of(asked), "ann:open", Start(timeout_s=60), steps)
+    try:
+        replica = f"http://127.0.0.1:{running.replica_port(1)}"
+
+        def statuses(sent: str) -> list[int]:
+            headers = {"Authorization": f"Bearer {sent}"} if sent else {}
+            urls = [f"{running.url}/v1/models", f"{running.admin_url}/v1/models", f"{replica}/v1/models"]
+            return [httpx.get(url, headers=headers, verify=trusted).status_code for url in urls]
+
+        assert running.url.startswith("https://")
+        assert [statuses(sent) for sent in ("", "new", "open")] == [[401] * 3, [401] * 3, [200] * 3]
+        assert httpx.get(f"{running.url}/health", verify=trusted).status_code == 200
+        before = serial(running.port, trusted)
+        authority.issue(tmp_path)
+        launch.reload(folder, "ann:new")
+        wait_for(lambda: statuses("new") == [200] * 3, 5)
+        wait_for(lambda: statuses("open") == [401] * 3, 5)  # the other replica looks at its own time
+        wait_for(lambda: serial(running.port, trusted) != before, 5)
+        (folder / "keys/api_key").unlink()
+        wait_for(lambda: statuses("new") == [503] * 3, 10)
+    finally:
+        launch.stop(folder)
+    assert not list((folder / "tls").iterdir()) and not list((folder / "keys").iterdir())
