@@ -246,7 +246,10 @@ def test_requests_and_tokens_are_counted_by_the_name_of_the_key(file: Path, cloc
 
 
 TOKEN = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
-TOLD = b'{"output": [{"text": "\\"input_tokens\\": 5"}], "usage": {"input_tokens": 3, "output_tokens": 2}}'
+TOLD = (
+    b'{"metadata": {"input_tokens": 0, "output_tokens": 0}, "output": [{"text": "\\"input_tokens\\": 5"}],'
+    b' "usage": {"input_tokens": 3, "output_tokens": 2}}'
+)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ REQUESTS = Counter("v4forge_requests", "Answers, by the name of the key and thei
 PROMPTED = Counter("v4forge_prompt_tokens", "Tokens of prompts, by the name of the key", ["key"])
 GENERATED = Counter("v4forge_completion_tokens", "Tokens of answers, by the name of the key", ["key"])
 LEFT = 499  # the client has left before there was an answer, as in nginx's logs
-# A quote within an answer's text has a backslash before it, so that no text can look like this.
-TOLD = re.compile(rb'"(?:input|prompt)_tokens": ?(\d+).*"(?:output|completion)_tokens": ?(\d+)', re.DOTALL)
+# The last of its kind: a request may have such names too, and be repeated before. A quote within an answer's text has a
+# backslash before it, so that no text looks like this.
+TOLD = re.compile(rb'.*"(?:input|prompt)_tokens": ?(\d+).*"(?:output|completion)_tokens": ?(\d+)', re.DOTALL)
 
 
 async def count(
@@ -63,6 +64,6 @@ def tokens(state: MutableMapping[str, Any], last: bytes, events: int) -> tuple[i
     """Tokens of the prompt and of the answer, whose last piece is `last`."""
     if told := getattr(state.get("request_metadata"), "final_usage_info", None):
         return told.prompt_tokens, told.completion_tokens or 0
-    if found := TOLD.search(last):
+    if found := TOLD.match(last):
         return int(found[1]), int(found[2])
     return 0, events
