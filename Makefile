@@ -66,7 +66,8 @@ PORT := 8000
 API_KEY_FILE :=
 CERT :=
 KEY :=
-AFFINITY :=
+QUEUE :=
+PER_SOURCE :=
 DRAIN :=
 METRICS :=
 ALLOW :=
@@ -120,7 +121,8 @@ serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
 	--backend $(call q,BACKEND) $(if $(value SERVE_PROFILE),--serve-profile $(call q,SERVE_PROFILE)) --bind $(call q,BIND) --port $(call q,PORT) \
 	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) $(if $(value TP),--tp $(call q,TP)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
-	$(if $(value AFFINITY),--affinity) $(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics) \
+	$(if $(value QUEUE),--queue $(call q,QUEUE)) $(if $(value PER_SOURCE),--per-source $(call q,PER_SOURCE)) \
+	$(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics) \
 	$(if $(value CERT),--cert $(call q,CERT)) $(if $(value KEY),--cert-key $(call q,KEY))
 artifact = $(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)
 verify_key = $(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))

@@ -42,7 +42,9 @@ def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profil
     add("--cert-key", default="", metavar="FILE", help="PEM: its key, where the first file has none")
     add("--drain", type=int, default=Wanted.drain_s, metavar="S",
         help="a stop waits so long for requests; default: %(default)s")  # fmt: skip
-    add("--affinity", action="store_true", help="requests with one X-Session-Id go to one replica")
+    add("--queue", type=int, metavar="N", help="requests that may wait at a replica; default: as many as run")
+    add("--per-source", type=int, default=Wanted.per_source, metavar="N",
+        help="connections that an address may have; default: %(default)s")  # fmt: skip
     add("--metrics", action="store_true", help="Prometheus and Grafana too")
     add("--compose-file", nargs="+", default=[], metavar="FILE",
         help="on top of compose.yaml: more mounts, other limits")  # fmt: skip
@@ -86,7 +88,8 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
         cert=arguments.cert,
         cert_key=arguments.cert_key,
         drain_s=arguments.drain,
-        affinity=arguments.affinity,
+        waiting=arguments.queue,
+        per_source=arguments.per_source,
         metrics=arguments.metrics,
         compose=arguments.compose_file,
         program=arguments.program,

@@ -22,6 +22,8 @@ from worker_stand_in import Worker
 from v4forge.serving import haproxy
 from v4forge.serving.haproxy import Addresses
 
+OPTIONS: dict[str, Any] = {"drain_s": 30, "limits": haproxy.Limits(), "by_prefix": False}
+
 
 @dataclass
 class Answer:
@@ -48,12 +50,19 @@ class Router:
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8")
 
-    def ask(self, at: str = "", limit_s: float = 60, headers: dict[str, str] | None = None, **body: Any) -> Answer:
+    def ask(
+        self,
+        at: str = "",
+        to: str = "/v1/completions",
+        limit_s: float = 60,
+        headers: dict[str, str] | None = None,
+        **body: Any,
+    ) -> Answer:
         """One request, its answer read to the end."""
         begun, got = time.monotonic(), Answer()
         try:
             with httpx.stream(
-                "POST", f"{at or self.public}/v1/completions", json=body, timeout=limit_s, headers=headers
+                "POST", f"{at or self.public}{to}", json=body, timeout=limit_s, headers=headers, verify=False
             ) as answer:
                 got.status, got.headers = answer.status_code, dict(answer.headers)
                 for line in answer.iter_lines():
@@ -100,7 +109,7 @@ def router(folder: Path, count: int, certificate: str = "", **options: Any) -> I
     workers = [Worker(first + 2 + place) for place in range(count)]
     public, admin = f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"
     addresses = Addresses(public, admin, [f"127.0.0.1:{worker.port}" for worker in workers], certificate=certificate)
-    (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, **({"drain_s": 30} | options)))
+    (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, **(OPTIONS | options)))
     with ExitStack() as stack:
         for worker in workers:
             stack.enter_context(worker.run())

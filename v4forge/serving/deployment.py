@@ -14,7 +14,7 @@ from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json, write_json, write_text
 from v4forge.serving import client, haproxy, keys, settings
 from v4forge.serving.client import Endpoint
-from v4forge.serving.haproxy import Addresses
+from v4forge.serving.haproxy import Addresses, Limits
 from v4forge.serving.settings import Serving
 
 STATE, SUPERVISED = "serving.json", "supervisord.conf"
@@ -29,8 +29,9 @@ class Deployment:
     """What `make serve` starts. `folder` holds its files; `gpus` the devices of each replica, none on a CPU;
     `overrides` are the operator's settings of vLLM; `key_file` holds the API keys, "" for none; `cert` and `cert_key`
     are the operator's files of a certificate, "" for no TLS; `program` is the folder of a host's vllm; `compose` are
-    files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `context` is
-    the longest that fits where the profile's does not, 0 where it does."""
+    files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `waiting` is
+    how many requests may wait at a replica, None for as many as run; `per_source` how many connections an address may
+    have; `context` is the longest that fits where the profile's does not, 0 where it does."""
 
     folder: str
     artifact: str
@@ -45,7 +46,8 @@ class Deployment:
     cert: str = ""
     cert_key: str = ""
     drain_s: int = 600
-    affinity: bool = False
+    waiting: int | None = None
+    per_source: int = Limits.per_source
     metrics: bool = False
     image: str = ""
     program: str = ""
@@ -151,7 +153,13 @@ class Deployment:
             pem = f"{self.folder}/{CERTIFICATE}" if self.cert else ""
             public, admin = f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}"
             addresses = Addresses(public, admin, names, certificate=pem)
-        return haproxy.configuration(addresses, self.drain_s, self.affinity)
+        return haproxy.configuration(addresses, self.drain_s, self.limits, self.serving.prefix_caching)
+
+    @property
+    def limits(self) -> Limits:
+        """What the router lets in."""
+        running = self.serving.max_num_seqs
+        return Limits(running, running if self.waiting is None else self.waiting, self.per_source)
 
     def save(self) -> None:
         """Keeps it in its folder, with the router's configuration."""

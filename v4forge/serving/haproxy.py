@@ -6,6 +6,7 @@ server until the first byte of an answer, drains, and has statistics and a Prome
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,31 @@ SILENCE_S = 3600
 # Checks of a replica in a row, 2 s apart, that fail before it gets nothing new: 30 s from the first to the last.
 FALL = 16
 DOCKER_RESOLVER = "127.0.0.11:53"
+# Of the average load, in percent, what a replica may have before a conversation goes to another one. And of a prompt
+# without messages, how many characters tell conversations apart.
+BALANCE_PERCENT, PROMPT_CHARACTERS = 150, 1024
+
+
+@dataclass(frozen=True)
+class Error:
+    """What the router itself answers; `after_s`: when it is worth another try, 0 where nobody knows."""
+
+    message: str
+    after_s: int = 0
+
+    def body(self, status: int) -> str:
+        """In the form of OpenAI's errors."""
+        return json.dumps({"error": {"message": self.message, "type": "router", "code": status}})
+
+
+# A log-format of haproxy's.
+POISONOUS = "this request has ended two replicas, or seems to, and is refused for a while: %[var(txn.digest)]"
 ERRORS = {
-    502: "the replica that answered has gone",
-    503: "no replica is ready; make serve-status says why",
-    504: "no replica answered in time",
+    408: Error("the request did not come"),
+    429: Error("every replica has as many requests as may run and wait", after_s=5),
+    502: Error("the replica that answered has gone"),
+    503: Error("no replica is ready; make serve-status says why"),
+    504: Error("no replica answered in time"),
 }
 
 
@@ -38,9 +60,31 @@ class Addresses:
     certificate: str = ""
 
 
-def configuration(addresses: Addresses, drain_s: int, affinity: bool = False, silence_s: int = SILENCE_S) -> str:
-    """haproxy's configuration file. `drain_s`: how long a stop waits for running requests; `affinity`: requests with
-    one X-Session-Id go to one replica; `silence_s`: how long nothing may come of an answer."""
+@dataclass(frozen=True)
+class Limits:
+    """What the router lets in: requests that a replica has `running` and `waiting`, all else gets 429; connections of
+    one source. `request_s`: how long a request may take to come; `refused_s`: how long one is refused that has ended
+    two replicas; `descriptors`: of which each connection takes one."""
+
+    running: int = 256
+    waiting: int = 256
+    per_source: int = 2048
+    request_s: int = 60
+    refused_s: int = 600
+    descriptors: int = 65536
+
+    @property
+    def room(self) -> int:
+        """The requests of a replica."""
+        return self.running + self.waiting
+
+
+def configuration(
+    addresses: Addresses, drain_s: int, limits: Limits, by_prefix: bool, silence_s: int = SILENCE_S
+) -> str:
+    """haproxy's configuration file. `drain_s`: how long a stop waits for running requests; `by_prefix`: a conversation
+    goes to the replica that has its beginning, else every request to the one with the fewest; `silence_s`: how long
+    nothing may come of an answer."""
     text = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text)
     return template.render(
@@ -52,8 +96,12 @@ def configuration(addresses: Addresses, drain_s: int, affinity: bool = False, si
         log="stdout",
         pin=PIN,
         drain_s=drain_s,
+        limits=limits,
+        by_prefix=by_prefix,
+        balance_percent=BALANCE_PERCENT,
+        prompt_characters=PROMPT_CHARACTERS,
         silence_s=silence_s,
         fall=FALL,
         errors=ERRORS,
-        affinity=affinity,
+        poisonous=Error(POISONOUS, limits.refused_s),
     )

@@ -18,6 +18,7 @@ from v4forge.outcomes import Outcome
 from v4forge.serving import placement, preflight, probe, readiness, secret_files, settings
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import CERTIFICATE, KEYS, Deployment, Runtime
+from v4forge.serving.haproxy import Limits
 from v4forge.serving.preflight import Proof
 from v4forge.serving.probe import FLOOR, Expected
 from v4forge.serving.supervisord import Supervised
@@ -53,7 +54,8 @@ class Wanted:
     cert: str = ""
     cert_key: str = ""
     drain_s: int = 600
-    affinity: bool = False
+    waiting: int | None = None
+    per_source: int = Limits.per_source
     metrics: bool = False
     compose: Sequence[str] = ()
     program: str = ""
@@ -120,7 +122,8 @@ def deployment_of(wanted: Wanted) -> Deployment:
         cert=os.path.abspath(wanted.cert) if wanted.cert else "",
         cert_key=os.path.abspath(wanted.cert_key) if wanted.cert_key else "",
         drain_s=wanted.drain_s,
-        affinity=wanted.affinity,
+        waiting=wanted.waiting,
+        per_source=wanted.per_source,
         metrics=wanted.metrics,
         compose=[os.path.abspath(file) for file in wanted.compose],
         model=settings.name_of(wanted.artifact),

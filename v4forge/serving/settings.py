@@ -30,6 +30,8 @@ DRAFTS = "speculative-config.num_speculative_tokens"
 DRAFT_METHOD = "speculative-config.method"
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
 CONTEXT, NAME_SERVED = "max-model-len", "served-model-name"
+SEQUENCES, PREFIX_CACHING = "max-num-seqs", "enable-prefix-caching"
+DEFAULT_SEQUENCES = 1024  # vLLM's own, on a GPU of 70 GB and more
 # What is for use, and what benches ask for.
 PRODUCTION, PUBLISHED = "production", "published"
 
@@ -92,6 +94,17 @@ class Serving:
         """Tokens of prompt and answer together; None where vLLM decides."""
         length = str(self.value(CONTEXT))
         return int(length) if length.isdigit() else None
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that a replica computes at a time."""
+        count = str(self.value(SEQUENCES))
+        return (int(count) if count.isdigit() else 0) or DEFAULT_SEQUENCES
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether a replica keeps beginnings; vLLM does unless it is told otherwise."""
+        return self.value(PREFIX_CACHING) is not False
 
     @property
     def drafts(self) -> int:
