@@ -42,7 +42,12 @@ def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profil
     add("--cert-key", default="", metavar="FILE", help="PEM: its key, where the first file has none")
     add("--drain", type=int, default=Wanted.drain_s, metavar="S",
         help="a stop waits so long for requests; default: %(default)s")  # fmt: skip
-    add("--queue", type=int, metavar="N", help="requests that may wait at a replica; default: as many as run")
+    add(
+        "--queue",
+        type=int,
+        metavar="N",
+        help="requests that may wait at a replica; default: as many as run, at least 128",
+    )
     add("--per-source", type=int, default=Wanted.per_source, metavar="N",
         help="connections that an address may have; default: %(default)s")  # fmt: skip
     add("--metrics", action="store_true", help="Prometheus and Grafana too")

@@ -1,8 +1,9 @@
-"""That a request which ends what computes it does not end them all. A real haproxy with the router's configuration, before
-stand-ins."""
+"""That a request which ends what computes it does not end them all. A real haproxy with the router's configuration,
+before stand-ins."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +122,11 @@ def test_where_there_is_no_other_it_is_not_sent_again(tmp_path: Path) -> None:
         front.workers[0].status = 500
         assert [front.ask(n=6).status for _ in range(3)] == [500, 500, 422]
         assert sum(front.seen(n=6)) == 2  # one that has ended its only replica once may come back
+
+
+def test_the_router_ends_when_it_is_told_to_whatever_it_remembers(tmp_path: Path) -> None:
+    with router(tmp_path, 2, by_prefix=True) as front:
+        front.ask(kills="after", stream=True, tokens=3)
+        front.ask(kills="before")
+        front.process.send_signal(signal.SIGUSR1)
+        assert front.process.wait(10) == 0

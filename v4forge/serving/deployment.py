@@ -20,6 +20,7 @@ from v4forge.serving.settings import Serving
 STATE, SUPERVISED = "serving.json", "supervisord.conf"
 KEYS, CERTIFICATE = "keys/api_key", "tls/endpoint.pem"  # a folder each: what containers see of them
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
+LEAST_WAITING = 128  # requests at a replica, where few run
 USER = 10000  # whom a caller who is root runs containers as: the image's own user
 ROUTER, METRICS = "router", ("prometheus", "grafana")
 
@@ -30,8 +31,8 @@ class Deployment:
     `overrides` are the operator's settings of vLLM; `key_file` holds the API keys, "" for none; `cert` and `cert_key`
     are the operator's files of a certificate, "" for no TLS; `program` is the folder of a host's vllm; `compose` are
     files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `waiting` is
-    how many requests may wait at a replica, None for as many as run; `per_source` how many connections an address may
-    have; `context` is the longest that fits where the profile's does not, 0 where it does."""
+    how many requests may wait at a replica, None for as many as run, LEAST_WAITING at least; `per_source` how many
+    connections an address may have; `context` is the longest that fits where the profile's does not, 0 where it does."""
 
     folder: str
     artifact: str
@@ -159,7 +160,8 @@ class Deployment:
     def limits(self) -> Limits:
         """What the router lets in."""
         running = self.serving.max_num_seqs
-        return Limits(running, running if self.waiting is None else self.waiting, self.per_source)
+        waiting = max(running, LEAST_WAITING) if self.waiting is None else self.waiting
+        return Limits(running, waiting, self.per_source)
 
     def save(self) -> None:
         """Keeps it in its folder, with the router's configuration."""
