@@ -104,6 +104,7 @@ def test_a_prompt_that_everybody_sends_outlives_one_replica(front: Router) -> No
     home = int(front.ask(**common).headers["x-v4forge-replica"])
     front.workers[home].kill()
     wait_for(lambda: front.workers[home].killed, 5)
+    noticed(front)
     assert [front.ask(**common).status for _ in range(20)] == [200] * 20
 
 

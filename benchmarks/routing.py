@@ -1,0 +1,213 @@
+"""What routing is worth to prefix caches: conversations through a router, before stand-ins of replicas that keep what
+they have read.
+
+    python -m benchmarks.routing --out benchmarks/results/routing
+    python -m benchmarks.routing --out … --beside "vllm-router --host 127.0.0.1 --port {port} --worker-urls {urls}"
+
+The router of `make serve` in its two ways, to the replica with the fewest requests and to the conversation's own;
+--beside adds another router. A stand-in reads those characters of a prompt that it does not have yet, one prompt after
+the other, at a rate, takes its time to write, and beyond a capacity forgets what was used longest ago. --out gets a
+.json: by router the share of the prompts' characters that were kept, seconds to the answer's first token, and the requests
+of the most loaded replica beside the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, quantiles
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.machine import machine
+from scripts.cli import parser_for
+from v4forge.errors import UserError, run_main
+from v4forge.files import write_json
+from v4forge.serving import haproxy
+from v4forge.serving.haproxy import Addresses, Limits
+
+BLOCK, READ_PER_S, WRITE_S, STARTS_S = 256, 40_000, (0.1, 0.5), 60.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """`conversations` of so many `turns`, `at_once` of them at a time; characters of the `system` prompt that all
+    share, of a `question` and of an `answer`; `capacity`: characters that a replica keeps."""
+
+    replicas: int = 4
+    conversations: int = 64
+    turns: int = 6
+    at_once: int = 16
+    system: int = 4096
+    question: int = 2048
+    answer: int = 1024
+    capacity: int = 400_000
+
+
+@dataclass
+class Replica:
+    """A stand-in for one replica. `read` and `kept` count the characters of its prompts, `asked` its requests."""
+
+    port: int
+    capacity: int
+    read: int = 0
+    kept: int = 0
+    asked: int = 0
+    blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    reads: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def listen(self) -> asyncio.Server:
+        return await asyncio.start_server(self._connected, "127.0.0.1", self.port, limit=2**20)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while not writer.is_closing():
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = next((line for line in head.splitlines() if line.startswith("content-length:")), ":0")
+                body = await reader.readexactly(int(length.partition(":")[2]))
+                content = await self._answered(json.loads(body)) if head.startswith("post") else b"{}"
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+                writer.write(b"Content-Length: %d\r\n\r\n" % len(content) + content)
+                await writer.drain()
+        writer.close()
+
+    async def _answered(self, asked: dict[str, Any]) -> bytes:
+        prompt = "".join(message["content"] for message in asked["messages"])
+        self.asked += 1
+        async with self.reads:
+            new = self._new(prompt)
+            self.kept += len(prompt) - new
+            self.read += new
+            await asyncio.sleep(new / READ_PER_S)
+        await asyncio.sleep(asked["write_s"])
+        return b'{"choices": [{"message": {"role": "assistant", "content": ""}}]}'
+
+    def _new(self, prompt: str) -> int:
+        """Characters of a prompt after what is kept of its beginning; all of it is kept from now on."""
+        names = [hash(prompt[:end]) for end in range(BLOCK, len(prompt) + 1, BLOCK)]
+        known = next((place for place, name in enumerate(names) if name not in self.blocks), len(names))
+        for name in names:
+            self.blocks[name] = None
+            self.blocks.move_to_end(name)
+        while len(self.blocks) > self.capacity // BLOCK:
+            self.blocks.popitem(last=False)
+        return len(prompt) - known * BLOCK
+
+
+async def talk(client: httpx.AsyncClient, number: int, load: Load, waits: asyncio.Semaphore) -> list[float]:
+    """A conversation, turn by turn -> seconds until each answer, without the time to write it."""
+    messages = [{"role": "system", "content": "s" * load.system}]
+    elapsed_s, chance = [], random.Random(number)
+    async with waits:
+        for turn in range(load.turns):
+            messages.append({"role": "user", "content": f"{number} {turn} ".ljust(load.question, "q")})
+            asked = {"model": "m", "messages": messages, "write_s": chance.uniform(*WRITE_S)}
+            begun = time.monotonic()
+            answer = await client.post("/v1/chat/completions", json=asked)
+            answer.raise_for_status()
+            elapsed_s.append(time.monotonic() - begun - float(asked["write_s"]))
+            messages.append({"role": "assistant", "content": f"{number} {turn} ".ljust(load.answer, "a")})
+    return elapsed_s
+
+
+async def measured(command: str, first: int, load: Load) -> dict[str, Any]:
+    """The load through the router that a command starts on the port `first`, before replicas from first + 2 on."""
+    replicas = [Replica(first + 2 + number, load.capacity) for number in range(load.replicas)]
+    servers = [await replica.listen() for replica in replicas]
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{first}", timeout=120, limits=limits, verify=False
+        ) as client:
+            await started(client, process, command)
+            for replica in replicas:
+                replica.read = replica.kept = replica.asked = 0
+            waits = asyncio.Semaphore(load.at_once)
+            begun = time.monotonic()
+            talks = await asyncio.gather(*(talk(client, number, load, waits) for number in range(load.conversations)))
+            elapsed_s = time.monotonic() - begun
+    finally:
+        process.terminate()
+        process.wait()
+        for server in servers:
+            server.close()
+    first_byte = quantiles([each for one in talks for each in one], n=100)
+    return {
+        "kept": sum(replica.kept for replica in replicas) / sum(replica.kept + replica.read for replica in replicas),
+        "to_first_token_s": {"p50": first_byte[49], "p90": first_byte[89], "p99": first_byte[98]},
+        "elapsed_s": elapsed_s,
+        "requests": [replica.asked for replica in replicas],
+        "most_of_mean": max(replica.asked for replica in replicas) / mean(replica.asked for replica in replicas),
+    }
+
+
+async def started(client: httpx.AsyncClient, process: subprocess.Popen[bytes], command: str) -> None:
+    """Returns when the router serves. Raises UserError where it does not."""
+    end = time.monotonic() + STARTS_S
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(httpx.HTTPError):
+            asked = {"model": "m", "messages": [{"role": "user", "content": "are you there?"}], "write_s": 0}
+            if (await client.post("/v1/chat/completions", json=asked)).status_code == 200:
+                return
+        await asyncio.sleep(0.2)
+    raise UserError(f"no router serves: {command}", "run the command by itself")
+
+
+def ours(folder: Path, first: int, load: Load, by_prefix: bool) -> str:
+    """The command of the router of `make serve`."""
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
+    if program is None:
+        raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
+    replicas = [f"127.0.0.1:{first + 2 + number}" for number in range(load.replicas)]
+    addresses = Addresses(f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}", replicas)
+    (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, 30, Limits(), by_prefix), encoding="utf-8")
+    return shlex.join([program, "-db", "-f", str(folder / "haproxy.cfg")])
+
+
+def run(load: Load, first: int, beside: Sequence[str]) -> dict[str, Any]:
+    """Every router under the same load."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, by_prefix in (("fewest requests", False), ("by prefix", True)):
+            results[name] = asyncio.run(measured(ours(Path(folder), first, load, by_prefix), first, load))
+    urls = " ".join(f"http://127.0.0.1:{first + 2 + number}" for number in range(load.replicas))
+    for template in beside:
+        results[template] = asyncio.run(measured(template.format(port=first, urls=urls), first, load))
+    return results
+
+
+def main() -> None:
+    parser = parser_for("benchmarks.routing", __doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="without its ending")
+    parser.add_argument("--beside", action="append", default=[], metavar="COMMAND", help="with {port} and {urls}")
+    parser.add_argument("--port", type=int, default=18100, metavar="N", help="and those after it")
+    for name, value in asdict(Load()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N")
+    arguments: argparse.Namespace = parser.parse_args()
+    load = Load(**{name: getattr(arguments, name) for name in asdict(Load())})
+    results = run(load, arguments.port, arguments.beside)
+    for name, row in results.items():
+        seconds = ", ".join(f"{name} {value:.2f} s" for name, value in row["to_first_token_s"].items())
+        print(f"{row['kept']:6.1%} kept, {seconds}, {row['most_of_mean']:.2f} of the mean: {name}")
+    write_json(
+        arguments.out.with_suffix(".json"), {**machine(torch.device("cpu")), "load": asdict(load), "routers": results}
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
