@@ -7,8 +7,8 @@ they have read.
 The router of `make serve` in its two ways, to the replica with the fewest requests and to the conversation's own;
 --beside adds another router. A stand-in reads those characters of a prompt that it does not have yet, one prompt after
 the other, at a rate, takes its time to write, and beyond a capacity forgets what was used longest ago. --out gets a
-.json: by router the share of the prompts' characters that were kept, seconds to the answer's first token, and the requests
-of the most loaded replica beside the mean.
+.json: by router the share of the prompts' characters that were kept, seconds to the answer's first token, and the
+requests of the most loaded replica beside the mean.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_an_unknown_profile_is_told_which_there_are() -> None:
 @pytest.mark.parametrize("runtime", ["docker", "host"])
 def test_haproxy_accepts_the_configuration(tmp_path: Path, runtime: str, profile: str) -> None:
     text = deployment(tmp_path, runtime=runtime, profile=profile).router_configuration()
-    assert ("balance hash" in text) == (profile == "production") != ("balance leastconn" in text)
+    assert ("stick match" in text) == (profile == "production")
     assert text.count("use-server") == 2
     haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
     if haproxy is None:

@@ -20,9 +20,9 @@ SILENCE_S = 3600
 # Checks of a replica in a row, 2 s apart, that fail before it gets nothing new: 30 s from the first to the last.
 FALL = 16
 DOCKER_RESOLVER = "127.0.0.11:53"
-# Of the average load, in percent, what a replica may have before a conversation goes to another one. And of a prompt
-# without messages, how many characters tell conversations apart.
-BALANCE_PERCENT, PROMPT_CHARACTERS = 150, 1024
+# A conversation goes to another replica where its own has more requests than these percent of the mean and so many. And
+# of a prompt without messages, how many characters tell conversations apart.
+BOUND_PERCENT, BOUND_SLACK, PROMPT_CHARACTERS = 150, 2, 1024
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def configuration(
         drain_s=drain_s,
         limits=limits,
         by_prefix=by_prefix,
-        balance_percent=BALANCE_PERCENT,
+        bound_percent=BOUND_PERCENT,
+        bound_slack=BOUND_SLACK,
         prompt_characters=PROMPT_CHARACTERS,
         silence_s=silence_s,
         fall=FALL,
