@@ -40,7 +40,9 @@ from v4forge.files import write_json
 from v4forge.serving import haproxy
 from v4forge.serving.haproxy import Addresses, Limits
 
-BLOCK, READ_PER_S, WRITE_S, STARTS_S = 256, 40_000, (0.1, 0.5), 60.0
+BLOCK, READ_PER_S, STARTS_S = 256, 40_000, 60.0
+# To write an answer, and until the next question.
+WRITE_S, THINK_S = (0.1, 0.5), (0.2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Load:
     share, of a `question` and of an `answer`; `capacity`: characters that a replica keeps."""
 
     replicas: int = 4
-    conversations: int = 64
+    conversations: int = 96
     turns: int = 6
-    at_once: int = 16
+    at_once: int = 48
     system: int = 4096
     question: int = 2048
     answer: int = 1024
@@ -79,8 +81,10 @@ class Replica:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 length = next((line for line in head.splitlines() if line.startswith("content-length:")), ":0")
                 body = await reader.readexactly(int(length.partition(":")[2]))
-                content = await self._answered(json.loads(body)) if head.startswith("post") else b"{}"
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+                asked = head.startswith("post /v1/chat/completions ")
+                content = await self._answered(json.loads(body)) if asked else b"{}"
+                status = b"200 OK" if asked or head.startswith("get") else b"404 Not Found"
+                writer.write(b"HTTP/1.1 %s\r\nContent-Type: application/json\r\n" % status)
                 writer.write(b"Content-Length: %d\r\n\r\n" % len(content) + content)
                 await writer.drain()
         writer.close()
@@ -120,6 +124,7 @@ async def talk(client: httpx.AsyncClient, number: int, load: Load, waits: asynci
             answer = await client.post("/v1/chat/completions", json=asked)
             answer.raise_for_status()
             elapsed_s.append(time.monotonic() - begun - float(asked["write_s"]))
+            await asyncio.sleep(chance.uniform(*THINK_S))
             messages.append({"role": "assistant", "content": f"{number} {turn} ".ljust(load.answer, "a")})
     return elapsed_s
 
