@@ -93,14 +93,14 @@ class Replica:
         prompt = "".join(message["content"] for message in asked["messages"])
         self.asked += 1
         async with self.reads:
-            new = self._new(prompt)
+            new = self.reads_anew(prompt)
             self.kept += len(prompt) - new
             self.read += new
             await asyncio.sleep(new / READ_PER_S)
         await asyncio.sleep(asked["write_s"])
         return b'{"choices": [{"message": {"role": "assistant", "content": ""}}]}'
 
-    def _new(self, prompt: str) -> int:
+    def reads_anew(self, prompt: str) -> int:
         """Characters of a prompt after what is kept of its beginning; all of it is kept from now on."""
         names = [hash(prompt[:end]) for end in range(BLOCK, len(prompt) + 1, BLOCK)]
         known = next((place for place, name in enumerate(names) if name not in self.blocks), len(names))

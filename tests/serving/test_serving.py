@@ -169,6 +169,29 @@ def test_clients_cannot_choose_a_replica_on_the_public_address(tmp_path: Path) -
     assert "deny status 404 unless { path_beg /v1/ }" in public
 
 
+@pytest.mark.parametrize(
+    ("options", "running", "waiting"),
+    [
+        ({"profile": "production"}, 256, 256),
+        ({"profile": "latency"}, 16, 128),
+        ({"profile": "published"}, 1024, 1024),
+        ({"profile": "production", "waiting": 0}, 256, 0),
+        ({"profile": "production", "overrides": {"max-num-seqs": "32"}}, 32, 128),
+    ],
+)
+def test_the_router_lets_in_what_a_replica_computes_and_as_much_again(
+    tmp_path: Path, options: dict[str, Any], running: int, waiting: int
+) -> None:
+    served = deployment(tmp_path, **options)
+    assert (served.limits.running, served.limits.waiting) == (running, waiting)
+    assert f"mul({running + waiting})" in served.router_configuration()
+
+
+def test_without_prefix_caching_no_conversation_has_a_replica(tmp_path: Path) -> None:
+    off = deployment(tmp_path, profile="production", overrides={"enable-prefix-caching": "false"})
+    assert "stick match" not in off.router_configuration()
+
+
 # --- deployments
 
 
