@@ -11,10 +11,9 @@ from keeper_stand_in import Noted, install, steps, wanted, words
 from tls import Authority
 
 from v4forge.errors import UserError
-from v4forge.serving import compose, haproxy, keys, launch, preflight, secret_files
+from v4forge.serving import compose, keys, launch, preflight, secret_files
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import CERTIFICATE, KEYS, USER, Deployment
-from v4forge.serving.haproxy import Addresses
 from v4forge.serving.launch import Start
 from v4forge.serving.supervisord import Supervised
 
@@ -196,6 +195,6 @@ def test_the_router_is_told_to_read_anew_by_whoever_keeps_it(tmp_path: Path, mon
 
 
 def test_without_a_certificate_nothing_of_it_is_in_the_configuration(tmp_path: Path) -> None:
-    assert "ssl" not in haproxy.configuration(Addresses("*:1", "*:2", ["a:1"]), 5)
+    assert "ssl" not in deployment(tmp_path).router_configuration()
     docker = deployment(tmp_path, runtime="docker", cert="/mine/cert.pem").router_configuration()
     assert 'ssl crt "/tls/endpoint.pem"' in docker and "/mine" not in docker

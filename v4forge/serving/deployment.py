@@ -32,7 +32,7 @@ class Deployment:
     are the operator's files of a certificate, "" for no TLS; `program` is the folder of a host's vllm; `compose` are
     files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `waiting` is
     how many requests may wait at a replica, None for as many as run, LEAST_WAITING at least; `per_source` how many
-    connections an address may have; `context` is the longest that fits where the profile's does not, 0 where it does."""
+    connections an address may have; `context` is the longest that fits where the profile's does not, 0 otherwise."""
 
     folder: str
     artifact: str
