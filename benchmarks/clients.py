@@ -20,13 +20,15 @@ LIMIT_S = 240.0
 
 @dataclass
 class Outcome:
-    """One request. `text` is what arrived of the answer; `error` why it ended early, "" when it did not."""
+    """One request. `text` is what arrived of the answer; `error` why it ended early, "" when it did not; `after_s` when
+    it may come again, 0 where that is not said."""
 
     status: int = 0
     replica: str = ""
     text: str = ""
     finish: str = ""
     error: str = ""
+    after_s: int = 0
     body: Any = field(default=None, repr=False)
 
     @property
@@ -51,6 +53,7 @@ async def ask(client: httpx.AsyncClient, request: Mapping[str, Any]) -> Outcome:
     try:
         async with client.stream("POST", "/v1/chat/completions", json=request) as answer:
             outcome.status, outcome.replica = answer.status_code, answer.headers.get(PIN, "")
+            outcome.after_s = int(answer.headers.get("Retry-After", 0))
             if not request["stream"] or answer.status_code != 200:
                 outcome.body = json.loads(await answer.aread())
                 if answer.status_code == 200:

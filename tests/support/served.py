@@ -27,6 +27,8 @@ PLUGINS = (ROOT / "patches/vllm/plugin", ROOT / "patches/vllm-cpu/plugin")
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
 # For the bench of tools: its twelve are 2,600 tokens of models/tiny's tokenizer.
 ROOM = "max-model-len=8192"
+# The seed of a request that ends what computes it.
+POISON = 666_013
 # Tokens of a step: longer prompts are read in pieces.
 CHUNK = 512
 
@@ -64,7 +66,7 @@ class Served:
 def serve(command: str, *arguments: str, key: str = "") -> subprocess.CompletedProcess[str]:
     """`python -m scripts.serve`, with an API key in its environment."""
     words = [sys.executable, "-m", "scripts.serve", command, *arguments]
-    environment = os.environ | ({"API_KEY": key} if key else {})
+    environment = os.environ | {"V4FORGE_CPU_POISON": str(POISON)} | ({"API_KEY": key} if key else {})
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 

@@ -16,11 +16,13 @@ from served import CHUNK, ROOM, SCHEDULE, Served, calibrated, dense_settings, fr
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What ends processes of the deployment that all share runs after the others; in the order of its files. With
-    --dist loadgroup all that asks a deployment runs in one worker, where it is started once, and else each file."""
+    --dist loadgroup all that asks a deployment runs in one worker, where it is started once, and else each file. Its
+    start, which the first of them waits for, takes minutes beside other work."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
-    if config.getoption("loadgroup", False):
-        for item in items:
-            asks = "start" in getattr(item, "fixturenames", ())
+    for item in items:
+        if asks := "start" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1200))
+        if config.getoption("loadgroup", False):
             group = "deployments" if asks else item.nodeid.partition("::")[0]
             # As xdist does for its marker, where pytest 9.2 no longer reads it: pytest-dev/pytest-xdist#1386
             item._id = NodeId.parse(f"{item.nodeid}@{group}")

@@ -160,18 +160,14 @@ def test_a_second_start_of_something_else_is_refused(tiny: Served) -> None:
     ]
 
 
+@pytest.mark.soak  # of an engine alone: tests/vllm/test_endurance.py
 @pytest.mark.last
-@pytest.mark.parametrize("whole_tree", [pytest.param(True, marks=pytest.mark.soak), False], ids=["server", "engine"])
-def test_a_replica_killed_under_load_fails_no_request_that_had_not_begun_to_stream(
-    tiny: Served, whole_tree: bool
-) -> None:
+def test_a_replica_killed_under_load_fails_no_request_that_had_not_begun_to_stream(tiny: Served) -> None:
     victim = processes(tiny.deployment.replica_port(1))
-    engine = [pid for pid, words in victim.items() if "EngineCore" in words]
-    assert engine, "the engine is a process of its own"
 
     def strike() -> None:
         time.sleep(2)
-        kill(victim if whole_tree else engine)
+        kill(victim)
 
     requests = [message(f"tale {number}", tokens=40, stream=number % 2 == 0) for number in range(64)]
     outcomes = tiny.ask_all(requests, meanwhile=strike)

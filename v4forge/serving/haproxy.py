@@ -27,7 +27,7 @@ BOUND_PERCENT, BOUND_SLACK, PROMPT_CHARACTERS = 150, 2, 1024
 
 @dataclass(frozen=True)
 class Error:
-    """What the router itself answers; `after_s`: when it is worth another try, 0 where nobody knows."""
+    """What the router itself answers; `after_s`: when clients may try again, 0 where they are not told."""
 
     message: str
     after_s: int = 0
@@ -43,7 +43,7 @@ ERRORS = {
     408: Error("the request did not come"),
     429: Error("every replica has as many requests as may run and wait", after_s=5),
     502: Error("the replica that answered has gone"),
-    503: Error("no replica is ready; make serve-status says why"),
+    503: Error("no replica is ready; make serve-status says why", after_s=10),
     504: Error("no replica answered in time"),
 }
 

@@ -17,4 +17,5 @@ def register() -> None:
     changes.after_import("vllm.models.deepseek_v4", changes.models)
     changes.after_import(f"{MOE_METHODS}.compressed_tensors_moe_w4a4_mxfp4", changes.mxfp4)
     changes.after_import("vllm.distributed.device_communicators.shm_broadcast", changes.waiting)
+    changes.after_import("vllm.v1.engine.core", changes.poison)
     changes.platform(type(current_platform))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 from unittest import mock
+
+POISON = "V4FORGE_CPU_POISON"
 
 
 class AfterImport(MetaPathFinder, Loader):
@@ -73,6 +76,21 @@ def waiting(shm_broadcast: ModuleType) -> None:
     """Lets engine and worker sleep while they wait for each other: vLLM has each look for the other's message again and
     again, for a second after the last, on a core that here computes."""
     shm_broadcast.sched_yield = lambda: time.sleep(0.0005)  # type: ignore[attr-defined]
+
+
+def poison(core: ModuleType) -> None:
+    """Where the variable POISON is set, a request with that seed ends the engine, as one that meets a fault of a kernel
+    does."""
+    if not (seed := os.environ.get(POISON)):
+        return
+    theirs = core.EngineCore.add_request
+
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        if request.sampling_params and str(request.sampling_params.seed) == seed:
+            os._exit(1)
+        theirs(self, request, request_wave)
+
+    core.EngineCore.add_request = add_request
 
 
 def platform(cpu: type) -> None:
