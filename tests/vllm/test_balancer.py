@@ -138,5 +138,7 @@ def test_without_a_replica_the_error_is_json_with_a_command(balanced: Callable[.
     with router(tmp_path, 1) as front:
         front.workers[0].kill()
         refused = [front.ask(n=n) for n in range(2)]  # the first finds that nobody listens, the other knows it
+        assert "retry-after" not in front.ask(at=front.admin).headers  # status and probe are not to wait
+    assert [each.headers["retry-after"] for each in refused] == ["10", "10"]
     told = {(each.status, json.loads(each.lines[0])["error"]["message"]) for each in refused}
     assert told == {(503, "no replica is ready; make serve-status says why")}
