@@ -69,6 +69,7 @@ KEY :=
 QUEUE :=
 PER_SOURCE :=
 DRAIN :=
+WATCHDOG :=
 METRICS :=
 ALLOW :=
 # How the artifact is compared with its certificate: sizes, or contents, each byte once for a folder. Empty: contents.
@@ -122,7 +123,8 @@ serve_options = $(serve_folder) --artifact $(call quoted,$(artifact)) \
 	$(if $(value RUNTIME),--runtime $(call q,RUNTIME)) $(if $(value REPLICAS),--replicas $(call q,REPLICAS)) $(if $(value TP),--tp $(call q,TP)) \
 	$(if $(value DEVICES),--devices $(call q,DEVICES)) $(if $(value DRAFTS),--drafts $(DRAFTS)) $(if $(value SET),--set $(SET)) \
 	$(if $(value QUEUE),--queue $(call q,QUEUE)) $(if $(value PER_SOURCE),--per-source $(call q,PER_SOURCE)) \
-	$(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value METRICS),--metrics) \
+	$(if $(value DRAIN),--drain $(call q,DRAIN)) $(if $(value WATCHDOG),--watchdog $(call q,WATCHDOG)) \
+	$(if $(value METRICS),--metrics) \
 	$(if $(value CERT),--cert $(call q,CERT)) $(if $(value KEY),--cert-key $(call q,KEY))
 artifact = $(or $(value ARTIFACT),$(value SCRATCH)/$(value PROFILE)/artifact)
 verify_key = $(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))

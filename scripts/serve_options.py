@@ -50,6 +50,9 @@ def add_wanted(command: argparse._ActionsContainer, profile: str = Wanted.profil
     )
     add("--per-source", type=int, default=Wanted.per_source, metavar="N",
         help="connections that an address may have; default: %(default)s")  # fmt: skip
+    add("--watchdog", type=int, default=Wanted.watchdog_s, metavar="S",
+        help="a server that hangs for so long is ended and started again, 0 for never; default: %(default)s"
+    )  # fmt: skip
     add("--metrics", action="store_true", help="Prometheus and Grafana too")
     add("--compose-file", nargs="+", default=[], metavar="FILE",
         help="on top of compose.yaml: more mounts, other limits")  # fmt: skip
@@ -95,6 +98,7 @@ def wanted(arguments: argparse.Namespace) -> Wanted:
         drain_s=arguments.drain,
         waiting=arguments.queue,
         per_source=arguments.per_source,
+        watchdog_s=arguments.watchdog,
         metrics=arguments.metrics,
         compose=arguments.compose_file,
         program=arguments.program,

@@ -86,7 +86,7 @@ def variables(replicas: int) -> dict[str, str]:
 
 
 def test_a_replica_is_told_what_the_production_profile_says() -> None:
-    assert REPLICA["command"] == ["vllm", "serve"]
+    assert REPLICA["command"] == ["replica"]
     assert REPLICA["args"] == arguments(finish_s=300)
     assert plain(REPLICA["env"]) == variables(STATEFUL_SET["replicas"])
 

@@ -27,7 +27,7 @@ FROM {base}
 RUN apt-get update -qq && apt-get install -qq --no-install-recommends \\
     g++ haproxy libc6-dev libgomp1 libnuma1 python3 python3-dev >/dev/null
 RUN ln -s /usr/bin/python3 /usr/local/bin/python && mkdir -m 1777 /cache /home/v4forge && chmod 755 /root
-COPY health replica /usr/local/bin/
+COPY health replica watchdog.py /usr/local/bin/
 ENV HOME=/home/v4forge USER=v4forge LOGNAME=v4forge
 USER 10000:10000
 """
@@ -131,7 +131,7 @@ def load_image(host: Host) -> None:
     """Builds the image on the usual daemon, which has a network, and takes it over."""
     context = host.folder / "context"
     context.mkdir()
-    for name in ("health", "replica"):
+    for name in ("health", "replica", "watchdog.py"):
         shutil.copy(ROOT / "docker/serve" / name, context / name)
     usual = containers.connect().client
     (context / "Dockerfile").write_text(IMAGE.format(base=base.debian(usual)))

@@ -32,7 +32,8 @@ class Deployment:
     are the operator's files of a certificate, "" for no TLS; `program` is the folder of a host's vllm; `compose` are
     files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `waiting` is
     how many requests may wait at a replica, None for as many as run, LEAST_WAITING at least; `per_source` how many
-    connections an address may have; `context` is the longest that fits where the profile's does not, 0 otherwise."""
+    connections an address may have; `watchdog_s` how long a replica may hang until it is ended, 0 for ever; `context`
+    is the longest that fits where the profile's does not, 0 where it does."""
 
     folder: str
     artifact: str
@@ -49,6 +50,7 @@ class Deployment:
     drain_s: int = 600
     waiting: int | None = None
     per_source: int = Limits.per_source
+    watchdog_s: int = 180
     metrics: bool = False
     image: str = ""
     program: str = ""
@@ -118,10 +120,11 @@ class Deployment:
 
     def variables(self, number: int) -> dict[str, str]:
         """The environment that the settings give a replica, with the folder of its caches, and what it has to know of
-        who gets in: where the keys are, and how many replicas share what a key is good for."""
+        who gets in: where the keys are, and how many replicas share what a key is good for; and its
+        watchdog."""
         keys_at = f"/{KEYS}" if self.key_file and self.runtime == "docker" else self.key_file
         access = {"API_KEY_FILE": keys_at, "REPLICAS": str(self.replicas)}
-        return self.serving.variables(self.cache(number)) | access
+        return self.serving.variables(self.cache(number)) | access | {"WATCHDOG": str(self.watchdog_s)}
 
     def cache(self, number: int) -> str:
         """Where a replica keeps what it compiles: in its volume, of which each user has a folder, as nobody may write

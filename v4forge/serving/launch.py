@@ -56,6 +56,7 @@ class Wanted:
     drain_s: int = 600
     waiting: int | None = None
     per_source: int = Limits.per_source
+    watchdog_s: int = Deployment.watchdog_s
     metrics: bool = False
     compose: Sequence[str] = ()
     program: str = ""
@@ -124,6 +125,7 @@ def deployment_of(wanted: Wanted) -> Deployment:
         drain_s=wanted.drain_s,
         waiting=wanted.waiting,
         per_source=wanted.per_source,
+        watchdog_s=wanted.watchdog_s,
         metrics=wanted.metrics,
         compose=[os.path.abspath(file) for file in wanted.compose],
         model=settings.name_of(wanted.artifact),

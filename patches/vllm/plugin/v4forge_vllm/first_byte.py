@@ -12,15 +12,17 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from v4forge_vllm.unanswered import Unanswered
+
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 
 class FirstByte:
-    """Holds back the head of every HTTP answer until its body has something in it, or ends."""
+    """Holds back the head of every HTTP answer until its body has something in it, or ends; counts those."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self.app = app
+        self.app = Unanswered(app)
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Send) -> None:
         if scope["type"] != "http":
