@@ -93,7 +93,7 @@ B :=
 parallel = -n logical --maxprocesses 8 --dist loadfile
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
 # Where the tests are that serve.
-SERVED := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_profile.py
+SERVED := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_profile.py tests/project/test_alerts.py
 SOAK := soak or (hypothesis and not images and not gpu and not serve)
 
 # A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -16,16 +15,13 @@ from pathlib import Path
 
 import pytest
 from served import free_ports
+from watchdog_program import watchdog
 
 from v4forge.serving.deployment import Deployment
 from v4forge.serving.supervisord import REPLICA, Supervised
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests/support/hanging_stand_in.py"
-spec = importlib.util.spec_from_file_location("watchdog", REPLICA.with_name("watchdog.py"))
-assert spec is not None and spec.loader is not None
-watchdog = sys.modules["watchdog"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(watchdog)
 LOOKS = 3
 
 

@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import alerts
 import pytest
 import yaml
 from dashboard import CONFIG, DASHBOARD, QUERIES, Query, program
 from served import Served
+from watchdog_program import watchdog
 
 from benchmarks.clients import message
 
@@ -54,7 +56,8 @@ def prometheus(tiny: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("prometheus")
     deployment = tiny.deployment
     config = copy.deepcopy(CONFIG)
-    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s"}
+    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(alerts.FILE)]
     replica, router = config["scrape_configs"]
     del replica["dns_sd_configs"]
     addresses = [f"127.0.0.1:{deployment.replica_port(number)}" for number in range(deployment.replicas)]
@@ -129,6 +132,25 @@ def test_every_query_of_the_dashboard_gives_numbers(tiny: Served, prometheus: st
             assert len(numbers) == tiny.deployment.serving.drafts, query
         if (query.panel, query.kind) == ("Replicas up", "stat"):
             assert numbers == [replicas]
+
+
+def test_prometheus_evaluates_every_rule_over_series_that_are_there(tiny: Served, prometheus: str) -> None:
+    absent = alerts.selected()
+    deadline = time.monotonic() + 60
+    while absent and time.monotonic() < deadline:
+        absent = {each for each in absent if not values(prometheus, "".join(each))}
+        time.sleep(1)
+    assert absent == set()
+    with urllib.request.urlopen(f"{prometheus}/api/v1/rules", timeout=30) as answer:
+        (group,) = json.load(answer)["data"]["groups"]
+    assert [rule["health"] for rule in group["rules"]] == ["ok"] * len(alerts.RULES)
+
+
+def test_replicas_export_what_the_watchdog_reads(tiny: Served) -> None:
+    port = tiny.deployment.replica_port(0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    assert {name for name in watchdog.STEPS | watchdog.BUSY if f"\n{name}" not in text} == set()
 
 
 def test_the_choice_of_replicas_lists_those_that_are_served(tiny: Served, prometheus: str) -> None:
