@@ -595,3 +595,19 @@ def test_the_admin_listener_is_never_public(tmp_path: Path) -> None:
     text = deployment(tmp_path, runtime="host", bind="0.0.0.0").router_configuration()
     assert "bind 0.0.0.0:8000" in text and "bind 127.0.0.1:8001" in text
     assert haproxy.Addresses("*:8000", "*:8001", []).resolver == ""
+
+
+def test_the_operators_traces_endpoint_reaches_vllm() -> None:
+    words = ["--set", "otlp-traces-endpoint=http://collector:4317", "enable-log-requests=true"]
+    parser = argparse.ArgumentParser()
+    serve_options.add_wanted(parser)
+    asked = parser.parse_args(words)
+    told = settings.serving(asked.serve_profile, "cuda", dict(asked.set)).arguments("/a", 8000)
+    assert told[told.index("--otlp-traces-endpoint") + 1] == "http://collector:4317"
+    assert "--enable-log-requests" in told
+    assert "opentelemetry-sdk==" in (ROOT / "docker/requirements-serve.txt").read_text(encoding="utf-8")
+
+
+def test_a_replica_knows_how_long_it_may_hang(tmp_path: Path) -> None:
+    assert deployment(tmp_path).variables(0)["WATCHDOG"] == "180"
+    assert dataclasses.replace(deployment(tmp_path), watchdog_s=0).variables(0)["WATCHDOG"] == "0"

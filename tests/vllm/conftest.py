@@ -65,9 +65,10 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(start: Callable[..., Served], tiny_artifact: Path) -> Served:
     """Two replicas of that artifact, which nearly all tests share: with an API key, two drafts a step and none while
-    more than eight requests run, room for the tools of a bench, and long prompts read in pieces. Nothing of the guards
-    and the probe is left out."""
+    more than eight requests run, room for the tools of a bench, long prompts read in pieces, and requests in the log.
+    Nothing of the guards and the probe is left out."""
     settings = ["--set", ROOM, f"max-num-batched-tokens={CHUNK}", f"{SCHEDULE}=[[1,8,2],[9,256,0]]"]
+    settings += ["enable-log-requests=true"]
     return start(tiny_artifact, "--drain", "120", "--drafts", "2", *settings, key="sesame")
 
 
