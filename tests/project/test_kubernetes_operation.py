@@ -1,4 +1,4 @@
-"""docs/kubernetes beside the replicas: who reaches them, what reads their metrics, how many they are, llm-d's router."""
+"""docs/kubernetes beside the replicas: who reaches them, what reads their metrics, how many are there, the router."""
 
 from __future__ import annotations
 

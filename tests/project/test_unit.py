@@ -1,4 +1,4 @@
-"""docker/serve/v4forge-serve@.service: a unit that systemd takes, as docs/serving.md installs it, of commands that are."""
+"""docker/serve/v4forge-serve@.service: a unit that systemd takes, as docs/serving.md installs it, of real commands."""
 
 from __future__ import annotations
 
