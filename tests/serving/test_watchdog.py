@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +133,9 @@ def variables(folder: Path, watchdog_s: str) -> dict[str, str]:
 
 
 @contextmanager
-def replica(folder: Path, watchdog_s: str = "0.9") -> Iterator[Replica]:
-    words = [str(REPLICA), "/a", "--port", str(free_ports(1))]
+def replica(folder: Path, watchdog_s: str = "0.9", within: Sequence[str] = ()) -> Iterator[Replica]:
+    """`within` is a command that runs it."""
+    words = [*within, str(REPLICA), "/a", "--port", str(free_ports(1))]
     with open(folder / "said", "wb") as said:
         process = subprocess.Popen(
             words, env=variables(folder, watchdog_s), stdout=said, stderr=said, start_new_session=True
@@ -176,6 +177,15 @@ def test_a_server_that_hangs_is_ended_with_its_engine(tmp_path: Path, hang: str)
         (line,) = made.said.splitlines()
         words = "has requests and makes no step" if hang == "a stopped engine" else "does not answer"
         assert line == f"watchdog: the server {words} for 0.9 s; it is ended, to be started again"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes is root's to make")
+def test_a_containers_first_process_which_nothing_kills_ends_too(tmp_path: Path) -> None:
+    with replica(tmp_path, within=["unshare", "--pid", "--fork"]) as made:
+        made.works()
+        (tmp_path / "does").write_text("silent")
+        assert made.process.wait(30) == 128 + signal.SIGKILL
+        assert "watchdog: the server does not answer" in made.said
 
 
 def test_without_a_watchdog_a_hang_is_left_alone(tmp_path: Path) -> None:
