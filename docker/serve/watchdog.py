@@ -4,9 +4,9 @@
 vLLM's /health is answered by a process that stays well while its engine waits for a GPU that never returns. So /metrics
 is read: an engine that has requests and makes no step for WATCHDOG seconds hangs, and so does a server that has once
 answered and then is silent for as long. 180 s are an estimate of what no step takes: its tokens are bounded, and take
-seconds, and a kernel that it compiles takes tens of seconds. With several GPUs vLLM gives up by
-itself, after 300 s. What is counted are looks, not time: none is made while the machine is suspended or the container
-paused. WATCHDOG=0 looks at nothing.
+seconds, and a kernel that it compiles takes tens of seconds. With several GPUs vLLM gives up by itself, after 300 s.
+What is counted are looks, not time: none is made while the machine is suspended or the container paused. WATCHDOG=0
+looks at nothing.
 """
 
 from __future__ import annotations
