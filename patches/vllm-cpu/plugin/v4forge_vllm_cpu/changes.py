@@ -121,6 +121,8 @@ def platform(cpu: type) -> None:
         is_ours = getattr(getattr(model_config, "hf_config", None), "model_type", None) == "deepseek_v4"
         with mock.patch("torch.cpu._is_amx_tile_supported", lambda: True) if is_ours else nullcontext():
             their_check(vllm_config)
+        # Engine and worker have what the server has imported, which takes each seven seconds anew.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     cpu.register_triton_kernel_overrides = staticmethod(register_triton_kernel_overrides)  # type: ignore[attr-defined]
     cpu.check_and_update_config = staticmethod(check_and_update_config)  # type: ignore[attr-defined]
