@@ -13,7 +13,7 @@ from tls import Authority
 from v4forge.errors import UserError
 from v4forge.serving import compose, keys, launch, preflight, secret_files
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import CERTIFICATE, KEYS, USER, Deployment
+from v4forge.serving.deployment import CERTIFICATE, CONFIGURATION, KEYS, USER, Deployment
 from v4forge.serving.launch import Start
 from v4forge.serving.supervisord import Supervised
 
@@ -167,7 +167,7 @@ def test_the_router_speaks_tls_with_the_deployments_file_and_a_new_one_is_read_w
     assert running.url == "https://127.0.0.1:8000" and running.admin_url.startswith("http://")
     before = (folder / CERTIFICATE).read_text()
     assert (folder / CERTIFICATE).stat().st_mode & 0o777 == 0o600
-    assert f'ssl crt "{folder / CERTIFICATE}"' in (folder / "haproxy.cfg").read_text()
+    assert f'ssl crt "{folder / CERTIFICATE}"' in (folder / CONFIGURATION).read_text()
     authority.issue(tmp_path)
     launch.reload(folder, "")
     assert (folder / CERTIFICATE).read_text() == cert.read_text() + key.read_text() != before

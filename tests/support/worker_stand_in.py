@@ -24,11 +24,12 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close that resets
 @dataclass
 class Worker:
     """`seen` are the bodies it got; `running` how many it computes; `status` what it answers instead; `health` what it
-    answers to checks."""
+    answers to checks, with its name."""
 
     port: int
     status: int = 200
     health: int = 200
+    name: str = ""
     seen: list[bytes] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     running: int = 0
@@ -86,7 +87,7 @@ class Worker:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         if head.startswith("GET"):
-            writer.write(answer(self.health, b""))
+            writer.write(answer(self.health, self.name.encode()))
             await writer.drain()
             return
         lengths = [line for line in head.splitlines() if line.lower().startswith("content-length:")]

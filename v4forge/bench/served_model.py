@@ -165,7 +165,7 @@ def _image(deployment: Deployment | None) -> dict[str, Any] | None:
     """The image that a deployment runs in."""
     if not deployment or deployment.runtime != "docker":
         return None
-    found = containers.connect().client.images.get(deployment.image)
+    found = containers.connect().client.images.get(deployment.image_id or deployment.image)
     digests: Iterable[str] = found.attrs.get("RepoDigests") or ()
     return {"reference": deployment.image, "id": found.id, "digests": sorted(digests)}
 

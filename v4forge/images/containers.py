@@ -81,6 +81,14 @@ def labels(engine: Engine, reference: str) -> dict[str, str]:
         raise refusals.no_image(reference) from None
 
 
+def identity(engine: Engine, reference: str) -> str:
+    """The id of an image that the daemon has. Raises UserError when it has not."""
+    try:
+        return str(engine.client.images.get(reference).id)
+    except ImageNotFound:
+        raise refusals.no_image(reference) from None
+
+
 def run(engine: Engine, job: Job) -> int:
     """Runs a job to its end and returns its exit code; its output goes to ours, on a terminal of ours' size if we have
     one. Nobody else starts a job in its folder meanwhile: the caller holds a lock.

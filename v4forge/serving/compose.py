@@ -64,7 +64,7 @@ class Compose:
         deployment = self.deployment
         return {
             "COMPOSE_PROJECT_NAME": self.project,
-            "SERVE_IMAGE": deployment.image,
+            "SERVE_IMAGE": deployment.image_id or deployment.image,
             "SERVE_USER": f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{USER}:{USER}",
             "SERVE_FOLDER": deployment.folder,
             "ARTIFACT": deployment.artifact,
@@ -125,7 +125,19 @@ class Compose:
         return [*program(), *files, *(f"--profile={name}" for name in profiles), *words]
 
     def start(self) -> None:
-        words = ("up", "--detach", "--no-build", "--remove-orphans")
+        # By name, where some run: of all, compose replaces each whose image or values it takes for others now.
+        states = {name: process.state for name, process in self.processes().items()}
+        if "running" not in states.values():
+            self._up("--remove-orphans")
+        elif down := [name for name, state in states.items() if state != "running"]:
+            self._up("--no-deps", *down)
+
+    def replace(self, name: str) -> None:
+        self.write()
+        self._up("--no-deps", "--force-recreate", name)
+
+    def _up(self, *options: str) -> None:
+        words = ("up", "--detach", "--no-build", *options)
         try:
             self._run(*words)
         except UserError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,9 @@ from v4forge.serving.haproxy import Addresses, Limits
 from v4forge.serving.settings import Serving
 
 STATE, SUPERVISED = "serving.json", "supervisord.conf"
+ROLLING = "rolling.json"  # how far the way to another deployment is
+# The router's, each in a folder that its container sees: of a file that is replaced it would see the one before.
+CONFIGURATION, CONTROL = "router/haproxy.cfg", "control/haproxy.sock"
 KEYS, CERTIFICATE = "keys/api_key", "tls/endpoint.pem"  # a folder each: what containers see of them
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
 LEAST_WAITING = 128  # requests at a replica, where few run
@@ -33,7 +36,8 @@ class Deployment:
     files on top of compose.yaml; `model` is the name that it is served under, "" for the settings' own; `waiting` is
     how many requests may wait at a replica, None for as many as run, LEAST_WAITING at least; `per_source` how many
     connections an address may have; `watchdog_s` how long a replica may hang until it is ended, 0 for ever; `context`
-    is the longest that fits where the profile's does not, 0 where it does."""
+    is the longest that fits where the profile's does not, 0 where it does; `image_id` is what `image` was at the
+    start."""
 
     folder: str
     artifact: str
@@ -57,6 +61,7 @@ class Deployment:
     compose: Sequence[str] = ()
     model: str = ""
     context: int = 0
+    image_id: str = ""
 
     @property
     def serving(self) -> Serving:
@@ -126,6 +131,12 @@ class Deployment:
         access = {"API_KEY_FILE": keys_at, "REPLICAS": str(self.replicas)}
         return self.serving.variables(self.cache(number)) | access | {"WATCHDOG": str(self.watchdog_s)}
 
+    @property
+    def content(self) -> list[object]:
+        """What its replicas are made of, however that was asked for."""
+        words = [(self.arguments(number), self.variables(number)) for number in range(self.replicas)]
+        return [self.artifact, self.image_id, self.program, words]
+
     def cache(self, number: int) -> str:
         """Where a replica keeps what it compiles: in its volume, of which each user has a folder, as nobody may write
         to what another has compiled; or in the deployment's folder, below home where that has a blank in its path,
@@ -147,17 +158,19 @@ class Deployment:
         if self.runtime == "host":
             yield from (("127.0.0.1", self.replica_port(number)) for number in range(self.replicas))
 
-    def router_configuration(self) -> str:
+    def router_configuration(self, out: Collection[int] = ()) -> str:
+        """haproxy's, by which the replicas `out` get nothing but what asks for them."""
         if self.runtime == "docker":
             names = [f"{name}:{REPLICA_PORT}" for name in self.names]
             pem = f"/{CERTIFICATE}" if self.cert else ""
-            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER, pem)
+            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER, pem, f"/{CONTROL}")
         else:
             names = [f"127.0.0.1:{self.replica_port(number)}" for number in range(self.replicas)]
             pem = f"{self.folder}/{CERTIFICATE}" if self.cert else ""
             public, admin = f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}"
-            addresses = Addresses(public, admin, names, certificate=pem)
-        return haproxy.configuration(addresses, self.drain_s, self.limits, self.serving.prefix_caching)
+            # Relative to the deployment's folder, where it runs: a socket's path has at most 107 characters.
+            addresses = Addresses(public, admin, names, certificate=pem, socket=f"unix@{CONTROL}")
+        return haproxy.configuration(addresses, self.drain_s, self.limits, self.serving.prefix_caching, out=out)
 
     @property
     def limits(self) -> Limits:
@@ -169,10 +182,18 @@ class Deployment:
     def save(self) -> None:
         """Keeps it in its folder, with the router's configuration."""
         folder = Path(self.folder)
-        for place in (KEYS, CERTIFICATE):
+        for place in (KEYS, CERTIFICATE, CONFIGURATION, CONTROL):
             make_folder((folder / place).parent)
-        write_text(folder / "haproxy.cfg", self.router_configuration())
+        control = (folder / CONTROL).parent
+        control.chmod(0o700)
+        if self.owner is not None:
+            os.chown(control, self.owner, self.owner)
+        self.write_router()
         write_json(folder / STATE, asdict(self))
+
+    def write_router(self, out: Collection[int] = ()) -> None:
+        """Writes the router's configuration, which it reads when it starts and at a reload."""
+        write_text(Path(self.folder) / CONFIGURATION, self.router_configuration(out))
 
     @classmethod
     def load(cls, folder: Path) -> Deployment | None:
@@ -205,7 +226,8 @@ class Deployment:
 
     def forget(self) -> None:
         """Takes away what save() kept: it runs no more."""
-        (Path(self.folder) / STATE).unlink(missing_ok=True)
+        for kept in (STATE, ROLLING):
+            (Path(self.folder) / kept).unlink(missing_ok=True)
 
     def differing(self, other: Deployment) -> list[str]:
         """The names of what another deployment was asked to have different."""
@@ -239,8 +261,12 @@ class Runtime(Protocol):
     def processes(self) -> Mapping[str, Process]:
         """What runs, by name; those that should and do not are missing."""
 
+    def replace(self, name: str) -> None:
+        """Stops a replica, whatever it is made of, and starts it as this deployment has it; nothing else is touched.
+        Raises UserError where that cannot be."""
+
     def log(self, name: str) -> str:
-        """What it has said since start()."""
+        """What it has said since its start."""
 
     def follow(self, names: Sequence[str], lines: int) -> None:
         """Becomes a program that shows the last lines and goes on."""

@@ -7,7 +7,7 @@ server until the first byte of an answer, drains, and has statistics and a Prome
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -51,13 +51,14 @@ ERRORS = {
 @dataclass(frozen=True)
 class Addresses:
     """Where the router listens, and where the replicas do; `resolver` is a name server for their names, `certificate`
-    a PEM with its key, for TLS at the public address."""
+    a PEM with its key, for TLS at the public address, `socket` takes commands."""
 
     public: str
     admin: str
     replicas: Sequence[str]
     resolver: str = ""
     certificate: str = ""
+    socket: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,16 @@ class Limits:
 
 
 def configuration(
-    addresses: Addresses, drain_s: int, limits: Limits, by_prefix: bool, silence_s: int = SILENCE_S
+    addresses: Addresses,
+    drain_s: int,
+    limits: Limits,
+    by_prefix: bool,
+    silence_s: int = SILENCE_S,
+    out: Collection[int] = (),
 ) -> str:
     """haproxy's configuration file. `drain_s`: how long a stop waits for running requests; `by_prefix`: a conversation
     goes to the replica that has its beginning, else every request to the one with the fewest; `silence_s`: how long
-    nothing may come of an answer."""
+    nothing may come of an answer; `out`: the replicas that get nothing but what asks for them."""
     text = TEMPLATE.read_text(encoding="utf-8")
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text)
     return template.render(
@@ -93,6 +99,8 @@ def configuration(
         replicas=addresses.replicas,
         resolver=addresses.resolver,
         certificate=addresses.certificate,
+        socket=addresses.socket,
+        out=out,
         log="stdout",
         pin=PIN,
         drain_s=drain_s,

@@ -15,7 +15,7 @@ from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.images import containers, definitions
 from v4forge.outcomes import Outcome
-from v4forge.serving import placement, preflight, probe, readiness, secret_files, settings
+from v4forge.serving import placement, preflight, probe, readiness, rolling, secret_files, settings
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import CERTIFICATE, KEYS, Deployment, Runtime
 from v4forge.serving.haproxy import Limits
@@ -146,18 +146,25 @@ def devices(wanted: Wanted, width: int) -> list[list[str]]:
 
 def up(deployment: Deployment, keys: str, start: Start, steps: Steps) -> Deployment:
     """Starts a deployment whose clients send one of `keys`, a file's text, "" for none, and waits until it is ready and
-    has passed the probe -> as it runs. One that runs already is probed again. Raises UserError where it cannot be, and
-    stops it then."""
+    has passed the probe -> as it runs. One that runs already is probed again; where it has another artifact, image or
+    setting, it becomes this one replica by replica. Raises UserError where it cannot be: what was started is stopped
+    then, and what ran before runs on."""
     deployment = replace(deployment, key_file=str(Path(deployment.folder) / KEYS) if keys else "")
     running = Deployment.load(Path(deployment.folder))
-    if running and (other := running.differing(deployment)):
-        raise UserError(f"other replicas run already, with another {', '.join(other)}", "make serve-stop")
-    if running and running.keys != keys:
-        raise UserError("other replicas run already, with another key", "make serve-reload API_KEY_FILE=<file>")
-    deployment = running or deployment
+    if running:
+        context = running.context if running.profile == deployment.profile else 0
+        deployment = _identified(replace(deployment, context=context))
+        rolling.check(running, deployment)
+        if running.keys != keys:
+            raise UserError("other replicas run already, with another key", "make serve-reload API_KEY_FILE=<file>")
+        if rolling.due(running, deployment):
+            return _roll(running, deployment, start, steps)
+        if running.router_configuration() != deployment.router_configuration():
+            deployment.save()
+            runtime_of(deployment).reload()
+            running = deployment
+    deployment = running or _prepare(deployment, keys, start, steps)
     runtime = runtime_of(deployment)
-    if not running:
-        _prepare(runtime, keys, start, steps)
     chosen = deployment.serving
     say(f"serve: {deployment.replicas} x TP={chosen.tensor_parallel}, k={chosen.drafts}, {deployment.artifact}")
     if not running:
@@ -178,6 +185,21 @@ def up(deployment: Deployment, keys: str, start: Start, steps: Steps) -> Deploym
             raise
         say(f"serve: a context of {chosen.max_model_len:,} tokens does not fit on these GPUs, {fits:,} do: once more")
         return up(replace(deployment, context=fits), keys, start, steps)
+    say(f"ready: {deployment.url}, {ready_as(runtime)}")
+    return deployment
+
+
+def _roll(running: Deployment, deployment: Deployment, start: Start, steps: Steps) -> Deployment:
+    """Makes what runs another deployment, replica by replica -> as it runs."""
+    runtime = runtime_of(deployment)
+    _check(runtime, start, steps, [preflight.CERTIFICATE])
+
+    def prove(kept: Runtime, number: int) -> None:
+        with steps("serve", 1, "replicas") as progress:
+            readiness.wait(kept, start.timeout_s, progress, [number])
+        _probe(kept, start, steps, [number])
+
+    rolling.Roll(runtime_of, prove, say, rolling.CUT in start.allow).run(running, deployment)
     say(f"ready: {deployment.url}, {ready_as(runtime)}")
     return deployment
 
@@ -207,18 +229,32 @@ def ready_as(runtime: Runtime) -> str:
     return ", ".join(parts)
 
 
-def _prepare(runtime: Runtime, keys: str, start: Start, steps: Steps) -> None:
-    """Writes what the processes read, after a look at whether they can run."""
-    deployment = runtime.deployment
+def _prepare(deployment: Deployment, keys: str, start: Start, steps: Steps) -> Deployment:
+    """Writes what the processes read, after a look at whether they can run -> the deployment with its image's id."""
     secrets = _secrets(deployment, keys)
+    _check(runtime_of(deployment), start, steps)
+    deployment = _identified(deployment)
+    _keep(deployment, secrets)
+    runtime_of(deployment).write()
+    deployment.save()
+    return deployment
+
+
+def _check(runtime: Runtime, start: Start, steps: Steps, guards: Sequence[preflight.Check] = preflight.GUARDS) -> None:
+    """Raises UserError where the deployment cannot run."""
+    deployment = runtime.deployment
     runtime.check()
-    preflight.check(deployment, start.allow, say, Proof(start.check, start.verify_key, steps))
+    preflight.check(deployment, start.allow, say, Proof(start.check, start.verify_key, steps), guards)
     if isinstance(runtime, Compose):
         check_image(deployment)
         runtime.check_readable()
-    _keep(deployment, secrets)
-    runtime.write()
-    deployment.save()
+
+
+def _identified(deployment: Deployment) -> Deployment:
+    """The deployment with the id of what its image is now: a name may become another's."""
+    if not isinstance(runtime_of(deployment), Compose):
+        return deployment
+    return replace(deployment, image_id=containers.identity(containers.connect(), deployment.image))
 
 
 def _secrets(deployment: Deployment, keys: str) -> dict[str, str]:
@@ -261,14 +297,13 @@ def check_image(deployment: Deployment) -> None:
             raise UserError(fact, "make images IMAGE=serve")
 
 
-def _probe(runtime: Runtime, start: Start, steps: Steps) -> None:
-    """Raises UserError where a check fails that may not."""
+def _probe(runtime: Runtime, start: Start, steps: Steps, only: Sequence[int] | None = None) -> None:
+    """Asks every replica, or those in `only`. Raises UserError where a check fails that may not."""
     deployment, chosen = runtime.deployment, runtime.deployment.serving
     expected = Expected(chosen.model, chosen.drafts > 0, chosen.tensor_parallel, start.min_acceptance)
-    with steps("probe", deployment.replicas, "replicas") as progress:
-        checks = probe.probe(
-            deployment.endpoints, expected, lambda number: runtime.log(deployment.names[number]), progress
-        )
+    asked = [each for each in deployment.endpoints if only is None or each.replica in only]
+    with steps("probe", len(asked), "replicas") as progress:
+        checks = probe.probe(asked, expected, lambda number: runtime.log(deployment.names[number]), progress)
     say("\n".join(outcomes.lines(checks)))
     failed = [check for check in checks if not check.ok and kind(check) not in start.allow]
     if failed:

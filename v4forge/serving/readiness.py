@@ -31,14 +31,20 @@ def ready(deployment: Deployment, number: int) -> bool:
     return True
 
 
-def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None]) -> None:
-    """Returns when every replica is ready. Raises UserError, with the end of its log on the screen, when a process has
-    ended, even if it was started again, and after `timeout_s`."""
+def wait(
+    runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None], only: Sequence[int] | None = None
+) -> None:
+    """Returns when every replica is ready, or those in `only`. Raises UserError, with the end of its log on the screen,
+    when one of these or the router has ended, even if it was started again, and after `timeout_s`."""
     deployment, started = runtime.deployment, time.monotonic()
-    waiting = list(range(deployment.replicas))
+    waiting = list(range(deployment.replicas) if only is None else only)
+    others = {name for number, name in enumerate(deployment.names) if number not in waiting}
+    total = len(waiting)
     first: dict[str, str] = {}
     while waiting:
         for name, process in runtime.processes().items():
+            if name in others:
+                continue
             run = first.setdefault(name, process.run) if process.state == "running" else process.run
             if process.state in ("exited", "missing") or process.run != run:
                 raise _ended(runtime, name, process)
@@ -47,7 +53,7 @@ def wait(runtime: Runtime, timeout_s: float, progress: Callable[[int, str], None
             name = deployment.names[waiting[0]]
             print(_tail(runtime.log(name)), flush=True)
             raise UserError(f"{name} is not ready after {timeout_s:.0f} s (its log above)", "make serve TIMEOUT=7200")
-        progress(deployment.replicas - len(waiting), _step(runtime, [deployment.names[number] for number in waiting]))
+        progress(total - len(waiting), _step(runtime, [deployment.names[number] for number in waiting]))
         if waiting:
             time.sleep(POLL_S)
 

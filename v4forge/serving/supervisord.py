@@ -23,7 +23,7 @@ from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.serving import settings
-from v4forge.serving.deployment import ROUTER, SUPERVISED, Deployment, Process
+from v4forge.serving.deployment import CONFIGURATION, ROUTER, SUPERVISED, Deployment, Process
 
 REPLICA = ROOT / "docker" / "serve" / "replica"
 # supervisord's words -> ours; the others are told as they are.
@@ -88,7 +88,7 @@ class Supervised:
             haproxy = shutil.which("haproxy", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
             if haproxy is None:
                 raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
-            return [haproxy, "-W", "-db", "-f", str(self.folder / "haproxy.cfg")], {}
+            return [haproxy, "-W", "-db", "-f", str(self.folder / CONFIGURATION)], {}
         number = self.deployment.names.index(name)
         variables = self.deployment.variables(number)
         path = [self.deployment.program, os.environ.get("PATH", os.defpath)]
@@ -128,10 +128,7 @@ class Supervised:
         if self._answers():
             return
         for name in (*self.deployment.names, ROUTER):
-            with suppress(FileNotFoundError):  # what an earlier start said is another story
-                (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
-        for number in range(self.deployment.replicas):
-            self._starts(number).unlink(missing_ok=True)
+            self._begin(name)
         command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / SUPERVISED)]
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
@@ -141,6 +138,27 @@ class Supervised:
             if time.monotonic() > end:
                 raise UserError("supervisord does not answer", f"see {self.logs}/supervisord.log")
             time.sleep(0.1)
+
+    def _begin(self, name: str) -> None:
+        """What an earlier start said is another story, and how often there was one does not count."""
+        with suppress(FileNotFoundError):
+            (self.logs / f"{name}.log").replace(self.logs / f"{name}.log.before")
+        if name != ROUTER:
+            self._starts(self.deployment.names.index(name)).unlink(missing_ok=True)
+
+    def replace(self, name: str) -> None:
+        self.write()
+        try:
+            server = self._server()
+            server.reloadConfig()  # reads; what runs goes on
+            for end in (server.stopProcess, server.removeProcessGroup):
+                with suppress(xmlrpc.client.Fault):  # it does not run, or is not known
+                    end(name)
+            self._begin(name)
+            server.addProcessGroup(name)
+        except (OSError, xmlrpc.client.Error) as error:
+            fact = f"supervisord does not start {name} anew: {error}"
+            raise UserError(fact, f"see {self.logs}/supervisord.log") from None
 
     def processes(self) -> Mapping[str, Process]:
         found = dict.fromkeys((*self.deployment.names, ROUTER), Process())
