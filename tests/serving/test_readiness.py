@@ -57,9 +57,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         [both(RUNS), both(Process("exited", "1"))],
         [both(Process("starting", "")), both(RUNS), both(OTHER)],
         [both(RUNS), both(RUNS), both(Process("starting", "2")), both(OTHER)],
+        [both(Process("starting", "1")), both(Process("starting", "2"))],
         [both(Process())],
     ],
-    ids=["ended", "ended and runs again", "ended and starts again", "is not there"],
+    ids=["ended", "ended and runs again", "ended and starts again", "ends again and again", "is not there"],
 )
 def test_a_replica_that_ends_ends_the_wait_with_its_own_error(
     told: list[dict[str, Process]], capsys: pytest.CaptureFixture[str]

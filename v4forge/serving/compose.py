@@ -154,7 +154,8 @@ class Compose:
             for container in json.loads(seen or "[]"):
                 name = container["Config"]["Labels"]["com.docker.compose.service"]
                 state = container["State"]
-                found[name] = Process(STATES.get(state["Status"], state["Status"]), state["StartedAt"])
+                run = "" if state["Status"] == "created" else state["StartedAt"]
+                found[name] = Process(STATES.get(state["Status"], state["Status"]), run)
         return found
 
     def log(self, name: str) -> str:

@@ -238,7 +238,7 @@ class Deployment:
 @dataclass(frozen=True)
 class Process:
     """What its keeper says of a process: running, starting, exited, missing or another word of the keeper's. `run` is
-    another one when it has been started again."""
+    another one when it has been started again, "" before its first start."""
 
     state: str = "missing"
     run: str = ""

@@ -45,7 +45,7 @@ def wait(
         for name, process in runtime.processes().items():
             if name in others:
                 continue
-            run = first.setdefault(name, process.run) if process.state == "running" else process.run
+            run = first.setdefault(name, process.run) if process.run else ""
             if process.state in ("exited", "missing") or process.run != run:
                 raise _ended(runtime, name, process)
         waiting = [number for number in waiting if not ready(deployment, number)]

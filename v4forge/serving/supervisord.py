@@ -165,7 +165,7 @@ class Supervised:
         with suppress(OSError, xmlrpc.client.Error):
             for each in self._server().getAllProcessInfo():
                 state = STATES.get(each["statename"], each["statename"].lower())
-                found[each["name"]] = Process(state, str(each["start"]))
+                found[each["name"]] = Process(state, str(each["start"] or ""))
         return found
 
     def log(self, name: str) -> str:
