@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from keeper_stand_in import Keeper, Noted, in_variables, install, steps, wanted,
 
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
-from v4forge.serving import keys, launch, probe, readiness
+from v4forge.serving import keys, launch, probe, readiness, rolling
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import Deployment, Runtime
 from v4forge.serving.launch import Start
@@ -154,3 +155,33 @@ def test_a_container_is_given_no_links_that_lead_out_of_what_it_sees(tmp_path: P
     (tmp_path / "artifact/model.safetensors").symlink_to("../blob")
     with pytest.raises(UserError, match=r"model\.safetensors is a link to .*/blob, which containers do not see"):
         there.check_readable()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replicas": 3}, "other replicas run already, with another gpus"),
+        ({"bind": "127.0.0.2"}, "other replicas run already, with another bind"),
+        ({"overrides": {"served-model-name": "mine"}}, "the replicas serve .*, and clients would ask mine of both"),
+    ],
+)
+def test_what_all_replicas_or_the_router_have_does_not_change_while_they_run(
+    tmp_path: Path, noted: list[Noted], change: dict[str, Any], message: str
+) -> None:
+    launch.up(launch.deployment_of(wanted(tmp_path)), "", Start(), steps)
+    with pytest.raises(UserError, match=message):
+        launch.up(launch.deployment_of(wanted(tmp_path, **change)), "", Start(), steps)
+    assert words(noted) == ["write", "start"]
+
+
+def test_the_context_that_was_found_to_fit_stays_where_a_setting_changes(
+    tmp_path: Path, noted: list[Noted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Deployment] = []
+    monkeypatch.setattr(rolling.Roll, "run", lambda _self, _before, after: made.append(after))
+    monkeypatch.setattr(readiness, "wait", lambda *_: None)
+    asked = Deployment(str(tmp_path / "serve"), str(tmp_path), "docker", profile="production", gpus=[["0", "1"]])
+    launch.up(replace(asked, context=19968), "", Start(), steps)
+    launch.up(replace(asked, overrides={"max-num-seqs": "8"}), "", Start(), steps)
+    launch.up(replace(asked, profile="throughput"), "", Start(), steps)
+    assert [each.serving.max_model_len for each in made] == [19968, 32768]

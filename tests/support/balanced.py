@@ -19,7 +19,8 @@ import httpx
 from served import free_ports
 from worker_stand_in import Worker
 
-from v4forge.serving import haproxy
+from v4forge.serving import haproxy, router_control
+from v4forge.serving.deployment import CONTROL, Deployment
 from v4forge.serving.haproxy import Addresses
 
 OPTIONS: dict[str, Any] = {"drain_s": 30, "limits": haproxy.Limits(), "by_prefix": False}
@@ -89,6 +90,11 @@ class Router:
             thread.join()
         return answers
 
+    def weigh(self, number: int, weight: int) -> None:
+        """What `make serve` says to take a worker out, 0, and to put it back, 1."""
+        folder = Deployment(str(self.log.parent), "", "host")
+        assert not router_control.told(folder, f"set weight replicas/replica{number} {weight}").strip()
+
     def seen(self, **body: Any) -> list[int]:
         """How often each worker has got exactly this request."""
         content = json.dumps(body).encode()
@@ -108,13 +114,16 @@ def router(folder: Path, count: int, certificate: str = "", **options: Any) -> I
     first = free_ports(2 + count)
     workers = [Worker(first + 2 + place) for place in range(count)]
     public, admin = f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}"
-    addresses = Addresses(public, admin, [f"127.0.0.1:{worker.port}" for worker in workers], certificate=certificate)
+    (folder / CONTROL).parent.mkdir(exist_ok=True)
+    at = [f"127.0.0.1:{worker.port}" for worker in workers]
+    addresses = Addresses(public, admin, at, certificate=certificate, socket=f"unix@{CONTROL}")
     (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, **(OPTIONS | options)))
     with ExitStack() as stack:
         for worker in workers:
             stack.enter_context(worker.run())
         log = stack.enter_context(open(folder / "log", "wb"))
-        process = subprocess.Popen([program(), "-W", "-db", "-f", folder / "haproxy.cfg"], stdout=log, stderr=log)
+        command = [program(), "-W", "-db", "-f", folder / "haproxy.cfg"]
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         stack.callback(process.wait, 30)
         stack.callback(process.terminate)
         made = Router(f"http{'s' * bool(certificate)}://{public}", f"http://{admin}", workers, folder / "log", process)

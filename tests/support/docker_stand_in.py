@@ -26,6 +26,7 @@ class Daemon:
         default_factory=lambda: {"SecurityOptions": ["name=seccomp"], "Runtimes": {"runc": {}}}
     )
     images: dict[str, dict[str, str]] = field(default_factory=dict)  # reference -> labels
+    ids: dict[str, str] = field(default_factory=dict)  # reference -> its image's id, where it is another
     programs: dict[str, Program] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Daemon:
             if match[1] not in self.images:
                 return 404, {"message": f"No such image: {match[1]}"}
             labels = self.images[match[1]]
-            return 200, {"Id": "sha256:0", "Size": 2**30, "Config": {"Labels": labels}}
+            return 200, {"Id": self.ids.get(match[1], "sha256:0"), "Size": 2**30, "Config": {"Labels": labels}}
         if path == "/containers/create":
             self.created.append(body)
             return 201, {"Id": str(len(self.created) - 1), "Warnings": []}

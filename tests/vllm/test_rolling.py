@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from balanced import Answer, Router, router, up, wait_for
 from keeper_stand_in import steps
 from served import ROOT, free_ports
 
@@ -21,6 +23,7 @@ from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
 from v4forge.serving import client, launch, preflight, probe, readiness, rolling
 from v4forge.serving.deployment import ROLLING, Deployment
+from v4forge.serving.haproxy import Limits
 from v4forge.serving.launch import Start, Wanted
 
 pytestmark = pytest.mark.serve
@@ -230,3 +233,39 @@ def test_the_only_replica_is_replaced_where_a_cut_is_allowed(tmp_path: Path, mon
             one.up(one.artifact("second"), "cut", drain_s=7)
     finally:
         launch.stop(one.folder)
+
+
+def noticed(front: Router, number: int) -> bool:
+    """Whether the router knows that a worker is gone."""
+    return front.ask(at=front.admin, headers={client.PIN: str(number)}).status == 200 and up(front) == 1
+
+
+def test_a_request_that_comes_again_has_ended_no_replica_that_was_taken_out(tmp_path: Path) -> None:
+    with router(tmp_path, 2) as front:
+        for _ in range(3):
+            answered = front.ask(prompt="how are you")
+            assert answered.status == 200
+            number = int(answered.headers[client.PIN.lower()])
+            front.weigh(number, 0)
+            front.workers[number].kill()
+            wait_for(partial(noticed, front, number), 10)
+            again = front.ask(prompt="how are you")
+            assert (again.status, again.headers[client.PIN.lower()]) == (200, str(1 - number))
+            front.workers[number].restart()
+            front.weigh(number, 1)
+            wait_for(lambda: up(front) == 2, 10)
+
+
+def test_what_one_that_was_taken_out_finishes_takes_no_room_of_the_others(tmp_path: Path) -> None:
+    with router(tmp_path, 2, limits=Limits(running=1, waiting=1)) as front:
+        bodies: list[dict[str, Any]] = [{"prompt": str(number), "first_s": 3} for number in range(4)]
+        more: list[Answer] = []
+
+        def take_out() -> None:
+            front.weigh(0, 0)
+            more.extend(front.ask(prompt=str(number)) for number in (4, 5))
+            front.weigh(0, 1)
+
+        assert all(answer.status == 200 for answer in front.ask_all(bodies[:2], take_out))
+        assert [answer.status for answer in more] == [200, 200]
+        assert {answer.headers[client.PIN.lower()] for answer in more} == {"1"}

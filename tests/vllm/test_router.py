@@ -152,10 +152,10 @@ def test_a_second_start_whose_probe_fails_stops_nothing(tiny: Served) -> None:
 
 
 def test_a_second_start_of_something_else_is_refused(tiny: Served) -> None:
-    other = again(tiny, "--queue", "7")
+    other = again(tiny, "--drain", "7")
     assert other.returncode == 1
     assert other.stderr.splitlines() == [
-        "error: other replicas run already, with another waiting",
+        "error: other replicas run already, with another drain_s",
         "hint: make serve-stop",
     ]
 
