@@ -65,10 +65,21 @@ def test_a_start_beside_what_runs_names_what_does_not(
 
 
 def test_one_replica_is_replaced_by_its_image_of_then_whatever_has_its_name_now(
-    kept: Deployment, told: list[list[str]]
+    kept: Deployment, told: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def docker(*words: str) -> str:
+        asked.append(words)
+        return "c0ffee\n" if "label=com.docker.compose.service=replica1" in words[-1] else ""
+
+    monkeypatch.setattr(compose, "_told", docker)
     Compose(replace(kept, image_id="sha256:1")).replace("replica1")
-    assert told[-1] == ["up", "--detach", "--no-build", "--no-deps", "--force-recreate", "replica1", "image=sha256:1"]
+    assert [words for words in asked if words[0] != "ps"] == [
+        ("stop", "-t", "60", "c0ffee"),
+        ("rm", "--force", "c0ffee"),
+    ]
+    assert told[-1] == ["up", "--detach", "--no-build", "--no-deps", "replica1", "image=sha256:1"]
 
 
 def test_an_image_is_another_by_what_it_is_and_not_by_its_name(

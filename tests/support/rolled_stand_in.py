@@ -1,5 +1,5 @@
-"""Stands in for `vllm serve`, as a program: `rolled_stand_in.py serve ARTIFACT … --port PORT …`. Its answers name the
-artifact, a folder; a file `faulty` there holds the port of the replica whose start fails."""
+"""Stands in for `vllm serve`, as a program: `rolled_stand_in.py serve ARTIFACT … --host HOST --port PORT …`. Its answers
+name the artifact, a folder; a file `faulty` there holds the port of the replica whose start fails."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from worker_stand_in import Worker
 
 if __name__ == "__main__":
-    artifact, port = Path(sys.argv[2]), sys.argv[sys.argv.index("--port") + 1]
+    artifact, options = Path(sys.argv[2]), sys.argv[3:]
+    host, port = (options[options.index(name) + 1] for name in ("--host", "--port"))
     if (artifact / "faulty").is_file() and (artifact / "faulty").read_text() == port:
         sys.exit("RuntimeError: a tensor is missing")
-    with Worker(int(port), name=artifact.name).run():
+    with Worker(int(port), name=artifact.name, host=host).run():
         threading.Event().wait()

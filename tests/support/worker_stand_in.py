@@ -30,6 +30,7 @@ class Worker:
     status: int = 200
     health: int = 200
     name: str = ""
+    host: str = "127.0.0.1"
     seen: list[bytes] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     running: int = 0
@@ -57,7 +58,7 @@ class Worker:
         """Begins to listen, as after a start."""
 
         async def listen() -> None:
-            self.server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+            self.server = await asyncio.start_server(self._connected, self.host, self.port)
 
         self.killed = False
         asyncio.run_coroutine_threadsafe(listen(), self.loop).result(10)

@@ -17,11 +17,13 @@ import httpx
 import pytest
 from balanced import Answer, Router, router, up, wait_for
 from keeper_stand_in import steps
-from served import ROOT, free_ports
+from served import ROOT, Served, free_ports, serve
 
+from benchmarks.clients import Outcome as Answered
+from benchmarks.clients import message
 from v4forge.errors import UserError
 from v4forge.outcomes import FAILED, Outcome
-from v4forge.serving import client, launch, preflight, probe, readiness, rolling
+from v4forge.serving import client, launch, preflight, probe, readiness, rolling, settings
 from v4forge.serving.deployment import ROLLING, Deployment
 from v4forge.serving.haproxy import Limits
 from v4forge.serving.launch import Start, Wanted
@@ -130,16 +132,18 @@ def endpoint(work: Path, patch: pytest.MonkeyPatch, replicas: int) -> Endpoint:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         made = endpoint(tmp_path_factory.mktemp("rolling"), patch, 2)
         yield made
         launch.stop(made.folder)
 
 
-@pytest.fixture(autouse=True)
-def healthy(two: Endpoint) -> None:
-    two.probed = lambda _number: []
+@pytest.fixture
+def two(started: Endpoint) -> Endpoint:
+    """Two replicas that run, of whatever the test before has left; every probe passes."""
+    started.probed = lambda _number: []
+    return started
 
 
 def test_another_artifact_comes_replica_by_replica_and_no_request_is_lost(
@@ -269,3 +273,30 @@ def test_what_one_that_was_taken_out_finishes_takes_no_room_of_the_others(tmp_pa
         assert all(answer.status == 200 for answer in front.ask_all(bodies[:2], take_out))
         assert [answer.status for answer in more] == [200, 200]
         assert {answer.headers[client.PIN.lower()] for answer in more} == {"1"}
+
+
+@pytest.mark.soak
+@pytest.mark.last
+@pytest.mark.timeout(900)
+def test_two_of_a_real_vllm_get_another_number_of_drafts_and_no_request_is_lost(tiny: Served) -> None:
+    deployment, over = tiny.deployment, threading.Event()
+    answered: list[Answered] = []
+
+    def ask() -> None:
+        while not over.is_set():
+            answered.extend(tiny.ask_all([message(f"{len(answered)} {n}", 24, stream=bool(n % 2)) for n in range(4)]))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        named = {**deployment.overrides, settings.DRAFTS: "1", settings.SCHEDULE: "[[1,8,1],[9,256,0]]"}
+        words = ["--artifact", deployment.artifact, "--folder", str(tiny.folder), "--port", str(deployment.port)]
+        words += ["--backend", "cpu", "--drain", str(deployment.drain_s), "--set"]
+        done = serve("up", *words, *(f"{name}={value}" for name, value in named.items()), key=tiny.key)
+    finally:
+        over.set()
+        asking.join()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tiny.deployment.serving.drafts == 1 and "k=1" in done.stdout.splitlines()[-1]
+    assert [each for each in answered if not each.whole] == []
+    assert {each.replica for each in answered} == {"0", "1"}

@@ -22,6 +22,7 @@ FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
 # What each replica has besides, on top of compose.yaml.
 REPLICAS = "replicas.yaml"
 MOST = 8
+GRACE_S = 60  # from the signal that ends a replica to the kill
 FOLDER_LABEL = "v4forge.folder"
 # Of docker-compose ps and inspect -> ours.
 STATES = {"created": "starting", "restarting": "exited", "dead": "exited", "removing": "exited"}
@@ -134,7 +135,10 @@ class Compose:
 
     def replace(self, name: str) -> None:
         self.write()
-        self._up("--no-deps", "--force-recreate", name)
+        # Not compose's own way, which would leave two of them to who is killed in between.
+        self._stop(name, GRACE_S)
+        self._remove(name)
+        self._up("--no-deps", name)
 
     def _up(self, *options: str) -> None:
         words = ("up", "--detach", "--no-build", *options)
@@ -190,15 +194,19 @@ class Compose:
         say("serve: no request is left, stopping the replicas")
         for name in silent:
             self._stop(name, 0)
-        self._stop("", 60)
-        for listed, remove in ((("ps", "--all"), ("rm", "--force")), (("network", "ls"), ("network", "rm"))):
-            if found := _told(*listed, "--quiet", *self._filters()).split():
-                _told(*remove, *found)
+        self._stop("", GRACE_S)
+        self._remove("")
+        if found := _told("network", "ls", "--quiet", *self._filters()).split():
+            _told("network", "rm", *found)
 
     def _stop(self, service: str, seconds: int) -> None:
         """Stops a service, or with "" all; who does not end within `seconds` is killed."""
         if found := _told("ps", "--all", "--quiet", *self._filters(service)).split():
             _told("stop", "-t", str(seconds), *found)
+
+    def _remove(self, service: str) -> None:
+        if found := _told("ps", "--all", "--quiet", *self._filters(service)).split():
+            _told("rm", "--force", *found)
 
     def _environment(self) -> dict[str, str]:
         return os.environ | self.variables()
