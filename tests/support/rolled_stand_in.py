@@ -1,8 +1,9 @@
-"""Stands in for `vllm serve`, as a program: `rolled_stand_in.py serve ARTIFACT … --host HOST --port PORT …`. Its answers
-name the artifact, a folder; a file `faulty` there holds the port of the replica whose start fails."""
+"""Stands in for `vllm serve`, as a program: `rolled_stand_in.py serve ARTIFACT … --host HOST --port PORT …`. It answers
+with the name of the artifact, a folder; a file `faulty` there holds the port of the replica whose start fails."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -16,5 +17,6 @@ if __name__ == "__main__":
     host, port = (options[options.index(name) + 1] for name in ("--host", "--port"))
     if (artifact / "faulty").is_file() and (artifact / "faulty").read_text() == port:
         sys.exit("RuntimeError: a tensor is missing")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which a container's first process has to ask for
     with Worker(int(port), name=artifact.name, host=host).run():
         threading.Event().wait()
