@@ -255,7 +255,7 @@ shell: env ## A shell in IMAGE with what a stage sees
 	@$(image) shell $(or $(IMAGE),calib) --scratch $(call q,SCRATCH) --gpus $(call q,GPUS)
 
 .PHONY: serve
-serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT; returns when they are ready and probed
+serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT, ready and probed; those that run become it one by one
 	@$(serve) up $(serve_options) $(serve_start)
 
 .PHONY: serve-print

@@ -7,7 +7,8 @@ python -m scripts.serve logs   --folder scratch/flash/serve
 python -m scripts.serve reload --folder scratch/flash/serve --api-key-file keys.txt
 python -m scripts.serve stop   --folder scratch/flash/serve
 
-up returns when every replica is ready and a probe of each has passed. API keys come from the variable API_KEY or a
+up returns when every replica is ready and a probe of each has passed; with another artifact, image or setting what runs
+becomes that replica by replica. API keys come from the variable API_KEY or a
 file, never from the command line.
 """
 
@@ -53,7 +54,8 @@ def show(deployment: Deployment) -> None:
 
 
 def up(arguments: argparse.Namespace) -> None:
-    """Starts what is asked for, waits until it is ready and has passed the probe."""
+    """Starts what is asked for, waits until it is ready and has passed the probe; what runs already becomes that replica
+    by replica, and is as before where one fails."""
     text = keys.read(arguments.api_key_file)
     deployment = launch.deployment_of(serve_options.wanted(arguments))
     launch.up(deployment, text, serve_options.start(arguments), steps)
