@@ -54,7 +54,7 @@ def show(deployment: Deployment) -> None:
 
 
 def up(arguments: argparse.Namespace) -> None:
-    """Starts what is asked for, waits until it is ready and has passed the probe; what runs already becomes that replica
+    """Starts what is asked for, waits until it is ready and has passed the probe; what runs already becomes it replica
     by replica, and is as before where one fails."""
     text = keys.read(arguments.api_key_file)
     deployment = launch.deployment_of(serve_options.wanted(arguments))
