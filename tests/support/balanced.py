@@ -122,7 +122,7 @@ def router(folder: Path, count: int, certificate: str = "", **options: Any) -> I
         for worker in workers:
             stack.enter_context(worker.run())
         log = stack.enter_context(open(folder / "log", "wb"))
-        command = [program(), "-W", "-db", "-f", folder / "haproxy.cfg"]
+        command = [program(), "-W", "-db", "-f", str(folder / "haproxy.cfg")]
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         stack.callback(process.wait, 30)
         stack.callback(process.terminate)
