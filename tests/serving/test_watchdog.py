@@ -183,6 +183,7 @@ def test_a_server_that_hangs_is_ended_with_its_engine(tmp_path: Path, hang: str)
 def test_a_containers_first_process_which_nothing_kills_ends_too(tmp_path: Path) -> None:
     with replica(tmp_path, within=["unshare", "--pid", "--fork"]) as made:
         made.works()
+        wait_for((tmp_path / "answered").exists)  # who has never answered is still starting
         (tmp_path / "does").write_text("silent")
         assert made.process.wait(30) == 128 + signal.SIGKILL
         assert "watchdog: the server does not answer" in made.said

@@ -2,7 +2,8 @@
 whose steps are bytes of a file.
 
 What the server does is what the file `does` in the folder of $STAND_IN says: "" answers; "silent" takes a request and
-says nothing; "other" has no metrics of an engine. `busy` is there while the engine has requests; SIGTERM is ignored.
+says nothing; "other" has no metrics of an engine. `busy` is there while the engine has requests, `answered` when the
+watchdog has had an answer; SIGTERM is ignored.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with suppress(BrokenPipeError):
             self.wfile.write(content)
+        (FOLDER / "answered").touch()
 
 
 if __name__ == "__main__":
