@@ -174,24 +174,26 @@ async def started(client: httpx.AsyncClient, process: subprocess.Popen[bytes], c
     raise UserError(f"no router serves: {command}", "run the command by itself")
 
 
-def ours(folder: Path, first: int, load: Load, by_prefix: bool) -> str:
-    """The command of the router of `make serve`."""
+def command_of(folder: Path, port: int, replicas: Sequence[str], by_prefix: bool) -> str:
+    """The command of the router of `make serve` on `port` and the one after it, before these addresses."""
     program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
     if program is None:
         raise UserError("haproxy, the router, is not installed", "apt-get install haproxy")
-    replicas = [f"127.0.0.1:{first + 2 + number}" for number in range(load.replicas)]
-    addresses = Addresses(f"127.0.0.1:{first}", f"127.0.0.1:{first + 1}", replicas)
-    (folder / "haproxy.cfg").write_text(haproxy.configuration(addresses, 30, Limits(), by_prefix), encoding="utf-8")
-    return shlex.join([program, "-db", "-f", str(folder / "haproxy.cfg")])
+    addresses = Addresses(f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}", replicas)
+    file = folder / f"haproxy-{by_prefix:d}.cfg"
+    file.write_text(haproxy.configuration(addresses, 30, Limits(), by_prefix), encoding="utf-8")
+    return shlex.join([program, "-db", "-f", str(file)])
 
 
 def run(load: Load, first: int, beside: Sequence[str]) -> dict[str, Any]:
     """Every router under the same load."""
     results = {}
+    replicas = [f"127.0.0.1:{first + 2 + number}" for number in range(load.replicas)]
     with tempfile.TemporaryDirectory() as folder:
         for name, by_prefix in (("fewest requests", False), ("by prefix", True)):
-            results[name] = asyncio.run(measured(ours(Path(folder), first, load, by_prefix), first, load))
-    urls = " ".join(f"http://127.0.0.1:{first + 2 + number}" for number in range(load.replicas))
+            command = command_of(Path(folder), first, replicas, by_prefix)
+            results[name] = asyncio.run(measured(command, first, load))
+    urls = " ".join(f"http://{replica}" for replica in replicas)
     for template in beside:
         results[template] = asyncio.run(measured(template.format(port=first, urls=urls), first, load))
     return results

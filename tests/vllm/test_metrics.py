@@ -88,7 +88,8 @@ def values(prometheus: str, query: str) -> list[float]:
 def load(tiny: Served) -> Iterator[None]:
     """Eight requests at a time, for as long as it lasts; all must end whole."""
     stop = threading.Event()
-    requests = [message("a b c d " * 8, tokens=48, stream=True) for _ in range(8)]
+    # Of as many conversations, which the router spreads; one would stay where it is.
+    requests = [message(f"{number} " + "a b c d " * 8, tokens=48, stream=True) for number in range(8)]
     broken: list[object] = []
 
     def ask() -> None:

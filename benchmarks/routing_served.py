@@ -1,0 +1,164 @@
+"""What routing is worth to the prefix caches of real replicas: conversations through a router, before those of a
+deployment that runs.
+
+    make serve PROFILE=tiny BACKEND=cpu
+    python -m benchmarks.routing_served --folder scratch/tiny/serve --out benchmarks/results/routing-cpu
+
+As benchmarks.routing, whose load it takes in tokens: the router of `make serve` in its two ways, and any other that
+--beside names, each with conversations of its own that no cache has seen. --out gets a .json: by router the share of
+the prompts' tokens that vLLM found in its caches, by its own count, and seconds to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import httpx
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.routing import STARTS_S, THINK_S, command_of
+from scripts.cli import parser_for
+from v4forge.errors import UserError, run_main
+from v4forge.files import write_json
+from v4forge.serving import client
+from v4forge.serving.deployment import Deployment
+
+QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+
+
+@dataclass(frozen=True)
+class Load:
+    """`conversations` of so many `turns`, `at_once` of them at a time; words of the `system` prompt that all share and
+    of a `question`, tokens of an answer."""
+
+    conversations: int = 16
+    turns: int = 5
+    at_once: int = 8
+    system: int = 200
+    question: int = 60
+    answer: int = 16
+
+
+async def talk(
+    asker: httpx.AsyncClient, model: str, seed: str, number: int, load: Load, waits: asyncio.Semaphore
+) -> list[float]:
+    """A conversation, turn by turn -> seconds until the first token of each answer."""
+    chance, shared = random.Random(f"{seed} {number}"), random.Random(seed)
+    messages = [{"role": "system", "content": words(shared, load.system)}]
+    first_s = []
+    async with waits:
+        for _ in range(load.turns):
+            messages.append({"role": "user", "content": words(chance, load.question)})
+            asked = {"model": model, "messages": messages, "max_tokens": load.answer, "ignore_eos": True}
+            asked |= {"stream": True, "temperature": 0}
+            begun, came = time.monotonic(), 0
+            async with asker.stream("POST", "/v1/chat/completions", json=asked) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {") and '"content"' in line.replace('"reasoning"', '"content"'):
+                        came += 1
+                        if came == 2:  # the one before says the role
+                            first_s.append(time.monotonic() - begun)
+            messages.append({"role": "assistant", "content": words(chance, load.answer)})
+            await asyncio.sleep(chance.uniform(*THINK_S))
+    return first_s
+
+
+def words(chance: random.Random, count: int) -> str:
+    return " ".join(f"w{chance.randrange(10_000)}" for _ in range(count))
+
+
+def counted(deployment: Deployment) -> tuple[float, float]:
+    """Tokens of prompts that the replicas have looked for in their caches, and those that were there."""
+    totals = {QUERIES: 0.0, HITS: 0.0}
+    for endpoint in deployment.endpoints:
+        for line in client.fetch(endpoint, "/metrics").splitlines():
+            name = line.partition("{")[0]
+            if name in totals:
+                totals[name] += float(line.rsplit(" ", 1)[1])
+    return totals[QUERIES], totals[HITS]
+
+
+async def measured(command: str, port: int, deployment: Deployment, seed: str, load: Load) -> dict[str, Any]:
+    """The load through the router that a command starts on `port`."""
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as asker:
+            model = await started(asker, process, command)
+            before = counted(deployment)
+            waits = asyncio.Semaphore(load.at_once)
+            begun = time.monotonic()
+            talks = [talk(asker, model, seed, number, load, waits) for number in range(load.conversations)]
+            first_s = [each for one in await asyncio.gather(*talks) for each in one]
+            elapsed_s = time.monotonic() - begun
+    finally:
+        process.terminate()
+        process.wait()
+    queries, hits = (now - then for now, then in zip(counted(deployment), before, strict=True))
+    cut = quantiles(first_s, n=10)
+    return {"kept": hits / queries, "to_first_token_s": {"p50": cut[4], "p90": cut[8]}, "elapsed_s": elapsed_s}
+
+
+async def started(asker: httpx.AsyncClient, process: subprocess.Popen[bytes], command: str) -> str:
+    """The model's name, when the router serves. Raises UserError where it does not."""
+    end = time.monotonic() + STARTS_S
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(httpx.HTTPError, KeyError, ValueError):
+            return str((await asker.get("/v1/models")).json()["data"][0]["id"])
+        await asyncio.sleep(0.2)
+    raise UserError(f"no router serves: {command}", "run the command by itself")
+
+
+def run(deployment: Deployment, load: Load, port: int, beside: Sequence[str]) -> dict[str, Any]:
+    """Every router under the same load, in turn."""
+    replicas = [f"127.0.0.1:{deployment.replica_port(number)}" for number in range(deployment.replicas)]
+    urls = " ".join(f"http://{replica}" for replica in replicas)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        ours = [
+            (name, command_of(Path(folder), port, replicas, by_prefix))
+            for name, by_prefix in (("fewest requests", False), ("by prefix", True))
+        ]
+        for name, command in [*ours, *((each, each.format(port=port, urls=urls)) for each in beside)]:
+            results[name] = asyncio.run(measured(command, port, deployment, name, load))
+    return results
+
+
+def main() -> None:
+    parser = parser_for("benchmarks.routing_served", __doc__)
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="of a deployment of this host")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="without its ending")
+    parser.add_argument("--beside", action="append", default=[], metavar="COMMAND", help="with {port} and {urls}")
+    parser.add_argument("--port", type=int, default=18100, metavar="N", help="and the one after it")
+    for name, value in asdict(Load()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N")
+    arguments: argparse.Namespace = parser.parse_args()
+    load = Load(**{name: getattr(arguments, name) for name in asdict(Load())})
+    deployment = Deployment.load(arguments.folder)
+    if deployment is None or deployment.runtime != "host":
+        raise UserError(f"nothing of this host is served from {arguments.folder}", "make serve BACKEND=cpu")
+    results = run(deployment, load, arguments.port, arguments.beside)
+    for name, row in results.items():
+        seconds = ", ".join(f"{each} {value:.2f} s" for each, value in row["to_first_token_s"].items())
+        print(f"{row['kept']:6.1%} kept, to the first token {seconds}, {row['elapsed_s']:.0f} s in all: {name}")
+    write_json(
+        arguments.out.with_suffix(".json"), {**machine(torch.device("cpu")), "load": asdict(load), "routers": results}
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
