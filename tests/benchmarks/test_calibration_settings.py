@@ -45,6 +45,7 @@ def test_lengths_are_cut_of_the_same_tokens() -> None:
     assert torch.equal(long.flatten(), short.flatten())
 
 
+@pytest.mark.soak  # the whole program
 def test_a_run_writes_every_setting_beside_the_present_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "settings.json"
     monkeypatch.setattr(calibration_settings, "TOKENS", (512,))

@@ -62,6 +62,7 @@ def test_what_refines_gptq_lowers_what_it_is_to_lower() -> None:
     assert float((undone - wanted).norm()) < 0.9 * float((plainly - wanted).norm())
 
 
+@pytest.mark.soak  # the whole program; the lab's errors, above
 def test_a_run_writes_every_way_s_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "codes.json"
     monkeypatch.setattr(codes, "HELDOUT", (4, 256))
