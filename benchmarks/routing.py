@@ -23,23 +23,23 @@ import subprocess
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
 
 from benchmarks.machine import machine
-from scripts.cli import parser_for
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_json
 from v4forge.serving import haproxy
 from v4forge.serving.haproxy import Addresses, Limits
 
+L = TypeVar("L")
 BLOCK, READ_PER_S, STARTS_S = 256, 40_000, 60.0
 # To write an answer, and until the next question.
 WRITE_S, THINK_S = (0.1, 0.5), (0.2, 1.0)
@@ -199,22 +199,37 @@ def run(load: Load, first: int, beside: Sequence[str]) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    parser = parser_for("benchmarks.routing", __doc__)
+def parser_of(program: str, doc: str | None, load: Any) -> argparse.ArgumentParser:
+    """The options of a benchmark of routers; each figure of `load`, a dataclass, is one."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="without its ending")
     parser.add_argument("--beside", action="append", default=[], metavar="COMMAND", help="with {port} and {urls}")
     parser.add_argument("--port", type=int, default=18100, metavar="N", help="and those after it")
-    for name, value in asdict(Load()).items():
+    for name, value in asdict(load).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N")
-    arguments: argparse.Namespace = parser.parse_args()
-    load = Load(**{name: getattr(arguments, name) for name in asdict(Load())})
+    return parser
+
+
+def load_of(kind: type[L], arguments: argparse.Namespace) -> L:
+    """The load that the options describe."""
+    return kind(**{each.name: getattr(arguments, each.name) for each in fields(kind)})  # type: ignore[arg-type]
+
+
+def write(out: Path, load: Any, results: Mapping[str, Any]) -> None:
+    """Leaves the figures of each router in a .json."""
+    write_json(out.with_suffix(".json"), {**machine(torch.device("cpu")), "load": asdict(load), "routers": results})
+
+
+def main() -> None:
+    arguments = parser_of("benchmarks.routing", __doc__, Load()).parse_args()
+    load = load_of(Load, arguments)
     results = run(load, arguments.port, arguments.beside)
     for name, row in results.items():
         seconds = ", ".join(f"{name} {value:.2f} s" for name, value in row["to_first_token_s"].items())
         print(f"{row['kept']:6.1%} kept, {seconds}, {row['most_of_mean']:.2f} of the mean: {name}")
-    write_json(
-        arguments.out.with_suffix(".json"), {**machine(torch.device("cpu")), "load": asdict(load), "routers": results}
-    )
+    write(arguments.out, load, results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the prompts' tokens that vLLM found in its caches, by its own count, and seconds
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import shlex
@@ -20,19 +19,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import httpx
-import torch
+from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.machine import machine
-from benchmarks.routing import STARTS_S, THINK_S, command_of
-from scripts.cli import parser_for
+from benchmarks.routing import STARTS_S, THINK_S, command_of, load_of, parser_of, write
 from v4forge.errors import UserError, run_main
-from v4forge.files import write_json
 from v4forge.serving import client
 from v4forge.serving.deployment import Deployment
 
@@ -85,10 +81,10 @@ def counted(deployment: Deployment) -> tuple[float, float]:
     """Tokens of prompts that the replicas have looked for in their caches, and those that were there."""
     totals = {QUERIES: 0.0, HITS: 0.0}
     for endpoint in deployment.endpoints:
-        for line in client.fetch(endpoint, "/metrics").splitlines():
-            name = line.partition("{")[0]
-            if name in totals:
-                totals[name] += float(line.rsplit(" ", 1)[1])
+        for family in text_string_to_metric_families(client.fetch(endpoint, "/metrics")):
+            for sample in family.samples:
+                if sample.name in totals:
+                    totals[sample.name] += sample.value
     return totals[QUERIES], totals[HITS]
 
 
@@ -139,15 +135,10 @@ def run(deployment: Deployment, load: Load, port: int, beside: Sequence[str]) ->
 
 
 def main() -> None:
-    parser = parser_for("benchmarks.routing_served", __doc__)
+    parser = parser_of("benchmarks.routing_served", __doc__, Load())
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="of a deployment of this host")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="without its ending")
-    parser.add_argument("--beside", action="append", default=[], metavar="COMMAND", help="with {port} and {urls}")
-    parser.add_argument("--port", type=int, default=18100, metavar="N", help="and the one after it")
-    for name, value in asdict(Load()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N")
-    arguments: argparse.Namespace = parser.parse_args()
-    load = Load(**{name: getattr(arguments, name) for name in asdict(Load())})
+    arguments = parser.parse_args()
+    load = load_of(Load, arguments)
     deployment = Deployment.load(arguments.folder)
     if deployment is None or deployment.runtime != "host":
         raise UserError(f"nothing of this host is served from {arguments.folder}", "make serve BACKEND=cpu")
@@ -155,9 +146,7 @@ def main() -> None:
     for name, row in results.items():
         seconds = ", ".join(f"{each} {value:.2f} s" for each, value in row["to_first_token_s"].items())
         print(f"{row['kept']:6.1%} kept, to the first token {seconds}, {row['elapsed_s']:.0f} s in all: {name}")
-    write_json(
-        arguments.out.with_suffix(".json"), {**machine(torch.device("cpu")), "load": asdict(load), "routers": results}
-    )
+    write(arguments.out, load, results)
 
 
 if __name__ == "__main__":

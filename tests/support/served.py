@@ -16,6 +16,7 @@ from dense import TINY
 from programs import run_module
 
 from benchmarks.clients import Outcome, ask_all
+from v4forge.serving import client
 from v4forge.serving.deployment import Deployment
 from v4forge.serving.settings import serving
 
@@ -51,6 +52,12 @@ class Served:
     def key_words(self) -> list[str]:
         """The option that gives a bench the key of a deployment that it is told the address of."""
         return ["--api-key-file", str(self.folder / "keys/api_key")] if self.key else []
+
+    @property
+    def computing(self) -> float:
+        """Requests that the replicas run, or that wait there."""
+        readings = [client.metrics(endpoint) for endpoint in self.deployment.endpoints]
+        return sum((reading.running or 0) + (reading.waiting or 0) for reading in readings)
 
     def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return serve(command, "--folder", str(self.folder), *arguments)

@@ -25,11 +25,6 @@ STALL_S = 15.0
 FINISHED = "vllm:request_success_total"
 
 
-def computing(tiny: Served) -> float:
-    readings = [client.metrics(endpoint) for endpoint in tiny.deployment.endpoints]
-    return sum((reading.running or 0) + (reading.waiting or 0) for reading in readings)
-
-
 def finished(tiny: Served) -> dict[str, float]:
     """Requests that the replicas have ended since they started, by why."""
     found: dict[str, float] = {}
@@ -86,7 +81,7 @@ def held(tiny: Served, seed: str, clients: int, seconds: float, *faults: Callabl
     has left."""
     before = finished(tiny)
     crowd = ask(tiny, seed, clients, seconds, *faults)
-    wait_until(lambda: computing(tiny) == 0, 2)
+    wait_until(lambda: tiny.computing == 0, 2)
     assert (crowd.cut, crowd.lost) == ([], [])
     ended = {reason: count - before.get(reason, 0) for reason, count in finished(tiny).items()}
     assert crowd.left > len(crowd.whole) / 10
@@ -112,7 +107,7 @@ def survived(
     assert len(crowd.lost) < clients
     assert {outcome.replica for outcome in crowd.cut} <= {str(replica) for replica in ends}
     assert crowd.whole
-    assert computing(tiny) == 0
+    assert tiny.computing == 0
 
 
 def test_a_stall_and_the_end_of_an_engine_cost_nobody_an_answer_that_had_not_begun(tiny: Served) -> None:

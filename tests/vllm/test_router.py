@@ -14,7 +14,7 @@ import pytest
 from served import Served, serve, wait_until
 
 from benchmarks.clients import kill, message, processes
-from v4forge.serving import client, settings
+from v4forge.serving import settings
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
@@ -35,19 +35,15 @@ def test_a_chat_is_answered(tiny: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["before the first byte", "streaming"])
 def test_a_client_that_leaves_frees_its_sequence_within_a_second(tiny: Served, stream: bool) -> None:
-    def computed() -> float:
-        readings = [client.metrics(endpoint) for endpoint in tiny.deployment.endpoints]
-        return sum((reading.running or 0) + (reading.waiting or 0) for reading in readings)
-
     url, content = urlsplit(tiny.deployment.url), json.dumps(message("leave", tokens=4000, stream=stream)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
     head += f"Content-Type: application/json\r\nAuthorization: Bearer {tiny.key}\r\n\r\n"
     with socket.create_connection((str(url.hostname), int(url.port or 80)), timeout=60) as leaver:
         leaver.sendall(head.encode() + content)
-        wait_until(lambda: computed() == 1, 60)
+        wait_until(lambda: tiny.computing == 1, 60)
         assert not stream or leaver.recv(1)
     time.sleep(1)
-    assert computed() == 0
+    assert tiny.computing == 0
 
 
 def test_a_stream_has_the_same_text_as_the_whole_answer(tiny: Served) -> None:
