@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from programs import (
     ROOT,
     ForkServer,
     Place,
     calibrate_arguments,
     contents,
-    free_port,
     temporaries,
     write_corpus,
     write_source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from keeper_stand_in import Noted, install, steps, wanted, words
 from tls import Authority
 
 from v4forge.errors import UserError
-from v4forge.serving import compose, keys, launch, preflight, secret_files
+from v4forge.serving import compose, keys, launch, preflight, router_control, secret_files
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import CERTIFICATE, CONFIGURATION, KEYS, USER, Deployment
 from v4forge.serving.launch import Start
@@ -184,7 +185,9 @@ def test_the_router_is_told_to_read_anew_by_whoever_keeps_it(tmp_path: Path, mon
         told.append(words)
         return "".join(running)
 
+    processes = count(7)
     monkeypatch.setattr(compose, "_told", docker)
+    monkeypatch.setattr(router_control, "told", lambda *_: f"Name: HAProxy\nPid: {next(processes)}\nCurrConns: 0\n")
     runtime = Compose(deployment(tmp_path, runtime="docker"))
     runtime.reload()
     assert told[-1] == ("kill", "--signal=USR2", "c0ffee")

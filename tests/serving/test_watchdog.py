@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from served import free_ports
+from ports import free_ports
 from watchdog_program import watchdog
 
 from v4forge.serving.deployment import Deployment

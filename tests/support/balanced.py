@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from served import free_ports
+from ports import free_ports
 from worker_stand_in import Worker
 
 from v4forge.serving import haproxy, router_control

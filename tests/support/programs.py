@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from ports import free_port
 from safetensors import safe_open
 from synthetic import OTHER, SMALL, write_checkpoint
 
@@ -130,12 +130,6 @@ class Place:
         ranks["LOCAL_WORLD_SIZE"] = self.size
         told = {"TORCHELASTIC_RUN_ID": "a test", "MASTER_ADDR": self.address}
         return told | {name: str(value) for name, value in ranks.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def kill_when(until: Callable[[], bool], pids: Sequence[int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -108,23 +107,6 @@ def dense_settings() -> list[str]:
     """The options that serve the dense model, and let the probe find what it cannot do."""
     settings = [f"{name}={value}" for name, value in dense.SETTINGS.items()]
     return ["--drafts", "0", "--allow", "certificate", *dense.CANNOT, "--set", *settings]
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each looks elsewhere
-    for first in range(20000 + 2000 * worker + os.getpid() % 2000, 60000, count):
-        with_sockets = [socket.socket() for _ in range(count)]
-        try:
-            for place, listener in enumerate(with_sockets):
-                listener.bind(("127.0.0.1", first + place))
-            return first
-        except OSError:
-            continue
-        finally:
-            for listener in with_sockets:
-                listener.close()
-    raise AssertionError("no free ports")
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float) -> None:

@@ -88,7 +88,9 @@ class Worker:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         if head.startswith("GET"):
-            writer.write(answer(self.health, self.name.encode()))
+            running = f'vllm:num_requests_running{{model_name="{self.name}"}} {self.running}\n'
+            text = running if head.startswith("GET /metrics ") else self.name
+            writer.write(answer(self.health, text.encode()))
             await writer.drain()
             return
         lengths = [line for line in head.splitlines() if line.lower().startswith("content-length:")]

@@ -10,8 +10,9 @@ import once
 import pytest
 from _pytest.nodeid import NodeId
 from dense import TINY
+from ports import free_ports
 from programs import run_module
-from served import CHUNK, ROOM, SCHEDULE, Served, calibrated, dense_settings, free_ports, serve, share_caches
+from served import CHUNK, ROOM, SCHEDULE, Served, calibrated, dense_settings, serve, share_caches
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

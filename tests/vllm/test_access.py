@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import pytest
 from balanced import wait_for
-from served import ROOT, SERVE_ENVIRONMENT, Served, free_ports
+from ports import free_ports
+from served import ROOT, SERVE_ENVIRONMENT, Served
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 from balanced import router
-from served import free_ports, wait_until
+from ports import free_ports
+from served import wait_until
 
 from v4forge.serving import haproxy
 from v4forge.serving.haproxy import PIN, Addresses

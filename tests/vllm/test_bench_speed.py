@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from served import SERVE_ENVIRONMENT, Served, free_ports, serve, share_caches, wait_until
+from ports import free_ports
+from served import SERVE_ENVIRONMENT, Served, serve, share_caches, wait_until
 
 from benchmarks.clients import kill, processes
 from v4forge.bench import results, speed, vllm_bench

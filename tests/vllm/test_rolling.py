@@ -17,7 +17,8 @@ import httpx
 import pytest
 from balanced import Answer, Router, router, up, wait_for
 from keeper_stand_in import steps
-from served import ROOT, Served, free_ports, serve
+from ports import free_ports
+from served import ROOT, Served, serve
 
 from benchmarks.clients import Outcome as Answered
 from benchmarks.clients import message

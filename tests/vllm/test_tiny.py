@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_ports
 from safetensors import safe_open
 from safetensors.torch import save_file
-from served import Served, free_ports, serve, share_caches
+from served import Served, serve, share_caches
 
 from benchmarks.clients import message
 from v4forge.serving import client, metrics

@@ -13,10 +13,13 @@ import httpx
 import pytest
 from balanced import router, wait_for
 from keeper_stand_in import steps
-from served import ROOT, SERVE_ENVIRONMENT, free_ports
+from ports import free_ports
+from served import ROOT, SERVE_ENVIRONMENT
 from tls import Authority
 
-from v4forge.serving import launch, preflight, probe, secret_files
+from v4forge.errors import UserError
+from v4forge.serving import launch, preflight, probe, router_control, secret_files
+from v4forge.serving.deployment import CONFIGURATION
 from v4forge.serving.launch import Start, Wanted
 
 pytestmark = pytest.mark.serve
@@ -105,7 +108,12 @@ def test_a_deployment_of_this_host_speaks_tls_asks_for_keys_and_takes_others_whi
         launch.reload(folder, "ann:new")
         wait_for(lambda: statuses("new") == [200] * 3, 5)
         wait_for(lambda: statuses("open") == [401] * 3, 5)  # the other replica looks at its own time
-        wait_for(lambda: serial(running.port, trusted) != before, 5)
+        assert (after := serial(running.port, trusted)) != before  # by whoever answers now
+        (folder / CONFIGURATION).write_text("nonsense\n")
+        monkeypatch.setattr(router_control, "RELOAD_S", 3.0)
+        with pytest.raises(UserError, match="could not read its new configuration and goes on with the one before"):
+            launch.reload(folder, "")
+        assert serial(running.port, trusted) == after
         (folder / "keys/api_key").unlink()
         wait_for(lambda: statuses("new") == [503] * 3, 10)
     finally:

@@ -39,12 +39,12 @@ def meet(place: Place, limit: timedelta) -> dist.Store:
     def tell(absent: Sequence[int]) -> None:
         nonlocal told
         now = time.monotonic()
-        if now - started > JOIN_LIMIT_S:
-            fact = f"{_named(absent)} of {place.size} did not come to {where} within {JOIN_LIMIT_S:.0f} s"
-            raise UserError(fact, f"see the first error above, or start the ranks together: {launched.START}")
         if now - told >= TOLD_S:
             told = now
             log.warning("rank %d waits for %s of %d at %s (%.0f s)", *_who(place, absent, where), now - started)
+        if now - started > JOIN_LIMIT_S:
+            fact = f"{_named(absent)} of {place.size} did not come to {where} within {JOIN_LIMIT_S:.0f} s"
+            raise UserError(fact, f"see the first error above, or start the ranks together: {launched.START}")
 
     store = _opened(place, address, limit, lambda: tell([0]))
     store.set(f"here/{place.rank}", "1")

@@ -16,6 +16,7 @@ from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
 from v4forge.images import refusals
+from v4forge.serving import router_control
 from v4forge.serving.deployment import METRICS, ROUTER, USER, Deployment, Process
 
 FILE, LIMITS = ROOT / "compose.yaml", ROOT / "compose.limits.yaml"
@@ -185,7 +186,8 @@ class Compose:
         found = _told("ps", "--quiet", *self._filters(ROUTER)).split()
         if not found:
             raise UserError("the router does not run", "make serve-status")
-        _told("kill", "--signal=USR2", *found)
+        with router_control.reloading(self.deployment):
+            _told("kill", "--signal=USR2", *found)
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         # Docker's own commands by a label: compose's want every value of compose.yaml, which a damaged plan has not.

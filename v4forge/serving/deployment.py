@@ -272,7 +272,8 @@ class Runtime(Protocol):
         """Becomes a program that shows the last lines and goes on."""
 
     def reload(self) -> None:
-        """Has the router read its configuration and certificate anew; what runs goes on."""
+        """Has the router read its configuration and certificate anew, and returns when it has; what runs goes on.
+        Raises UserError where it cannot."""
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         """Drains the router, then stops all; `silent` replicas, which have answered nothing, at once."""

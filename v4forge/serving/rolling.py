@@ -18,6 +18,7 @@ from v4forge.serving.deployment import ROLLING, STATE, Deployment, Runtime
 
 CUT = "cut"  # what ALLOW calls an endpoint that does not answer for a while
 POLL_S = 1.0
+IDLE = 2  # looks in a row that find nothing
 # What does not change while a deployment runs.
 FIXED = (
     *("folder", "runtime", "backend", "gpus", "bind", "port", "key_file", "cert", "cert_key", "drain_s", "metrics"),
@@ -129,13 +130,17 @@ class Roll:
         self.say(f"serve: {name} serves again")
 
     def _drain(self, deployment: Deployment, number: int) -> None:
-        """Returns when a replica has nothing left, or DRAIN seconds have passed."""
+        """Returns when a replica has had nothing left for a while, as a request may be on its way, or DRAIN seconds
+        have passed."""
         end = time.monotonic() + deployment.drain_s
+        idle = 0
         while True:
             time.sleep(POLL_S)
-            if not (left := requests(deployment, number)):
+            left = requests(deployment, number)
+            idle = 0 if left else idle + 1
+            if idle == IDLE:
                 return
-            if time.monotonic() > end:
+            if left and time.monotonic() > end:
                 self.say(f"serve: {deployment.names[number]} still has {left} requests after {deployment.drain_s} s")
                 return
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from v4forge.serving.deployment import CONTROL, Deployment
 
 ANSWER_S = 10.0
 PIECE = 1 << 16
+RELOAD_S, POLL_S = 20.0, 0.1
 SERVERS = "show stat replicas 4 -1"  # of the backend of that name what is a server
 
 
@@ -48,6 +52,28 @@ def _weigh(deployment: Deployment, number: int, weight: int) -> None:
     name = deployment.names[number]
     if said := told(deployment, f"set weight replicas/{name} {weight}").strip():
         raise UserError(f"the router does not give {name} the weight {weight}: {said}", "make serve-stop, make serve")
+
+
+@contextmanager
+def reloading(deployment: Deployment) -> Iterator[None]:
+    """Around what has the router read its configuration and certificate anew: ends when it is the one that answers.
+    Raises UserError where it goes on as before, as it does with what it cannot read."""
+    before = _process(deployment)
+    yield
+    end = time.monotonic() + RELOAD_S
+    while time.monotonic() < end:
+        with suppress(UserError):  # between the two
+            if _process(deployment) != before:
+                return
+        time.sleep(POLL_S)
+    raise UserError(
+        "the router could not read its new configuration and goes on with the one before", "make serve-logs"
+    )
+
+
+def _process(deployment: Deployment) -> str:
+    rows = dict(line.split(": ", 1) for line in told(deployment, "show info").splitlines() if ": " in line)
+    return rows.get("Pid", "")
 
 
 def told(deployment: Deployment, command: str) -> str:

@@ -22,7 +22,7 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.files import write_text
-from v4forge.serving import settings
+from v4forge.serving import router_control, settings
 from v4forge.serving.deployment import CONFIGURATION, ROUTER, SUPERVISED, Deployment, Process
 
 REPLICA = ROOT / "docker" / "serve" / "replica"
@@ -177,10 +177,10 @@ class Supervised:
         os.execvp("tail", ["tail", f"--lines={lines}", "-F", *files])
 
     def reload(self) -> None:
-        try:
+        if self.processes()[ROUTER].state != "running":
+            raise UserError("the router does not run", "make serve-status")
+        with router_control.reloading(self.deployment):
             self._server().signalProcess(ROUTER, "USR2")
-        except (OSError, xmlrpc.client.Error):
-            raise UserError("the router does not run", "make serve-status") from None
 
     def stop(self, say: Callable[[str], None], silent: Sequence[str] = ()) -> None:
         try:
