@@ -83,7 +83,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 NUMERICS = ("TORCH_VERSION", "TRITON_VERSION", "TRANSFORMERS_VERSION", "COMPRESSED_TENSORS_VERSION")
 STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
 CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
-DEEP = "16384"  # tokens that models/tiny's artifacts are compared on
+DEEP = "8192"  # tokens that models/tiny's artifacts are compared on
 CALIBRATE = (
     *("--source", "{source}", ("--corpus", "corpus"), ("--corpus", "data_set"), ("--bad-text", "bad_text")),
     *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}"),
