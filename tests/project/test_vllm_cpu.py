@@ -84,12 +84,13 @@ def test_a_token_of_a_chunk_sees_the_compressed_keys_before_it(
         batch.starts, batch.lengths, cumulative, cumulative, owners, first, last, start, stop, 0, 1, 1, 1024, ratio
     )
     assert owners.tolist() == [request for request, count in enumerate(keys) for _ in range(count)]
-    expected = [
-        (int(cumulative[request]), int(cumulative[request]) + (position + 1) // ratio)
-        for place, request, position in batch.tokens()
-        if start <= place < stop
-    ]
-    assert list(zip(first.tolist(), last.tolist(), strict=True)) == expected
+    here = [(request, position) for place, request, position in batch.tokens() if start <= place < stop]
+    assert (last - first).tolist() == [(position + 1) // ratio for _, position in here]
+    if sum(keys):
+        found = torch.searchsorted(cumulative, first.int(), right=True) - 1  # as the layer finds a token's request
+        assert all(0 <= each < len(keys) for each in found)
+    begins = [int(cumulative[request]) for request, _ in here if keys[request]]
+    assert [each for each, (request, _) in zip(first.tolist(), here, strict=True) if keys[request]] == begins
 
 
 @given(batch=BATCHES)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from ports import free_ports
@@ -75,6 +77,27 @@ def test_drafts_are_made_only_while_few_requests_run(tiny: Served) -> None:
 
     assert made(4) > 0.3
     assert made(48) < 0.1
+
+
+def test_a_prompt_of_two_tokens_may_come_beside_a_context_that_the_indexer_chooses_from(tiny: Served) -> None:
+    """Four tokens are one key; of fewer there is none yet."""
+    url = f"http://127.0.0.1:{tiny.deployment.replica_port(0)}/v1/completions"
+    headers = {"Authorization": f"Bearer {tiny.key}"}
+
+    def status(tokens: int) -> int:
+        asked = {"prompt": [17] * tokens, "max_tokens": 4, "ignore_eos": True}
+        return httpx.post(url, json=asked, headers=headers, timeout=60).status_code
+
+    asked = {"prompt": [17, 18] * 1200, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url, json=asked, headers=headers, timeout=60) as answer:
+        events = (line for line in answer.iter_lines() if line.startswith("data: "))
+        next(events)
+        assert status(2) == 200
+        with ThreadPoolExecutor(6) as clients:
+            for _ in range(3):
+                assert list(clients.map(status, [90, 3, 90, 2, 90, 1])) == [200] * 6
+        rest = list(events)
+    assert len(rest) > 20 and rest[-1] == "data: [DONE]"  # it was there all the time
 
 
 def test_both_replicas_answer_a_greedy_question_alike(tiny: Served) -> None:

@@ -114,6 +114,7 @@ def platform(cpu: type) -> None:
         if not HAS_TRITON:
             register_kernels(metadata.KERNELS)
         metadata.complete_tile_schedule()
+        metadata.skip_prompts_without_keys()
 
     def check_and_update_config(vllm_config: Any) -> None:
         """Without AMX vLLM turns chunked prefill off, but not its limit: a longer prompt would wait for ever."""

@@ -87,14 +87,16 @@ def prefill_chunk(
     ____: int,
     ratio: int,
 ) -> None:
-    """Where each token's compressed keys begin and end among those of the chunk, and the request of each key."""
+    """Where each token's compressed keys begin and end among those of the chunk, and the request of each key. Who has no
+    key yet begins no later than the last key: on a CPU the request of a token is found by that, and none is behind it."""
     starts, keys, rows = query_start_loc.tolist(), cumulative.tolist(), row_starts.tolist()
     for request, length in enumerate(seq_lens[: len(starts) - 1].tolist()):
         begin, end = starts[request], starts[request + 1]
         tokens = torch.arange(max(begin, start), max(min(end, stop), max(begin, start)))
-        first_keys[tokens - start] = rows[request]
+        first = min(rows[request], max(rows[-1] - 1, 0))
+        first_keys[tokens - start] = first
         seen = (length - (end - begin) + 1 + tokens - begin) // ratio
-        last_keys[tokens - start] = (rows[request] + seen).to(last_keys.dtype)
+        last_keys[tokens - start] = (first + seen).to(last_keys.dtype)
         token_requests[keys[request] : keys[request + 1]] = request
 
 
@@ -130,3 +132,19 @@ def complete_tile_schedule() -> None:
 
     kinds = [value for name, value in vars(sparse_swa).items() if name.startswith("_LAYER_TYPE_")]
     DeepseekV4CPUSparseSWAMetadataBuilder.build_tile_scheduler = lambda self, num_decode_tokens: dict.fromkeys(kinds)
+
+
+def skip_prompts_without_keys() -> None:
+    """Where no prompt of a step has a compressed key yet there is no chunk of them, and the indexer on a CPU, which asks
+    for one, ends the engine: it is to look at the decoding requests alone."""
+    from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUIndexerMetadataBuilder
+
+    theirs = DeepseekV4CPUIndexerMetadataBuilder.build
+
+    def build(self: Any, *arguments: Any, **options: Any) -> Any:
+        metadata = theirs(self, *arguments, **options)
+        if metadata.prefill is not None and not metadata.prefill.chunks:
+            metadata.num_prefills = 0
+        return metadata
+
+    DeepseekV4CPUIndexerMetadataBuilder.build = build
