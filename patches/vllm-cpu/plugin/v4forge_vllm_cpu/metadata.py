@@ -87,8 +87,10 @@ def prefill_chunk(
     ____: int,
     ratio: int,
 ) -> None:
-    """Where each token's compressed keys begin and end among those of the chunk, and the request of each key. Who has no
-    key yet begins no later than the last key: on a CPU the request of a token is found by that, and none is behind it."""
+    """Where each token's compressed keys begin and end among those of the chunk, and the request of each key.
+
+    Who has no key yet begins no later than the last key: on a CPU the request of a token is found by that.
+    """
     starts, keys, rows = query_start_loc.tolist(), cumulative.tolist(), row_starts.tolist()
     for request, length in enumerate(seq_lens[: len(starts) - 1].tolist()):
         begin, end = starts[request], starts[request + 1]
@@ -135,8 +137,8 @@ def complete_tile_schedule() -> None:
 
 
 def skip_prompts_without_keys() -> None:
-    """Where no prompt of a step has a compressed key yet there is no chunk of them, and the indexer on a CPU, which asks
-    for one, ends the engine: it is to look at the decoding requests alone."""
+    """Where no prompt of a step has a compressed key yet there is no chunk of them, and the indexer on a CPU, which
+    asks for one, ends the engine: it is to look at the decoding requests alone."""
     from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUIndexerMetadataBuilder
 
     theirs = DeepseekV4CPUIndexerMetadataBuilder.build
