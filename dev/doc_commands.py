@@ -22,11 +22,11 @@ RUN, DRY, USAGE, SYNTAX = "run", "dry run", "usage", "syntax"
 # What a line of a block begins with when the block holds commands and not what something printed.
 PROGRAMS = re.compile(
     r"(?:[A-Z]+=\S+ )*"
-    r"(make|python|torchrun|curl|kubectl|helm|sed|tr|git|docker|sudo|export|nvidia-smi|\.|\.ci/run|\.venv[\w-]*/bin/\w+)"
+    r"(make|v4forge|pip|python|torchrun|curl|kubectl|helm|sed|tr|git|docker|sudo|export|nvidia-smi|\.|\.ci/run|\.venv[\w-]*/bin/\w+)"
     r"(?=\s|$)"
 )
 # What a quotation in the text begins with when it is one.
-QUOTED = re.compile(r"(?:[A-Z]+=\S+ )*(?:make|python|torchrun|\.ci/run|\.venv[\w-]*/bin/python)")
+QUOTED = re.compile(r"(?:[A-Z]+=\S+ )*(?:make|v4forge(?= )|pip(?= )|python|torchrun|\.ci/run|\.venv[\w-]*/bin/python)")
 COMMENT = re.compile(r"\s+# .*$|\s+#$")
 VARIABLE = re.compile(r"^([A-Z][A-Z_]*)=")
 # A part of a command that stands for something of the reader's.
@@ -92,6 +92,9 @@ VALUES = (
     (r"MANIFEST=<[\w.]+>", "MANIFEST=scratch/tiny/artifact/manifest.json"),
     (r"REGISTRY=<\w+>/<\w+>", "REGISTRY=127.0.0.1:5000/v4forge"),
     (r"<stage>", "calibrate"),
+    (r"^v4forge serve-print ", "python -m scripts.serve print "),
+    (r"^v4forge (\w+)", r"python -m scripts.\1"),  # tests/project/test_package.py holds one to the other
+    (r"^v4forge ", "python -m scripts "),
     (r"^((?:[A-Z]+=\S+ )*)python ", r"\1.venv/bin/python "),
 )
 
@@ -137,10 +140,11 @@ RULES = (
         r"make (?:serve-(?:status|logs|reload|stop|pairs)|bench|compare)(?: .*)?",
         "what is served or was measured",
     ),
+    Rule(SYNTAX, r"pip install .*", "a package index"),
     Rule(USAGE, r"make (?:env|env-serve|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
     Rule(USAGE, r"make (?:ci|soak|lint|test|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
-    Rule(RUN, r"\S*python -m scripts\.\w+(?: \w+)* --help", beside=True),
+    Rule(RUN, r"\S*python -m scripts(?:\.\w+)?(?: \w+)* --help", beside=True),
     Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL, beside=True),
     Rule(RUN, r"\S*python -m scripts\.calibrate .*"),
     Rule(DRY, r"\S*python -m scripts\.verify .*", "half a minute", ((r"--deep \d+", "--deep 512"),)),

@@ -8,8 +8,9 @@ r"""Two or more processes add their numbers, and compare the sum with what it ha
 
 from __future__ import annotations
 
-from scripts.cli import parser_for
 from v4forge.errors import run_main
+
+from .cli import parser_for
 
 
 def main() -> None:

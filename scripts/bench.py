@@ -19,8 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.cli import parser_for
 from v4forge.errors import run_main
+
+from .cli import parser_for
 
 BENCHES = ("speed", "draft", "quality", "tools")
 
@@ -44,9 +45,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             conflict_handler="resolve",  # a bench may mean something else by a shared option
         )
         if bench in words[:1]:
-            from scripts import benching
+            from . import benching
 
-            module = importlib.import_module(f"scripts.bench_{bench}")
+            module = importlib.import_module(f".bench_{bench}", __package__)
             benching.add_arguments(command)
             module.add_arguments(command)
             command.set_defaults(run=module.run, command=benching.command_line(words))

@@ -17,8 +17,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import benching
-from scripts.cli import steps
 from v4forge.bench import acceptance, published_figures, results, workloads
 from v4forge.bench.acceptance import Kept, Sampling
 from v4forge.bench.results import Measurement
@@ -28,6 +26,9 @@ from v4forge.bench.standing import Worth, worth_of
 from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
 from v4forge.serving.launch import say
+
+from . import benching
+from .cli import steps
 
 FEWEST_TOKENS = 8  # of an answer: fewer leave no room for drafts
 ROUGH_TOK_S = 88  # of the published original for one reader: only for how long it may take

@@ -15,12 +15,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import benching
 from v4forge.bench import measure_quality, quality
 from v4forge.bench.prepare_quality import Options, revision_of
 from v4forge.bench.quality import Task
 from v4forge.errors import UserError
 from v4forge.serving.launch import say
+
+from . import benching
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -19,12 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import benching
 from v4forge.bench import speed
 from v4forge.bench.measure_speed import Options, measure_own, measure_there
 from v4forge.bench.session import conclude
 from v4forge.errors import UserError
 from v4forge.serving.launch import say
+
+from . import benching
 
 DRAFTS = (0, 1, 2, 3)
 CONCURRENCY = (1, 4, 16)

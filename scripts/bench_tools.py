@@ -19,8 +19,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import benching
-from scripts.cli import steps
 from v4forge.bench import results, sandbox
 from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
@@ -33,6 +31,9 @@ from v4forge.bench.tools.smoke_prompts import Prompt
 from v4forge.errors import UserError
 from v4forge.images import definitions
 from v4forge.serving.launch import say
+
+from . import benching
+from .cli import steps
 
 TURN_TOKENS = 1024
 THINKING_TOKENS = 8192  # more, where the model thinks before it answers

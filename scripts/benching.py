@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import serve_options
-from scripts.cli import steps
 from v4forge.bench.session import Session
 from v4forge.errors import UserError
 from v4forge.serving import keys, settings
+
+from . import serve_options
+from .cli import steps
 
 REQUEST_LIMIT_S = 600
 

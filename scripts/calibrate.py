@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import digests
 from v4forge.checkpoint.layout import upstream
 from v4forge.checkpoint.recipe import RECIPES
@@ -24,6 +23,8 @@ from v4forge.model import corpus, corpus_rows, hub_rows
 from v4forge.pipeline import out_of_memory, requirements
 from v4forge.quantization import layer_files
 from v4forge.verification import reproduce
+
+from .cli import DEVICE, parser_for, some_device, steps
 
 if TYPE_CHECKING:
     import torch
@@ -94,12 +95,8 @@ def main() -> None:
         metavar="LAYERS",
         help="keep hidden states on disk every so many layers, to resume from; 0: never (default: %(default)s)",
     )
-    add(
-        "--compare",
-        type=Path,
-        metavar="FILE",
-        help="a manifest.json: compare every finished layer with it, and stop at the first difference",
-    )
+    original = "a manifest.json: compare every finished layer with it, and stop at the first difference"
+    add("--compare", type=Path, metavar="FILE", help=original)
     add("--dry-run", action="store_true", help="check source and corpus, say what is to be done, and stop")
     arguments = parser.parse_args()
     for option, least in (("micro_batch_tokens", 1), ("threads", 1), ("keep_every", 0)):

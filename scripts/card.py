@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.cli import parser_for
 from v4forge.artifact_folder import CARD
 from v4forge.errors import run_main
 from v4forge.files import remove_leftovers, write_text
+
+from .cli import parser_for
 
 PAGE = "reports/card.html"
 

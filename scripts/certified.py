@@ -14,11 +14,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.cli import parser_for, say, steps
 from v4forge import artifact_folder, certified
 from v4forge.certified import CONTENTS, LEVELS
 from v4forge.errors import UserError, report, run_main
 from v4forge.units import decimal_size
+
+from .cli import parser_for, say, steps
 
 
 def add_options(command: argparse._ActionsContainer) -> None:

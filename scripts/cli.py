@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from v4forge.errors import UserError
+from v4forge.errors import UserError, as_called
 from v4forge.pipeline import events
 from v4forge.pipeline.progress import Moment, Pace
 
@@ -35,12 +35,19 @@ DISPENSABLE = ("memory", "doing", "rate")
 _on_screen = threading.Lock()  # held by the stage that has the bar: there is one
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a docstring as it is written, and programs as they are called."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return as_called(super()._expand_help(action))
+
+
 def parser_for(stage: str, doc: str | None, **options: object) -> argparse.ArgumentParser:
     """The parser of `python -m scripts.<stage>`, described by the program's docstring."""
     return argparse.ArgumentParser(
-        prog=f"python -m scripts.{stage}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=as_called(f"python -m scripts.{stage}"),
+        description=as_called(doc or ""),
+        formatter_class=Formatter,
         **options,  # type: ignore[arg-type]
     )
 

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts.cli import parser_for
 from v4forge.bench import results
 from v4forge.bench.comparison import READERS, Comparison, Delta, compare
 from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
 from v4forge.files import understood
 from v4forge.reporting.tables import p_value
+
+from .cli import parser_for
 
 if TYPE_CHECKING:
     from v4forge.bench.comparison import Comparison, Delta

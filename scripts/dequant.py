@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.cli import parser_for, steps
 from v4forge.checkpoint.layout import upstream
 from v4forge.digests import digest_of
 from v4forge.errors import run_main
 from v4forge.quantization.layer_files import source_digests
+
+from .cli import parser_for, steps
 
 
 def main() -> None:

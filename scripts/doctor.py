@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scripts.cli import QUIET_S, parser_for, table_console
 from v4forge.errors import run_main
 from v4forge.model import hub_rows
 from v4forge.outcomes import FAILED, OK, WARNING, Outcome
 from v4forge.pipeline.doctor import checks
 from v4forge.pipeline.doctor.host import Host
 from v4forge.pipeline.stages import PROFILES
+
+from .cli import QUIET_S, parser_for, table_console
 
 FILE_WIDTH = 160  # of the table where there is no terminal
 COLOURS = {OK: "green", WARNING: "yellow", FAILED: "bold red"}

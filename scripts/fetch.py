@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from scripts.cli import parser_for, steps
 from v4forge import pins
 from v4forge.checkpoint import incoming
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
 from v4forge.hub import folder_source
-from v4forge.hub.fetch import Fetch
 from v4forge.hub.folder_source import FolderSource
-from v4forge.hub.hub_source import Hub
 from v4forge.hub.partial_file import path_of
-from v4forge.hub.pending import Pending, looked_over
 from v4forge.units import MIB, decimal_size
+
+from .cli import parser_for, steps
+
+if TYPE_CHECKING:
+    from v4forge.hub.hub_source import Hub
+    from v4forge.hub.pending import Pending
 
 FORMS = {
     "download": "a download of hf, whose hashes every file is checked against",
@@ -36,9 +39,9 @@ def shown(count: int) -> str:
 
 
 def described(source: Hub | FolderSource) -> str:
-    if isinstance(source, Hub):
-        return f"{source.repo} at {source.revision[:12]}"
-    return f"{source.folder} ({FORMS[source.form]})"
+    if isinstance(source, FolderSource):
+        return f"{source.folder} ({FORMS[source.form]})"
+    return f"{source.repo} at {source.revision[:12]}"
 
 
 def listing_lines(pending: Pending, out: Path) -> list[str]:
@@ -77,6 +80,11 @@ def main() -> None:
         raise UserError(f"the revision is not a commit: {given}", "set FLASH_REVISION in versions.env to 40 hex digits")
     if args.folder and args.folder.resolve() == args.out.resolve():
         raise UserError(f"{args.out} is both where from and where to", "choose another --out, or leave out --from")
+
+    from v4forge.hub.fetch import Fetch
+    from v4forge.hub.hub_source import Hub
+    from v4forge.hub.pending import looked_over
+
     source: Hub | FolderSource = Hub(args.repo, args.revision)
     if args.folder:
         source = folder_source.looked_at(args.folder, args.repo, args.revision)

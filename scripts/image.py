@@ -16,8 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from scripts import env
-from scripts.cli import pair, parser_for, say
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.files import make_folder, write_text
@@ -26,6 +24,9 @@ from v4forge.images import base as image_base
 from v4forge.images import build as image_build
 from v4forge.images.build import Build
 from v4forge.images.jobs import Job
+
+from . import env
+from .cli import pair, parser_for, say
 
 # What is known about an image, by the kind of document; below a folder of the image's name.
 DOCUMENTS = {"sbom": "sbom.cdx.json", "provenance": "provenance.json"}

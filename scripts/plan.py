@@ -21,7 +21,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from scripts.cli import parser_for, table_console
 from v4forge.checkpoint.layout import load_config
 from v4forge.checkpoint.recipe import INT4, RECIPES
 from v4forge.errors import run_main
@@ -30,6 +29,8 @@ from v4forge.pipeline.estimate import Given, StageTime
 from v4forge.pipeline.run_plan import Plan
 from v4forge.pipeline.stages import PROFILES
 from v4forge.units import GB, MB, decimal_size, duration, size
+
+from .cli import parser_for, table_console
 
 TEXT_WIDTH = 100
 

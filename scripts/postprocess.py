@@ -1,6 +1,6 @@
 """Makes the artifact from finished layer files and the source: W4A16 experts, FP8 attention, BF16 MTP block.
 
-The layers are those of scripts.calibrate (--work), hard-linked and not copied. Or a folder that llm-compressor saved is
+The layers are those of calibrate (--work), hard-linked and not copied. Or a folder that llm-compressor saved is
 repaired (--from-hf): its routed experts' INT4 codes and scales are kept as they are; names, config.json, FP8 attention,
 F32 parameters, the MTP block and its aliases come from the source. The result holds shards, index, config.json,
 tokenizer, manifest.json and SHA256SUMS; python -m scripts.verify checks it. Run the same command again after a stop.
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.cli import parser_for, steps
 from v4forge.errors import run_main
 from v4forge.units import GB
+
+from .cli import parser_for, steps
 
 
 def main() -> None:
     parser = parser_for("postprocess", __doc__)
     parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="the upstream checkpoint")
     experts = parser.add_mutually_exclusive_group(required=True)
-    experts.add_argument("--work", type=Path, metavar="DIR", help="layer files of scripts.calibrate")
+    experts.add_argument("--work", type=Path, metavar="DIR", help="layer files of calibrate")
     experts.add_argument(
         "--from-hf",
         type=Path,

@@ -14,22 +14,26 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import certified as certified_options
-from scripts.cli import parser_for, say, steps
 from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CARD
 from v4forge.digests import Digests
 from v4forge.errors import UserError, run_main
 from v4forge.hub import publication
 from v4forge.hub.publication import Member
-from v4forge.hub.upload import LOGIN, Found, Repository
 from v4forge.pipeline import make_hints
 from v4forge.units import MB
+
+from . import certified as certified_options
+from .cli import parser_for, say, steps
+
+if TYPE_CHECKING:
+    from v4forge.hub.upload import Found, Repository
 
 MAIN = "main"
 
@@ -45,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     certified_options.add_key(parser)
     parser.add_argument("--yes", action="store_true", help="upload; without it nothing is changed anywhere")
     args = parser.parse_args(argv)
+
+    from v4forge.hub.upload import Repository
+
     options = ["--artifact", str(args.artifact), "--repo", args.repo, "--yes"]
     options += ["--revision", args.revision] if args.revision != MAIN else []
     again = shlex.join(["python", "-m", "scripts.publish", *options, *(["--private"] if args.private else [])])
@@ -91,6 +98,8 @@ def rehearse(args: argparse.Namespace, repository: Repository, found: list[Membe
     if left_out := artifact_folder.certificate_state(args.artifact).not_run:
         say(f"publish: checks that verify did not make: {', '.join(left_out)}")
     if user is None:
+        from v4forge.hub.upload import LOGIN
+
         say(f"publish: there is no token; before the upload: {LOGIN}")
     size = sum(member.size for member, state in publication.states(found, there.files) if state != "there")
     next_step = f"nothing was changed; to upload {size:,} bytes: {repository.again}"
@@ -101,6 +110,8 @@ def rehearse(args: argparse.Namespace, repository: Repository, found: list[Membe
 def upload(args: argparse.Namespace, repository: Repository, found: list[Member]) -> int:
     """Uploads what the hub has not, and reads back what it has."""
     if repository.user() is None:
+        from v4forge.hub.upload import LOGIN
+
         raise UserError("there is no token to publish with", LOGIN)
     there = repository.look()
     refuse(args, repository, there)

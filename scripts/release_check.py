@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scripts import certified
-from scripts.cli import parser_for, steps
 from v4forge.errors import run_main
 from v4forge.outcomes import OK, Outcome
+
+from . import certified
+from .cli import parser_for, steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 
-from scripts import stage
-from scripts.cli import parser_for
 from v4forge.artifact_folder import MANIFEST
 from v4forge.errors import UserError, run_main
 from v4forge.files import read_json
@@ -25,6 +23,9 @@ from v4forge.model.hub_rows import named
 from v4forge.pipeline.stages import CALIBRATE, PROFILES, STAGES, Stage
 from v4forge.quantization.layer_files import FINGERPRINT
 from v4forge.verification import reproduce
+
+from . import stage
+from .cli import parser_for
 
 ORIGINAL = "original"  # folder of the work folder: the manifest, and what lies beside it
 FILES_SHOWN = 8

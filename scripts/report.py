@@ -18,12 +18,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder
 from v4forge.errors import UserError, run_main
 from v4forge.files import write_text
 from v4forge.reporting import prediction, run_sections, two_engines
 from v4forge.reporting.tables import plus_minus
+
+from .cli import DEVICE, parser_for, some_device, steps
 
 if TYPE_CHECKING:
     from v4forge.bench.results import Result

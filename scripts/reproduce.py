@@ -19,11 +19,12 @@ from pathlib import Path
 
 from docker import DockerClient
 
-from scripts.cli import parser_for
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError, run_main
 from v4forge.images import archive, build, containers, definitions, diff
 from v4forge.images import base as image_base
+
+from .cli import parser_for
 
 # umask, time zone, whether files are written in the other order
 CHECKOUTS = ((0o022, "UTC", False), (0o077, "Pacific/Kiritimati", True))

@@ -25,13 +25,14 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from scripts import serve_options
-from scripts.cli import parser_for, steps
-from v4forge import gpus
+from v4forge import checkout, gpus
 from v4forge.errors import UserError, run_main
 from v4forge.serving import keys, launch, settings, status
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import ROUTER, Deployment
+
+from . import serve_options
+from .cli import parser_for, steps
 
 
 def show(deployment: Deployment) -> None:
@@ -47,7 +48,7 @@ def show(deployment: Deployment) -> None:
         where = {"CUDA_VISIBLE_DEVICES": ",".join(deployment.gpus[number])} if deployment.gpus[number] else {}
         shown = [f"{key}={shlex.quote(value)}" for key, value in (where | deployment.variables(number)).items()]
         print(f"{name}:\n  {' '.join(shown)} \\\n  vllm serve {shlex.join(deployment.arguments(number))}\n")
-    if isinstance(runtime, Compose):
+    if isinstance(runtime, Compose) and not checkout.INSTALLED:  # compose.yaml is a checkout's
         shown = [f"{key}={shlex.quote(value)}" for key, value in runtime.variables().items()]
         print(f"all of it:\n  {' '.join(shown)} \\\n  {shlex.join(runtime.command('up', '--detach'))}\n")
     print(f"router: {deployment.url}, and for this machine only {deployment.admin_url}")

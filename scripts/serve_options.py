@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scripts import certified
-from scripts.cli import pair
 from v4forge.serving import settings
 from v4forge.serving.launch import Start, Wanted
+
+from . import certified
+from .cli import pair
 
 ARTIFACT = "scratch/tiny/artifact"
 FOLDER = Path("scratch/tiny/serve")

@@ -20,11 +20,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from scripts.cli import parser_for, table_console
 from v4forge.errors import UserError, run_main
 from v4forge.pipeline import events, run_state
 from v4forge.pipeline.run_state import StageView, WholeRun
 from v4forge.units import duration, pace
+
+from .cli import parser_for, table_console
 
 REFRESH_S = 1.0
 COLOURS = {

@@ -21,8 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts import certified as certified_program
-from scripts.cli import DEVICE, parser_for, some_device, steps
 from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CERTIFICATE, SIGNATURE
 from v4forge.checkpoint.recipe import RECIPES
@@ -31,6 +29,9 @@ from v4forge.errors import UserError, run_main
 from v4forge.model.heldout import FORMS, SHORTEST
 from v4forge.outcomes import FAILED, OK, WARNING
 from v4forge.quantization.layer_files import ENGINES, METHODS
+
+from . import certified as certified_program
+from .cli import DEVICE, parser_for, some_device, steps
 
 SHOWN = {OK: "[green]ok[/]", WARNING: "[yellow]warning[/]", FAILED: "[red]FAILED[/]"}
 
@@ -134,9 +135,6 @@ def main() -> int:
         return certified_program.sums_only(arguments.artifact, arguments.verify_key)
     if arguments.verify_key:
         parser.error("argument --verify-key: it is for --sums-only; this run makes a certificate of its own")
-    for name in (CERTIFICATE, SIGNATURE) if not arguments.certificate else ():
-        with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
-            (arguments.artifact / name).unlink()
 
     import torch
 
@@ -144,6 +142,9 @@ def main() -> int:
     from v4forge.model import evaluation
     from v4forge.verification import certificate, prediction
 
+    for name in (CERTIFICATE, SIGNATURE) if not arguments.certificate else ():
+        with suppress(OSError):  # whatever ends this run early, no certificate of an earlier one remains
+            (arguments.artifact / name).unlink()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     source = Checkpoint(arguments.source) if arguments.source else None

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from v4forge.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+# What an installed package holds of the project's other files: pyproject.toml lists them.
+HELD = PACKAGE / "checkout_files"
+INSTALLED = HELD.is_dir()
+
+
+def file(name: str) -> Path:
+    """A file of the project by its name there: in the checkout, or the copy that an installed package holds."""
+    return (HELD if INSTALLED else ROOT) / name
 
 
 @dataclass(frozen=True)

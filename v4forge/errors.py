@@ -17,6 +17,8 @@ EVENTS = "V4FORGE_EVENTS"  # of a run: names a file in its folder of logs
 # Packages whose errors are of the other side.
 OUTSIDE = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "docker")
 SUMMARY_LENGTH = 400
+INSTALLED_SCRIPTS = "v4forge_scripts"  # pyproject.toml maps it
+PROGRAM = re.compile(r"(?:\.venv/bin/)?python -m scripts\.(\w+)")
 
 
 class UserError(Exception):
@@ -31,9 +33,18 @@ class UserError(Exception):
         return f"{self.fact} (hint: {self.hint})"
 
 
+def as_called(text: str) -> str:
+    """The text with the programs that it names as its reader can call them: an installed package, whose scripts/ are
+    called v4forge_scripts, has them as the command v4forge."""
+    if INSTALLED_SCRIPTS not in sys.modules:
+        return text
+    text = PROGRAM.sub(lambda found: f"v4forge {found[1].replace('_', '-')}", text)
+    return text.replace("-m scripts.", f"-m {INSTALLED_SCRIPTS}.")  # for torchrun
+
+
 def report(error: UserError) -> None:
     """Prints the two lines on stderr."""
-    print(f"error: {error.fact}\nhint: {error.hint}", file=sys.stderr, flush=True)
+    print(as_called(f"error: {error.fact}\nhint: {error.hint}"), file=sys.stderr, flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

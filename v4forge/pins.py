@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from v4forge.checkout import ROOT
+from v4forge import checkout
 from v4forge.errors import UserError
 
-FILE = ROOT / "versions.env"
+FILE = checkout.file("versions.env")
 _LINE = re.compile(r"([A-Z][A-Z0-9_]*)=(\S*)")
 
 

@@ -36,7 +36,9 @@ def test_the_page_the_contract_and_the_folders_name_the_same_packages() -> None:
     (contract,) = PROJECT["tool"]["importlinter"]["contracts"]
     assert there <= set(re.findall(r"v4forge\.(\w+)", " ".join(contract["layers"])))
     dotted = [path.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGES]
-    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(["v4forge", *dotted, "scripts", "benchmarks"])
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(
+        ["v4forge", *dotted, "v4forge.checkout_files", "v4forge_scripts"]
+    )
 
 
 def test_every_module_of_the_ground_is_in_the_contract() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
-from v4forge.checkout import ROOT
+from v4forge import checkout
 from v4forge.files import read_json
 from v4forge.pipeline.disk_speed import Speed
 from v4forge.units import GB, GIB
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = checkout.file("benchmarks/results")
 # Of a layer's compute, the parts that grow with the tokens; factorizing, sweeping and packing see only Hessians.
 BY_TOKENS = ("forward 1", "forward 2", "Hessian")
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import jinja2
 
-from v4forge.checkout import ROOT
+from v4forge import checkout
 from v4forge.serving.client import PIN
 
-TEMPLATE = ROOT / "docker" / "serve" / "haproxy.cfg.j2"
+TEMPLATE = checkout.file("docker/serve/haproxy.cfg.j2")
 SILENCE_S = 3600
 # Checks of a replica in a row, 2 s apart, that fail before it gets nothing new: 30 s from the first to the last.
 FALL = 16

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from v4forge.checkout import ROOT
+from v4forge import checkout
 from v4forge.errors import UserError
 from v4forge.files import read_json
 
-FILE = ROOT / "docker" / "serve" / "settings.toml"
+FILE = checkout.file("docker/serve/settings.toml")
 OVERRIDE, FOUND = "the operator", "this artifact, on this machine"
 NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9_]+)*")
 # A word that compose, a shell and supervisord hand on as it is; and what a path may have: these take the rest for their
