@@ -93,6 +93,7 @@ VALUES = (
     (r"REGISTRY=<\w+>/<\w+>", "REGISTRY=127.0.0.1:5000/v4forge"),
     (r"<stage>", "calibrate"),
     (r"^v4forge serve-print ", "python -m scripts.serve print "),
+    (r"^v4forge inspect\b", "python -m scripts.inspect_checkpoint"),
     (r"^v4forge (\w+)", r"python -m scripts.\1"),  # tests/project/test_package.py holds one to the other
     (r"^v4forge ", "python -m scripts "),
     (r"^((?:[A-Z]+=\S+ )*)python ", r"\1.venv/bin/python "),
@@ -146,6 +147,7 @@ RULES = (
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
     Rule(RUN, r"\S*python -m scripts(?:\.\w+)?(?: \w+)* --help", beside=True),
     Rule(RUN, r"\S*python -m scripts\.plan .*", says=TOO_SMALL, beside=True),
+    Rule(RUN, r"\S*python -m scripts\.inspect_checkpoint models/tiny", beside=True),
     Rule(RUN, r"\S*python -m scripts\.calibrate .*"),
     Rule(DRY, r"\S*python -m scripts\.verify .*", "half a minute", ((r"--deep \d+", "--deep 512"),)),
     Rule(RUN, r"\S*python -m scripts\.postprocess (?!.*--from-hf).*"),

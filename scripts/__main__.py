@@ -46,6 +46,7 @@ class Program:
 
 
 PROGRAMS = {
+    "inspect": Program("inspect_checkpoint"),
     "plan": Program("plan"),
     "fetch": Program("fetch"),
     "dequant": Program("dequant"),

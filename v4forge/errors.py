@@ -38,7 +38,7 @@ def as_called(text: str) -> str:
     called v4forge_scripts, has them as the command v4forge."""
     if INSTALLED_SCRIPTS not in sys.modules:
         return text
-    text = PROGRAM.sub(lambda found: f"v4forge {found[1].replace('_', '-')}", text)
+    text = PROGRAM.sub(lambda found: f"v4forge {found[1].removesuffix('_checkpoint').replace('_', '-')}", text)
     return text.replace("-m scripts.", f"-m {INSTALLED_SCRIPTS}.")  # for torchrun
 
 

@@ -121,6 +121,8 @@ def test_it_works_away_from_a_checkout(installed: Path, tmp_path: Path) -> None:
     artifact = certified_artifact.write(tmp_path)
     done = v4forge(installed, "verify", "--artifact", artifact, "--sums-only")
     assert done.returncode == 0 and done.stdout.startswith("sums: ok, 11 files"), done.stderr
+    done = v4forge(installed, "inspect", ROOT / "models/tiny")
+    assert done.returncode == 0 and "an upstream checkpoint" in done.stdout, done.stderr
     done = v4forge(installed, "plan", "--profile", "flash", "--no-measure", "--json")
     assert done.returncode == 0 and '"seconds"' in done.stdout, done.stderr
     done = v4forge(installed, "serve-print", "--artifact", artifact, "--devices", "0,1")

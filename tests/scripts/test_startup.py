@@ -73,6 +73,7 @@ def test_help_and_a_wrong_argument_load_nothing_heavy() -> None:
 def test_what_computes_nothing_needs_no_torch(tmp_path: Path) -> None:
     commands = [
         ("plan", "--profile", "flash", "--gpus", "8"),
+        ("inspect_checkpoint", "models/tiny"),
         ("status", "--work", str(tmp_path)),
         ("stage", "why", "verify", "--scratch", str(tmp_path)),
         ("stage", "run", "calibrate", "verify", "--dry-run", "--scratch", str(tmp_path)),
