@@ -1,10 +1,25 @@
 """DeepSeek-V4-Flash from its upstream bytes to a verified W4A16 + FP8 + BF16-MTP artifact, one layer at a time."""
 
 import ctypes
+import importlib
 import os
 import re
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from v4forge.api import Checkpoint, Settings, UserError, quantize_layer, verify
+
+__all__ = ["Checkpoint", "Settings", "UserError", "quantize_layer", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `api`, which loads torch, once somebody asks for one: https://peps.python.org/pep-0562/."""
+    if name in __all__:
+        return getattr(importlib.import_module("v4forge.api"), name)
+    raise AttributeError(f"module 'v4forge' has no attribute {name!r}")
+
 
 # Read when torch loads its OpenMP runtime. Threads that spin at barriers make these many small operations five times
 # slower as soon as anything else runs on the machine.
