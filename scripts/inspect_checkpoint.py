@@ -36,6 +36,7 @@ FORMATS = {
 }
 TITLES = {
     "upstream": "an upstream checkpoint, FP4 and FP8",
+    "decoded": "decoded to BF16, as dequant writes it for other tools",
     "artifact": "an artifact",
     "layer folder": "finished layers of calibrate",
     "other": "no checkpoint that this project knows",
@@ -81,12 +82,10 @@ def files(found: Inspection) -> str:
 def show(found: Inspection) -> None:
     console = table_console()
     print(found.folder)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in facts(found):
-        table.add_row(f"  {name}", text)
-    console.print(table, markup=False)
+    told = facts(found)
+    width = max(len(name) for name, _ in told)
+    for name, text in told:
+        print(f"  {name:<{width}}  {text}")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     table.add_column("part", footer="all")
     table.add_column("format")

@@ -18,7 +18,7 @@ from v4forge.checkpoint import recipe
 from v4forge.checkpoint.incoming import INDEX
 from v4forge.errors import UserError
 from v4forge.pipeline import inspection, requirements
-from v4forge.pipeline.inspection import ARTIFACT, LAYERS, MTP, OTHER, UPSTREAM, inspect
+from v4forge.pipeline.inspection import ARTIFACT, DECODED, LAYERS, MTP, OTHER, UPSTREAM, inspect
 
 SECOND = "model-00002-of-00002.safetensors"
 
@@ -58,6 +58,13 @@ def test_an_artifact_says_how_it_was_made_and_what_its_certificate_is(rounded: P
     copy = Path(shutil.copytree(rounded / "artifact", tmp_path / "artifact"))
     certified_artifact.seal(copy)
     assert inspect(copy).certificate == "ok"
+
+
+def test_what_dequant_writes_is_told_as_that(tmp_path: Path) -> None:
+    assert run_here("dequant", "--source", TINY, "--out", tmp_path / "bf16") == 0
+    found = inspect(tmp_path / "bf16")
+    assert (found.form, found.differing, found.mtp) == (DECODED, 0, True)
+    assert {part.format for part in found.parts} == {"bf16", "f32", "int"}
 
 
 def test_layers_are_listed(rounded: Path) -> None:

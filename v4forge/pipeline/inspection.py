@@ -29,7 +29,9 @@ from v4forge.quantization import layer_files, manifest
 from v4forge.serving import settings
 from v4forge.units import MIB
 
-UPSTREAM, ARTIFACT, LAYERS, OTHER = "upstream", "artifact", "layer folder", "other"
+UPSTREAM, DECODED, ARTIFACT, LAYERS, OTHER = "upstream", "decoded", "artifact", "layer folder", "other"
+# By form, what layout calls it that reads its config.json.
+CONFIGS = {UPSTREAM: "source", DECODED: "saved", ARTIFACT: "artifact"}
 MTP, ROOT = "MTP block", "embedding, head, last norm"
 # What serves the artifact: memory.total of nvidia-smi. preflight refuses what came before Hopper.
 GPUS = {"H100": 81_559 * MIB, "H200": 143_771 * MIB}
@@ -135,7 +137,7 @@ class _Headers:
         sizes: Counter[str] = Counter()
         for spec in self.tensors.values():
             sizes[spec.dtype] += math.prod(spec.shape) * ITEM_BYTES.get(spec.dtype, 1)
-        return tuple(Part("tensors", dtype, count, sizes[dtype]) for dtype, count in counts.most_common())
+        return tuple(Part("tensors", dtype, counts[dtype], count) for dtype, count in sizes.most_common())
 
 
 def inspect(folder: Path) -> Inspection:
@@ -159,10 +161,10 @@ def _checkpoint(folder: Path) -> Inspection:
     raw = _raw_config(folder / "config.json")
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    form = ARTIFACT if method == "compressed-tensors" else UPSTREAM
+    form = ARTIFACT if method == "compressed-tensors" else UPSTREAM if quantization else DECODED
     headers = _Headers(folder, _shards(folder)).read()
     try:
-        config = layout.load_config(folder, "artifact" if form == ARTIFACT else "source")
+        config = layout.load_config(folder, CONFIGS[form])
     except UserError as error:
         return Inspection(
             str(folder),
@@ -240,6 +242,8 @@ class _Subject:
         for kind, logical, shape in self._logical():
             rule = self.config.rule_for(logical)
             form = rule.artifact if self.form == ARTIFACT else rule.source
+            if self.form == DECODED and form in ("fp4", "fp8"):
+                form = "bf16"
             for name, spec in layout.stored(logical, shape, form).items():
                 found[name] = (kind or rule.kind, form, spec)
         if self.form == ARTIFACT:
