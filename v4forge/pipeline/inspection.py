@@ -131,6 +131,11 @@ class _Headers:
     def complete(self) -> bool:
         return bool(self.shards) and not self.missing
 
+    def facts(self) -> dict[str, Any]:
+        """What an Inspection says of the files."""
+        found = {"shards": len(self.shards), "missing": tuple(self.missing), "coming": self.coming}
+        return {**found, "file_bytes": self.file_bytes, "measured": self.complete}
+
     def by_dtype(self) -> tuple[Part, ...]:
         """What there is where no layout says what it is."""
         counts: Counter[str] = Counter(spec.dtype for spec in self.tensors.values())
@@ -171,12 +176,8 @@ def _checkpoint(folder: Path) -> Inspection:
             OTHER,
             why=error.fact,
             model=str(raw.get("model_type")),
-            shards=len(headers.shards),
-            missing=tuple(headers.missing),
-            coming=headers.coming,
-            file_bytes=headers.file_bytes,
-            measured=headers.complete,
             parts=headers.by_dtype(),
+            **headers.facts(),
         )
     subject = _Subject(folder, form, config, headers)
     state = artifact_folder.certificate_state(folder) if form == ARTIFACT else None
@@ -188,11 +189,6 @@ def _checkpoint(folder: Path) -> Inspection:
         made=_made(folder, config) if form == ARTIFACT else "",
         layers=config.num_hidden_layers,
         mtp=subject.has_mtp,
-        shards=len(headers.shards),
-        missing=tuple(headers.missing),
-        coming=headers.coming,
-        file_bytes=headers.file_bytes,
-        measured=headers.complete,
         parts=subject.parts,
         differing=len(subject.faults),
         faults=tuple(subject.faults[:FAULTS_SHOWN]),
@@ -200,6 +196,7 @@ def _checkpoint(folder: Path) -> Inspection:
         certificate_fact=state.fact if state else "",
         fits=tuple(fits(config)),
         artifact_bytes=requirements.sizes_of(config).artifact.total(),
+        **headers.facts(),
     )
 
 
@@ -330,10 +327,8 @@ def _layer_folder(folder: Path, names: list[str]) -> Inspection:
         made=manifest.method_of(made) if isinstance(made.get("settings"), dict) else "",
         layers=len(names),
         finished=tuple(int("".join(filter(str.isdigit, name))) for name in names),
-        shards=len(names),
-        file_bytes=headers.file_bytes,
-        measured=True,
         parts=headers.by_dtype(),
+        **headers.facts(),
     )
 
 
