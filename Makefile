@@ -13,89 +13,136 @@ $(foreach name,$(filter-out PYTHON PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE PYTH
 q = $(call quoted,$(value $(1)))
 quoted = '$(subst ','\'',$(1))'
 
-# The model: tiny is the one in models/tiny, flash is DeepSeek-V4-Flash.
+# What a command may set, each with a line `## NAME=<form>: what it is`, which `make help-<group>` shows and by which
+# v4forge/makefile.py judges what it was given: 1 is a switch, another number is a number, a|b is one of these.
+
+## PROFILE=tiny|flash: the model: the one in models/tiny, or DeepSeek-V4-Flash
 PROFILE := tiny
-# Everything is written below $(SCRATCH)/$(PROFILE).
+## SCRATCH=<folder>: everything is written below SCRATCH/PROFILE
 SCRATCH := scratch
-# host or docker; empty: host for tiny, docker for flash.
+## RUNTIME=host|docker: where programs run; else host for tiny, docker for flash
 RUNTIME :=
+## GPUS=8: GPUs that share the work
 GPUS := 1
+## DEVICES=0,1: these GPUs, by number
 DEVICES :=
-# Empty: what the profile says (v4forge/pipeline/stages.py).
+## SOURCE=<folder>: another checkpoint than the profile's
 SOURCE :=
+## CORPUS=<file>: another text to calibrate on, or hub:<owner>/<name>@<commit>,split=<split>,column=<column>
 CORPUS :=
+## BAD_TEXT=replace|refuse: what becomes of what is no text in it
 BAD_TEXT :=
+## RECIPE=int4|mixed: which tensor gets which precision
 RECIPE :=
+## SAMPLES=64: to calibrate on, else the profile's
 SAMPLES :=
+## SEQ_LEN=512: tokens of a sample, else the profile's
 SEQ_LEN :=
+## SEED=42: of everything that is drawn
 SEED := 42
+## STAGE=<stage>: about which make why is asked
 STAGE := calibrate
-# FROM: a folder that has the checkpoint, for fetch. DRY_RUN=1: stages say what they would do. For plan, PRICE of an hour,
-# and NETWORK_GB_S, gigabytes a second.
+## FROM=<folder>: has the checkpoint, which fetch then takes from there
 FROM :=
+## DRY_RUN=1: stages say what they would do
 DRY_RUN :=
+## PRICE=30: of an hour of the machine, in any currency
 PRICE :=
+## NETWORK_GB_S=1.25: gigabytes a second that the download brings
 NETWORK_GB_S :=
+## WATCH=1: go on until the run is done
 WATCH :=
+## JSON=1: for programs
 JSON :=
-# MANIFEST: that of an artifact, for reproduce. REPO: where publish uploads to, ORG/NAME, once CONFIRM=1.
+## MANIFEST=<manifest.json>: of an artifact, else the one of PROFILE
 MANIFEST :=
+## REPO=<org>/<name>: where publish uploads to
 REPO :=
+## CONFIRM=1: upload it
 CONFIRM :=
-# The images: IMAGE empty is both. BASE_IMAGE empty: the pinned one, or a Debian made here where no registry answers.
+## SET="NAME=VALUE …": of an image, its build arguments; of vLLM, its options; of image-lock, the pins
 SET :=
+## IMAGE=calib|serve: one of the two images
 IMAGE :=
+## LANE=<lane>: of calib cuda or cpu, of serve wheel or source; else the first that fits
 LANE :=
+## BASE_IMAGE=<image>: build on it; else the pinned one, or a Debian made here where no registry answers
 BASE_IMAGE :=
+## REGISTRY=<host>/<path>: where the images go
 REGISTRY :=
-# PEM files: who signs images and certificates, and whose signature they must have.
+## SIGN_KEY=<file>: private key, PEM, that signs images and certificates
 SIGN_KEY :=
+## VERIFY_KEY=<file>: public key, PEM, whose signature they must have
 VERIFY_KEY :=
-# Serving. SERVE_PROFILE is one of docker/serve/settings.toml, empty: production, and published for benches; SET other
-# options of vllm serve; ALLOW names guards that may fail. The variable API_KEY of the environment, or the file, has the
-# keys of which clients must send one. CERT and KEY, PEM: the endpoint speaks TLS with them.
+## ARTIFACT=<folder>: else the one that PROFILE has in SCRATCH
 ARTIFACT :=
+## BACKEND=cuda|cpu: what serves; cpu is for tests
 BACKEND := cuda
+## SERVE_PROFILE=<name>: of docker/serve/settings.toml; else production, and published for benches
 SERVE_PROFILE :=
+## REPLICAS=2: else as many as there are GPUs for
 REPLICAS :=
-# GPUs of a replica: 1, 2, 4 or 8. Empty: the profile's.
+## TP=4: GPUs of a replica, 1, 2, 4 or 8; else the serve profile's
 TP :=
+## DRAFTS=2: tokens a step, 0 for none; several for bench-speed, as "0 2"
 DRAFTS :=
+## BIND=<address>: 0.0.0.0 opens it to the network
 BIND := 127.0.0.1
+## PORT=8000: of the endpoint
 PORT := 8000
+## API_KEY_FILE=<file>: keys of which clients must send one; API_KEY of the environment does as well
 API_KEY_FILE :=
+## CERT=<file>: PEM, the endpoint speaks TLS with it
 CERT :=
+## KEY=<file>: PEM, its key
 KEY :=
+## QUEUE=1024: requests that may wait at a replica
 QUEUE :=
+## PER_SOURCE=64: connections that an address may have
 PER_SOURCE :=
+## DRAIN=600: seconds that a stop waits for what runs
 DRAIN :=
+## WATCHDOG=180: seconds that a replica may hang, 0 for ever
 WATCHDOG :=
+## METRICS=1: Prometheus and Grafana too
 METRICS :=
+## ALLOW="<guard> …": guards and probe checks that may fail
 ALLOW :=
-# How the artifact is compared with its certificate: sizes, or contents, each byte once for a folder. Empty: contents.
+## CHECK=contents|sizes: how the artifact is compared with its certificate; contents, each byte once for a folder
 CHECK :=
+## KEEP=1: leave what was started when the probe fails
 KEEP :=
+## TIMEOUT=7200: seconds until replicas are ready
 TIMEOUT :=
+## NAMES="replica0 router": whose logs
 NAMES :=
-# Benchmarks. URL: measure what is served there, MODEL of several models; LIMIT: a trial of so many; FRESH: start anew; DATASETS: a folder of local
-# copies; WITH: further options of the bench. A and B: two runs to compare, folders of reports or result files.
+## URL=<url>: measure what is served there
 URL :=
+## MODEL=<name>: which one, where several are served
 MODEL :=
+## LIMIT=2: a trial of so many of each kind, no result
 LIMIT :=
+## FRESH=1: do not continue an interrupted run
 FRESH :=
+## DATASETS=<folder>: local copies of the data sets
 DATASETS :=
+## WITH="--option …": further options of the program
 WITH :=
+## A=<reports or result file>: one run of the benches
 A :=
+## B=<reports or result file>: the other one
 B :=
 # What pytest runs besides its options in pyproject.toml: everything that needs no more than this machine, on all cores,
 # each file on one, since its tests share what is made for them.
 # Soak is what repeats: `make ci` has the first few of each.
 parallel = -n logical --maxprocesses 8 --dist loadfile
+## TESTS=<file>: these tests, by file, folder or options of pytest
 TESTS := $(parallel) -m "not images and not gpu and not serve and not soak"
 # Where the tests are that serve.
-SERVED := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_profile.py tests/project/test_alerts.py
-SOAK := soak or (hypothesis and not images and not gpu and not serve)
+served := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_profile.py tests/project/test_alerts.py
+soaked := soak or (hypothesis and not images and not gpu and not serve)
 
+## PYTHON=<python>: 3.11 or 3.12, with which the environment is built
 # A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once.
 PYTHON = $(eval PYTHON := $(found_python))$(PYTHON)
 found_python = $(shell for python in python3.12 python3.11 python3; do \
@@ -144,16 +191,41 @@ need_python = if [ -z "$(PYTHON)" ]; then \
 	echo 'error: no Python 3.11 or 3.12 runs here' >&2; \
 	echo 'hint: apt-get install python3 python3-venv, or make $@ PYTHON=<path>' >&2; exit 1; fi
 
+# The variables of make's command line, as words of a shell: a hint's commands get those that they read (v4forge/errors.py).
+# A variable that no goal reads, and a value that is none, end make before anything runs.
+given_names := $(strip $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
+export V4FORGE_GIVEN := $(foreach name,$(given_names),$(call quoted,$(name)=$(value $(name))))
+goals = $(or $(wildcard .venv/bin/python),$(PYTHON)) -E -S -m scripts.goals
+ifeq ($(MAKELEVEL)-$(if $(given_names),given),0-given)
+ifneq ($(filter-out -%,$(firstword $(goals))),)
+$(shell $(goals) check $(or $(MAKECMDGOALS),$(.DEFAULT_GOAL)) -- $(V4FORGE_GIVEN) >&2)
+ifeq ($(.SHELLSTATUS),2)
+$(error nothing was run)
+endif
+endif
+endif
+
 .PHONY: help
 help: ## Show this
-	@echo 'make <target> [PROFILE=tiny|flash] [SCRATCH=scratch] [RUNTIME=host|docker] [GPUS=1] [DEVICES=0]'
-	@echo '              [SOURCE=<folder>] [CORPUS=<file or hub:…>] [BAD_TEXT=replace] [RECIPE=mixed]'
-	@echo '              [SAMPLES=<n>] [SEQ_LEN=<n>] [SEED=42] [DRY_RUN=1]'
-	@echo
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@$(need_python)
+	@$(goals) help
+
+help-pipeline help-serve help-bench help-images help-develop:
+	@$(need_python)
+	@$(goals) $@
+
+.DEFAULT:
+	@$(need_python)
+	@$(goals) check $@
+
+# A line `##@ <group>: <targets>` begins a group; `make help` shows these of its targets.
+
+##@ Start here: demo doctor plan artifact serve
+
+##@ Pipeline: status reproduce publish
 
 .PHONY: demo
-demo: env ## The whole pipeline on models/tiny, ending with a table; needs no GPU
+demo: env ## The whole pipeline on models/tiny, without a GPU; ends with a table
 	@$(run) fetch calibrate postprocess rtn postprocess-rtn verify-deep card report --title demo --profile tiny $(settings)
 
 .PHONY: artifact
@@ -199,30 +271,30 @@ why: env ## Say why STAGE=<stage> would run, or that it is up to date
 	@$(stage) why $(call q,STAGE) --profile $(call q,PROFILE) $(settings)
 
 .PHONY: doctor
-doctor: env ## Everything that can go wrong on this machine, with the command that helps; JSON=1
+doctor: env ## What could go wrong on this machine, and what helps; JSON=1
 	@.venv/bin/python -m scripts.doctor $(work) --profile $(call q,PROFILE) --gpus $(call q,GPUS) --runtime $(call q,RUNTIME) \
 		$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) \
 		$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) $(if $(value JSON),--json)
 
 .PHONY: plan
-plan: env ## What would run, with disk, memory, hours and, with PRICE= an hour, money
+plan: env ## What would run: disk, memory, hours and, with PRICE= an hour, money
 	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile $(call q,PROFILE)) $(work) \
 		--gpus $(call q,GPUS) $(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
 		$(if $(value RECIPE),--recipe $(call q,RECIPE)) $(if $(value PRICE),--price $(call q,PRICE)) $(if $(value NETWORK_GB_S),--network-gb-s $(call q,NETWORK_GB_S)) \
 		$(if $(value JSON),--json)
 
 .PHONY: status
-status: env ## From another terminal: how far the run is, and when it will be done; WATCH=1 until it is; JSON=1
+status: env ## How far the run is, and when it will be done; WATCH=1 until it is; JSON=1
 	@.venv/bin/python -m scripts.status $(work) $(if $(value WATCH),--watch) $(if $(value JSON),--json)
 
 .PHONY: reproduce
-reproduce: env ## Make the artifact of MANIFEST=<manifest.json> again and compare, layer by layer
+reproduce: env ## Make an artifact again and compare, layer by layer; MANIFEST=<manifest.json>
 	@.venv/bin/python -m scripts.replay $(call quoted,$(or $(value MANIFEST),$(value SCRATCH)/$(value PROFILE)/artifact/manifest.json)) \
 		--scratch $(call q,SCRATCH) --profile $(call q,PROFILE) --runtime $(call q,RUNTIME) --gpus $(call q,GPUS) \
-		$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS))
+		$(if $(value SOURCE),--source $(call q,SOURCE)) $(if $(value CORPUS),--corpus $(call q,CORPUS)) $(if $(value DRY_RUN),--dry-run)
 
 .PHONY: publish
-publish: env ## What an upload to REPO=<org>/<name> would do; with CONFIRM=1 does it, and reads it back
+publish: env ## What an upload to REPO would do; with CONFIRM=1 does it, and reads it back
 	@.venv/bin/python -m scripts.publish --artifact $(call quoted,$(artifact)) \
 		--repo $(call q,REPO) $(verify_key) $(if $(value CONFIRM),--yes) $(WITH)
 
@@ -230,8 +302,10 @@ publish: env ## What an upload to REPO=<org>/<name> would do; with CONFIRM=1 doe
 release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
 	@.venv/bin/python -m scripts.release_check $(work) $(verify_key) $(if $(value JSON),--json)
 
+##@ Images: images pull push
+
 .PHONY: images
-images: env ## Build the images, or IMAGE=calib; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
+images: env ## Build the images; IMAGE= one of them; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
 	@$(image) build $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) $(if $(value SET),--set $(SET)) \
 		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
 
@@ -241,12 +315,12 @@ image-reproduce: env ## Build IMAGE twice without cache and compare everything
 		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
 
 .PHONY: push
-push: env ## Push the images to REGISTRY with SBOM and provenance, write images.lock
+push: env ## Push the images to REGISTRY; with SBOM and provenance, and writes images.lock
 	@$(image) push $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
 		--to $(call q,REGISTRY) $(if $(value SIGN_KEY),--sign-key $(call q,SIGN_KEY))
 
 .PHONY: pull
-pull: env ## Pull the images by the digests of images.lock, refuse any other
+pull: env ## Pull the images by the digests of images.lock; any other is refused
 	@$(image) pull $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
 		$(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
 
@@ -254,8 +328,10 @@ pull: env ## Pull the images by the digests of images.lock, refuse any other
 shell: env ## A shell in IMAGE with what a stage sees
 	@$(image) shell $(or $(IMAGE),calib) --scratch $(call q,SCRATCH) --gpus $(call q,GPUS)
 
+##@ Serve: serve-status serve-stop
+
 .PHONY: serve
-serve: env ## Replicas of ARTIFACT behind one endpoint on BIND:PORT, ready and probed; those that run become it one by one
+serve: env ## Replicas of ARTIFACT behind one endpoint; ready and probed, on BIND:PORT; those that run become it one by one
 	@$(serve) up $(serve_options) $(serve_start)
 
 .PHONY: serve-print
@@ -263,7 +339,7 @@ serve-print: env ## The settings with their reasons, and the exact command of ea
 	@$(serve) print $(serve_options)
 
 .PHONY: serve-status
-serve-status: env ## Replicas, queue, tokens a second, draft acceptance, KV cache
+serve-status: env ## Replicas, queue, tokens a second, drafts, KV cache
 	@$(serve) status $(serve_folder)
 
 .PHONY: serve-logs
@@ -282,8 +358,20 @@ serve-stop: env ## Take nothing new, finish what runs, stop
 serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node
 	@$(serve) pairs
 
+.PHONY: env-serve
+env-serve: ## The environment of RUNTIME=host on GPUs: vLLM's release with our patches and plugin, and CUDA's compiler
+	@$(need_python)
+	@PYTHONPATH=. $(PYTHON) docker/serve/environment.py host .venv-serve
+
+.PHONY: env-serve-cpu
+env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
+	@$(need_python)
+	@$(PYTHON) -m scripts.env --environment serve-cpu --into .venv-serve-cpu
+
+##@ Bench: bench report compare
+
 .PHONY: bench
-bench: env ## Everything below about ARTIFACT, served by itself, then the report; resumable; LIMIT=2 tries it out
+bench: env ## All benches of ARTIFACT, then the report; serves it by itself; resumable; LIMIT=2 tries it out
 	@if [ -z $(call q,URL) ] && [ -e $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve/serving.json) ]; then \
 	echo 'error: replicas of $(PROFILE) are served already, where bench starts its own' >&2; \
 	echo 'hint: make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)' >&2; exit 1; fi
@@ -312,22 +400,14 @@ bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outco
 	@$(bench) tools $(bench_options)
 
 .PHONY: report
-report: env ## One page of what PROFILE's reports hold: index.html, and its tables as benchmarks.md
+report: env ## The page of PROFILE's reports: index.html, and its tables as benchmarks.md
 	@.venv/bin/python -m scripts.report --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
 
 .PHONY: compare
-compare: env ## Two runs of the benches beside each other, A=<reports or result file> B=<the other>
+compare: env ## Two runs of the benches beside each other; A=<reports or result file> B=<the other>
 	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
 
-.PHONY: env-serve
-env-serve: ## The environment of RUNTIME=host on GPUs: vLLM's release with our patches and plugin, and CUDA's compiler
-	@$(need_python)
-	@PYTHONPATH=. $(PYTHON) docker/serve/environment.py host .venv-serve
-
-.PHONY: env-serve-cpu
-env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plugins
-	@$(need_python)
-	@$(PYTHON) -m scripts.env --environment serve-cpu --into .venv-serve-cpu
+##@ Develop: test lint ci
 
 .PHONY: test
 test: env ## Tests that need neither GPU nor docker; TESTS=tests/ground/test_pins.py picks
@@ -339,11 +419,11 @@ test-images: env ## Tests that need docker: builds, registry, stages in containe
 
 .PHONY: test-serve
 test-serve: env env-serve-cpu ## Tests that serve with a real vLLM on the CPU; needs haproxy and prometheus
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "serve and not soak" $(SERVED)
+	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m "serve and not soak" $(served)
 
 .PHONY: soak
 soak: env env-serve-cpu ## What make ci does a few times, many times: kills, random examples, cold builds; hours
-	@.venv/bin/python -m pytest -m $(call q,SOAK) --hypothesis-profile soak --timeout 3600
+	@.venv/bin/python -m pytest -m $(call q,soaked) --hypothesis-profile soak --timeout 3600
 
 .PHONY: docs-check
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
@@ -359,7 +439,7 @@ lock-check: ## Fail where a lock, Dockerfile or document disagrees with versions
 	@$(PYTHON) -m dev.lock_check
 
 .PHONY: ci
-ci: env ## What CI runs: lint, lock-check, docs-check and all tests, then the seconds of each; needs docker
+ci: env ## What CI runs; lint, lock-check, docs-check and all tests, then the seconds of each; needs docker
 	@.venv/bin/python -m dev.ci
 
 .PHONY: env

@@ -116,7 +116,7 @@ RULES = (
     Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (FEW,)),
     Rule(DRY, r"make certified(?: .*)?", "an artifact or a key of others", ((r" (?:ARTIFACT|VERIFY_KEY)=\S+", ""),)),
     Rule(RUN, r"make reproduce(?: .*)?"),
-    Rule(RUN, r"make (?:help|lock-check)", beside=True),
+    Rule(RUN, r"make (?:help(?:-[a-z]+)?|lock-check)", beside=True),
     Rule(RUN, r"make plan(?: .*)?", says=TOO_SMALL, beside=True),
     Rule(RUN, r"make doctor(?: .*)?", says=r"(?m)^doctor: PROFILE=\w+ cannot run here yet", beside=True),
     Rule(RUN, r"make status(?: .*)?", says=r"error: nothing has run in"),

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from v4forge import pins
 from v4forge.checkout import ROOT
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.images import lock_update, locks
 from v4forge.images.locks import Lock
 
@@ -51,7 +51,7 @@ def shown(values: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dev.lock", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("pins", nargs="*", metavar="KEY=VALUE", help="a pin of versions.env to set first")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.images import lock_check
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m dev.lock_check",
         description="\n".join([__doc__ or "", "", *(f"  {check.__doc__}" for check in lock_check.CHECKS)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

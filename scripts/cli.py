@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from v4forge.errors import UserError, as_called
+from v4forge.errors import Parser, UserError, as_called
 from v4forge.pipeline import events
 from v4forge.pipeline.progress import Moment, Pace
 
@@ -42,13 +42,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return as_called(super()._expand_help(action))
 
 
-def parser_for(stage: str, doc: str | None, **options: object) -> argparse.ArgumentParser:
+def parser_for(stage: str, doc: str | None, **options: object) -> Parser:
     """The parser of `python -m scripts.<stage>`, described by the program's docstring."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=as_called(f"python -m scripts.{stage}"),
         description=as_called(doc or ""),
         formatter_class=Formatter,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

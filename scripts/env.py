@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 
 from v4forge.checkout import ROOT
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 
 # environment -> its locks in the order of installation
 ENVIRONMENTS = {"host": ("calib", "host", "dev"), "calib": ("calib",), "serve-cpu": ("serve-cpu",)}
@@ -208,7 +208,7 @@ def cpu_torch(lock: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.env", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--environment", choices=ENVIRONMENTS, default="host", help="which locks; default: host")

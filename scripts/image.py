@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from v4forge.checkout import ROOT
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.files import make_folder, write_text
 from v4forge.images import archive, containers, definitions, registry
 from v4forge.images import base as image_base
@@ -132,9 +132,9 @@ def tag_of(arguments: argparse.Namespace, image: definitions.Image) -> str:
     return arguments.tag or definitions.tag(image.name)
 
 
-def option(*names: str, **settings: object) -> argparse.ArgumentParser:
+def option(*names: str, **settings: object) -> Parser:
     """A parser of one option, for the commands that share it."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument(*names, **settings)  # type: ignore[arg-type]
     return parser
 

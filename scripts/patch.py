@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.images import patches
 from v4forge.images.patches import Patch
 
@@ -54,7 +54,7 @@ def check(project: str, found: Sequence[Patch], python: str) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.patch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("list", "apply", "check"))

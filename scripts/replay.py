@@ -58,6 +58,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--corpus", metavar="FILE", help="the calibration text (default: the profile's)")
     add("--runtime", choices=("", "host", "docker"), default="", help="default: host for tiny, docker for flash")
     add("--gpus", type=int, default=1, help="processes of calibrate, each on a GPU if there are any")
+    add("--dry-run", action="store_true", help="say what would run and why, with its command, and stop")
     add("--device", default="", help="cpu, where there are GPUs and the manifest is of a processor")
     return parser.parse_args(argv)
 
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{source} is no checkpoint", f"make fetch{again}, or make reproduce … SOURCE=<folder>")
     scratch = work_scratch(args.scratch, args.manifest)
     work = Path(scratch, args.profile)
-    reproduce.copied(original, work / ORIGINAL)
+    if not args.dry_run:
+        reproduce.copied(original, work / ORIGINAL)
     print(f"replay: {args.manifest}, in {work}", flush=True)
     words = ["run", "calibrate", "postprocess", "--title", "reproduce", "--scratch", scratch]
     words += ["--profile", args.profile, "--source", source]
@@ -86,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = {"--samples": corpus["samples"], "--seq-len": corpus["seq_len"], "--seed": corpus["seed"]}
         words += [word for name, value in sizes.items() for word in (name, str(value))]
         words += ["--bad-text", "replace"] if corpus["origin"].get("bad_text") == "replace" else []
-    if code := stage.main(words, table_of(original, args.device), program="replay"):
+    words += ["--dry-run"] if args.dry_run else []
+    code = stage.main(words, table_of(original, args.device), program="replay")
+    if code or args.dry_run:
         return code
     return verdict(original, work, args.gpus)
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from v4forge import checkout, gpus
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.serving import keys, launch, settings, status
 from v4forge.serving.compose import Compose
 from v4forge.serving.deployment import ROUTER, Deployment
@@ -136,7 +136,7 @@ def print_commands(arguments: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_for("serve", __doc__)
     commands = parser.add_subparsers(required=True, metavar="print|up|status|logs|reload|stop|pairs")
-    folder = argparse.ArgumentParser(add_help=False)
+    folder = Parser(add_help=False)
     folder.add_argument("--folder", type=Path, default=serve_options.FOLDER, help="default: %(default)s")
     commands.add_parser("pairs", help=pairs.__doc__, description=pairs.__doc__).set_defaults(run=pairs)
     runs = {"print": print_commands, "up": up, "status": show_status, "logs": logs, "reload": reload, "stop": stop}

@@ -20,7 +20,7 @@ from typing import Any
 
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.recipe import INT4, RECIPES
-from v4forge.errors import UserError, run_main
+from v4forge.errors import Parser, UserError, run_main
 from v4forge.files import check_writable, exclusive
 from v4forge.model import corpus_rows, hub_rows
 from v4forge.pipeline import estimate, events, explain, run_state
@@ -49,7 +49,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("run", "why"))

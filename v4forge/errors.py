@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 EVENTS = "V4FORGE_EVENTS"  # of a run: names a file in its folder of logs
 # Packages whose errors are of the other side.
@@ -45,6 +47,14 @@ def as_called(text: str) -> str:
 def report(error: UserError) -> None:
     """Prints the two lines on stderr."""
     print(as_called(f"error: {error.fact}\nhint: {error.hint}"), file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses a program's words: a wrong one ends the program with the two lines, exit code 2, not with its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        report(UserError(message.removeprefix("argument "), f"{self.prog} --help"))
+        sys.exit(2)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

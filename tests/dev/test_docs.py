@@ -16,7 +16,7 @@ from v4forge.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in doc_commands.pages(ROOT)}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = set(re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, flags=re.MULTILINE))
+TARGETS = set(" ".join(re.findall(r"^([a-z][a-z -]*):", MAKEFILE, flags=re.MULTILINE)).split())
 VARIABLES = set(re.findall(r"^([A-Z][A-Z_]*) :?=", MAKEFILE, flags=re.MULTILINE))
 COMMANDS = [command for page, text in PAGES.items() for command in doc_commands.commands(page, text)]
 STEPS = [step for command in COMMANDS for step in doc_commands.steps(command)]

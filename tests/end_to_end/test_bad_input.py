@@ -429,9 +429,10 @@ def test_verify_certifies_a_broken_artifact_as_broken(ready: Ready, capsys: pyte
         ("verify", ["--source", "a"]),
     ],
 )
-def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str], stage: str, arguments: list[str]) -> None:
+def test_wrong_usage_is_two_lines_and_2(capsys: pytest.CaptureFixture[str], stage: str, arguments: list[str]) -> None:
     assert run_here(stage, *arguments) == 2
-    assert f"usage: python -m scripts.{stage}" in capsys.readouterr().err
+    fact, hint = capsys.readouterr().err.splitlines()
+    assert fact.startswith("error: ") and hint == f"hint: python -m scripts.{stage} --help"
 
 
 @pytest.mark.parametrize("arguments", [["--samples", "0"], ["--seq-len", "-1"]])

@@ -46,7 +46,7 @@ def test_what_ci_leaves_out_runs_every_night() -> None:
     nightly = WORKFLOWS["nightly"]
     assert "schedule" in nightly[True]  # YAML 1.1 reads `on` as a truth
     assert ".ci/run soak" in [step.get("run") for job in nightly["jobs"].values() for step in job["steps"]]
-    assert "pytest -m $(call q,SOAK)" in MAKEFILE
+    assert "pytest -m $(call q,soaked)" in MAKEFILE
     assert all("not soak" in chosen for chosen in re.findall(r'-m "(.*)"', MAKEFILE))
 
 

@@ -6,25 +6,142 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from v4forge import makefile
+from v4forge.certified import LEVELS
+from v4forge.checkpoint.recipe import RECIPES
+from v4forge.images.definitions import IMAGES
+from v4forge.model.corpus_rows import BAD_TEXT
 from v4forge.pipeline import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, flags=re.MULTILINE)
+MADE = makefile.read()
+GROUPS = ("Pipeline", "Images", "Serve", "Bench", "Develop")
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+def make(*arguments: str, at: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """As a user calls it, not another make."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=at, capture_output=True, text=True, env=environment)
 
 
-def test_help_is_the_default_and_lists_every_target() -> None:
-    done = make()
-    assert done.returncode == 0
-    assert re.findall(r"^  ([a-z-]+) +\S", done.stdout, flags=re.MULTILINE) == TARGETS
+def test_help_is_the_default_and_fits_a_terminal_with_the_prompt_below() -> None:
+    lines = make().stdout.splitlines()
+    assert len(lines) < 24 and [line for line in lines if len(line) > 80] == []
+    groups = [line[:12].strip() for line in lines[1:-3] if line[0] != " "]
+    assert groups == ["Start here", *GROUPS]
+    assert {line[12:].split()[0] for line in lines[1:-3]} <= set(TARGETS)
+    assert re.findall(r"help-([a-z]+)", lines[-1]) == [group.lower() for group in GROUPS]
+
+
+def test_the_groups_list_every_target_and_its_variables() -> None:
+    listed = []
+    for group in GROUPS:
+        lines = make(f"help-{group.lower()}").stdout.splitlines()
+        assert [line for line in lines if len(line) > 80] == []
+        targets, variables = "\n".join(lines).split("\n\n")
+        listed += re.findall(r"^([a-z-]+)", targets, flags=re.MULTILINE)
+        told = set(re.findall(r"^([A-Z_]+)=", variables, flags=re.MULTILINE))
+        own = set().union(*(MADE.own(target.name) for target in MADE.targets.values() if target.group == group))
+        assert told == own | MADE.everywhere
+    assert listed == TARGETS[1:]
+
+
+@pytest.mark.parametrize(
+    ("words", "fact", "hint"),
+    [
+        ("demo GPU=8", "no target reads GPU", "GPUS=8"),
+        ("artifact profile=flash", "no target reads profile", "PROFILE=flash"),
+        ("plan PROFIL=tiny", "no target reads PROFIL", "PROFILE=tiny"),
+        ("demo PROFIL=tiny", "no target reads PROFIL", "PROFILE=tiny, which is read by doctor, plan, artifact, serve"),
+        ("demo PROFILE=flash", "make demo does not read PROFILE", "make demo without it; it is read by doctor, plan"),
+        ("PROFILE=flash", "make help does not read PROFILE", "make help without it"),
+        ("artifact card MANIFEST=x", "make artifact card does not read MANIFEST", "make artifact card without it"),
+        ("env PIP_INDEX_URL=x", "no target reads PIP_INDEX_URL", "make help-develop has the variables"),
+        ("plan GPUS=abc", "GPUS=abc is no number", "GPUS=8"),
+        ("serve PORT=http", "PORT=http is no number", "PORT=8000"),
+        ("bench-speed DRAFTS=0,1", "DRAFTS=0,1 is no number", "DRAFTS=2"),
+        ("plan PROFILE=fash", "PROFILE=fash is none of tiny, flash", "PROFILE=flash"),
+        ("publish CONFIRM=0", "CONFIRM=0 is not 1", "CONFIRM=1, or without it"),
+        ("dmeo", "there is no target dmeo", "make demo"),
+    ],
+)
+def test_what_make_does_not_understand_is_told_with_what_it_does(words: str, fact: str, hint: str) -> None:
+    goals = [word for word in words.split() if "=" not in word] or ["help"]
+    told = makefile.fault(MADE, goals, makefile.parsed(word for word in words.split() if "=" in word))
+    assert told and told[0] == fact and told[1].startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("demo GPU=8", "error: no target reads GPU\nhint: GPUS=8\n"),
+        ("-n plan GPUS=abc", "error: GPUS=abc is no number\nhint: GPUS=8\n"),
+        ("PROFILE=flash", "error: make help does not read PROFILE\nhint: make help without it; "),
+        ("dmeo", "error: there is no target dmeo\nhint: make demo\n"),
+    ],
+)
+def test_it_ends_make_before_anything_runs(words: str, said: str) -> None:
+    done = make(*words.split())
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 3)
+    assert done.stderr.startswith(said)
+
+
+def test_it_is_said_before_there_is_an_environment(tmp_path: Path) -> None:
+    for name in ("Makefile", "scripts", "v4forge"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    assert make("demo", "GPU=8", at=tmp_path).stderr.startswith("error: no target reads GPU\nhint: GPUS=8\n")
+    assert make("help-serve", at=tmp_path).stdout.startswith("serve ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "artifact card PROFILE=flash",  # of several goals one has to read it
+        "verify card SIGN_KEY=a",
+        "status -j4 SHELL=bash V=1 MAKEFLAGS=k",
+        "bench DATASETS=a LIMIT=2 WITH=--x URL=x",  # of what it calls
+        "lint PYTHON=python3 DEVICES=0",  # of what it needs, and of every target
+        "bench-speed DRAFTS=0\\ 1 SET=a=1\\ b=2",
+        "serve DRAFTS= SCRATCH=a\\ \\ b ALLOW='cut tool-call'",
+        "reproduce DRY_RUN=1",
+    ],
+)
+def test_what_a_target_reads_is_understood(words: str) -> None:
+    done = make("-n", *shlex.split(words))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_make_called_by_make_is_not_asked_for_what_its_caller_was_given(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text(f"outer:\n\t@$(MAKE) -n -C {ROOT} serve-stop\n")
+    done = subprocess.run(["make", "outer", "LIMIT=2"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_variable_that_may_be_set_is_documented_and_read() -> None:
+    written = set(re.findall(r"^([A-Z][A-Z_]*) :=", MAKEFILE, flags=re.MULTILINE))
+    assert written - {"SHELL"} | {"PYTHON"} == set(MADE.variables)
+    assert set().union(*map(MADE.reads, TARGETS)) == set(MADE.variables)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("PROFILE", stages.PROFILES),
+        ("RECIPE", RECIPES),
+        ("BAD_TEXT", BAD_TEXT),
+        ("CHECK", LEVELS),
+        ("IMAGE", IMAGES),
+    ],
+)
+def test_choices_are_those_of_the_programs(name: str, values: Iterable[str]) -> None:
+    assert sorted(MADE.variables[name].form.split("|")) == sorted(values)
 
 
 def test_the_recipes_of_every_target_expand() -> None:
@@ -49,10 +166,6 @@ def test_variables_reach_the_stage_runner() -> None:
     options = ("--profile 'flash'", "--samples '3'", "--seq-len '5'", "--seed '7'", "--corpus 'a b.txt'")
     assert [option for option in options if option not in done.stdout] == []
     assert "--scratch '/x'" in done.stdout
-
-
-def test_the_demo_is_tiny_whatever_the_profile() -> None:
-    assert "--profile tiny" in make("-n", "demo", "PROFILE=flash").stdout
 
 
 @pytest.mark.parametrize("target", ["env", "lock"])

@@ -75,6 +75,16 @@ def test_the_same_run_is_identical_layer_by_layer_and_file_by_file(
     assert (work / "artifact/manifest.json").read_bytes() == made.manifest.read_bytes()
 
 
+def test_a_dry_run_says_what_the_replay_would_run_and_writes_nothing(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(made.manifest), "--scratch", str(tmp_path), "--source", str(made.source), "--corpus", str(made.text)]
+    assert program.main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "calibrate: would run" in said and "--compare" in said and "postprocess: would run" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
