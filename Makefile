@@ -373,15 +373,15 @@ env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plug
 .PHONY: bench
 bench: env ## All benches of ARTIFACT, then the report; serves it by itself; resumable; LIMIT=2 tries it out
 	@if [ -z $(call q,URL) ] && [ -e $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve/serving.json) ]; then \
-	echo 'error: replicas of $(PROFILE) are served already, where bench starts its own' >&2; \
-	echo 'hint: make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)' >&2; exit 1; fi
+	$(goals) error 'replicas of $(PROFILE) are served already, where bench starts its own' \
+	'make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)'; fi
 	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
 	trap 'exit 130' INT TERM; $(if $(value URL),,trap '$(MAKE) serve-stop' EXIT;) \
 	try bench-speed; \
 	if $(if $(value URL),true,$(MAKE) serve SERVE_PROFILE=$(or $(SERVE_PROFILE),published) DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
 	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
 	try report; \
-	[ -z "$$failed" ] || { echo "error: not finished:$$failed" >&2; echo 'hint: make bench goes on from there' >&2; exit 1; }
+	[ -z "$$failed" ] || $(goals) error "not finished:$$failed" 'make bench goes on from there'
 
 .PHONY: bench-speed
 bench-speed: env ## Time a token and tokens a second, with drafts and without, by requests at a time

@@ -22,8 +22,8 @@ def main() -> int:
     )
     made = makefile.read()
     groups = [f"help-{group.lower()}" for group in made.main if group != makefile.START]
-    parser.add_argument("action", choices=("check", "help", *groups))
-    parser.add_argument("words", nargs="*", metavar="target|NAME=value", help="what make was told")
+    parser.add_argument("action", choices=("check", "error", "help", *groups))
+    parser.add_argument("words", nargs="*", help="what make was told: targets, NAME=value; of an error fact and hint")
     arguments = parser.parse_args()
     if arguments.action == "check":
         goals = [word for word in arguments.words if "=" not in word]
@@ -32,6 +32,9 @@ def main() -> int:
             report(UserError(*wrong))
             return 2
         return 0
+    if arguments.action == "error":
+        report(UserError(*arguments.words))
+        return 2
     group = arguments.action.partition("-")[2]
     print(*(makefile.group_help(made, group) if group else makefile.overview(made)), sep="\n")
     return 0

@@ -24,9 +24,14 @@ PROGRAM = re.compile(r"(?:\.venv/bin/)?python -m scripts\.(\w+)")
 
 
 class UserError(Exception):
-    """Something the user can act on. `fact` names the tensor, file or setting; `hint` says what to run or do."""
+    """Something the user can act on. `fact` names the tensor, file or setting; `hint` says what to run or do: commands
+    of make get what make was given of the artifact and its place, which they would be others without."""
 
     def __init__(self, fact: str, hint: str) -> None:
+        if os.environ.get("V4FORGE_GIVEN"):
+            from v4forge import makefile  # not for the calibration image's build, which has env.py and errors.py alone
+
+            hint = makefile.completed(hint)
         super().__init__(fact, hint)
         self.fact = fact
         self.hint = hint

@@ -8,12 +8,13 @@ library only: make asks before any environment exists.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 MAKEFILE = Path(__file__).resolve().parents[1] / "Makefile"
@@ -30,6 +31,14 @@ DEFINED = re.compile(r"(export )?(\w+) :?=(.*)")
 TARGET = re.compile(r"([a-z][a-z-]*):([^#=]*)## (.+)")
 NAMED = re.compile(r"\$\((?:value |call \w+,)?(\w+)\b")
 CALLED = re.compile(r"(?:\$\(MAKE\)|\btry) ([a-z][a-z-]*)")
+# A command of make in a hint: its goals, and what it sets.
+VALUE = r"""(?:"[^"]*"|'[^']*'|<[^>]*>|[^\s"'<])*?(?=[,.;:)]*(?:\s|$))"""
+COMMAND = re.compile(rf"\bmake((?: [a-z][a-z-]*)+)((?: [A-Z_]+={VALUE})*)")
+# What a hint's command is another one without: of which artifact it is, where that is, and what runs it.
+PLACES = ("PROFILE", "SCRATCH", "ARTIFACT", "RUNTIME", "BACKEND")
+# Of a program's environment: what make was given, as words of a shell, and, where there is no Makefile, which target
+# reads what of PLACES.
+GIVEN, READS = "V4FORGE_GIVEN", "V4FORGE_READS"
 
 
 @dataclass(frozen=True)
@@ -234,3 +243,49 @@ def group_help(made: Makefile, word: str) -> list[str]:
 def parsed(words: Iterable[str]) -> dict[str, str]:
     """NAME=value, word by word."""
     return {name: value for name, _, value in (word.partition("=") for word in words)}
+
+
+def given() -> dict[str, str]:
+    """The variables of the command line of the make that runs this program."""
+    return parsed(shlex.split(os.environ.get(GIVEN, "")))
+
+
+@cache
+def places(told: str = "") -> Mapping[str, frozenset[str]]:
+    """target -> what of PLACES it reads, by the Makefile, or by `told`, a value of READS."""
+    if told:
+        return {target: frozenset(names.split(",")) for target, names in parsed(told.split()).items()}
+    if not MAKEFILE.is_file():
+        return {}
+    made = read()
+    return {target: frozenset(made.reads(target).intersection(PLACES)) for target in made.targets}
+
+
+def completed(hint: str, values: Mapping[str, str] | None = None) -> str:
+    """The hint whose commands of make also say what was given of PLACES, where a goal of theirs reads it. `values` is
+    what was given, if not to the make that runs this program."""
+    values = given() if values is None else values
+    known = {name: values[name] for name in PLACES if values.get(name)}
+    if not known or "make " not in hint:
+        return hint
+    read_by = places(os.environ.get(READS, ""))
+
+    def whole(found: re.Match[str]) -> str:
+        words = found[1].split()
+        goals = words[: next((at for at, word in enumerate(words) if word not in read_by), len(words))]
+        if found[2] and goals != words:
+            return found[0]
+        wanted = frozenset[str]().union(*(read_by[goal] for goal in goals)) - set(re.findall(r" ([A-Z_]+)=", found[2]))
+        more = [f"{name}={shlex.quote(value)}" for name, value in known.items() if name in wanted]
+        return " ".join(["make", *goals, *found[2].split(" ")[1:], *more, *words[len(goals) :]])
+
+    return COMMAND.sub(whole, hint)
+
+
+def passed_on() -> dict[str, str]:
+    """The variables with which a program that has no Makefile completes its hints all the same."""
+    known = [f"{name}={value}" for name, value in given().items() if name in PLACES]
+    if not known:
+        return {}
+    reads = [f"{target}={','.join(sorted(names))}" for target, names in places().items() if names]
+    return {GIVEN: shlex.join(known), READS: " ".join(reads)}

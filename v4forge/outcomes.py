@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from v4forge import makefile
+
 OK, WARNING, FAILED, NOT_CHECKED = "ok", "warning", "failed", "not checked"
 
 
@@ -23,6 +25,9 @@ class Outcome:
     fact: str
     fix: str = ""
     after: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fix", makefile.completed(self.fix))
 
     @property
     def ok(self) -> bool:

@@ -20,7 +20,11 @@ from v4forge.pipeline import make_hints
         ),
         ("move x, then: make bench-speed", "move x, then: make bench-speed PROFILE=flash SCRATCH=/data"),
         ("make lock-check", "make lock-check"),
-        ("make images IMAGE=calib && make push REGISTRY=x", "make images IMAGE=calib && make push REGISTRY=x"),
+        (
+            "make images IMAGE=calib && make push REGISTRY=<host>/<path>, then",
+            "make images IMAGE=calib SCRATCH=/data && make push REGISTRY=<host>/<path> SCRATCH=/data, then",
+        ),
+        ("make verify PROFILE=tiny", "make verify PROFILE=tiny SCRATCH=/data"),
         ("make cards", "make cards"),
     ],
 )

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from v4forge import checkout, machine, pins
+from v4forge import checkout, machine, makefile, pins
 from v4forge.checkpoint import incoming
 from v4forge.digests import Digests
 from v4forge.errors import UserError, report
@@ -177,6 +177,7 @@ class Runner:
                 # it by the sources' times, and those are the same in all of them.
                 "PYTHONPYCACHEPREFIX": str(cache / "bytecode" / self.image.id.removeprefix("sha256:")[:12]),
                 "PYTHONDONTWRITEBYTECODE": "",
+                **makefile.passed_on(),
                 **self.environment(name),
             },
         )
