@@ -226,7 +226,8 @@ help-pipeline help-serve help-bench help-images help-develop:
 
 .PHONY: demo
 demo: env ## The whole pipeline on models/tiny, without a GPU; ends with a table
-	@$(run) fetch calibrate postprocess rtn postprocess-rtn verify-deep card report --title demo --profile tiny $(settings)
+	@$(run) fetch calibrate postprocess rtn postprocess-rtn verify-deep card report --title demo \
+		--next 'make plan PROFILE=flash ON=8xH200' --profile tiny $(settings)
 
 .PHONY: artifact
 artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card

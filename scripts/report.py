@@ -73,8 +73,22 @@ def compare_engines(work: Path, peer: Path | None, device: str | None) -> None:
         engines.update(work, ours, theirs, torch.device(device or some_device()), progress)
 
 
-def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
-    """What there is, in a terminal."""
+def address(work: Path) -> str:
+    """Of the page, for a browser."""
+    from v4forge.reporting.gather import PAGE
+
+    return (work.absolute() / PAGE).as_uri()
+
+
+def show_again(work: Path) -> None:
+    """What a report said when it was written; nothing is written."""
+    from v4forge.reporting.gather import gathered
+
+    show(*gathered(work))
+
+
+def show(inputs: Inputs, measured: dict[str, Result], page: Path | None = None) -> None:
+    """What there is, in a terminal; `page` was written of it."""
     from v4forge.reporting import page as report_page
 
     console = Console(highlight=False)
@@ -91,7 +105,8 @@ def show(inputs: Inputs, measured: dict[str, Result], page: Path) -> None:
     for bench, result in measured.items():
         said = "; ".join([result.path.name, *inputs.benches[bench].worth.marks])
         console.print(f"{bench}: {said}", markup=False, soft_wrap=True)
-    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    if page:
+        console.print(f"report: {page}", markup=False, soft_wrap=True)
     if verdict:
         console.print(verdict.line, markup=False, style="bold green" if verdict.ok else "bold red")
     else:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from v4forge import makefile
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.recipe import INT4, RECIPES
 from v4forge.errors import Parser, UserError, run_main
@@ -57,6 +58,7 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--profile", default="tiny", choices=sorted(PROFILES), help="default: %(default)s")
     parser.add_argument("--scratch", default="scratch", help="where everything is written (default: %(default)s)")
     parser.add_argument("--title", default="", help="name of the whole: one line when nothing of it has to run")
+    parser.add_argument("--next", default="", help="said at the end, below the report: the command that comes next")
     parser.add_argument("--runtime", choices=("", "host", "docker"), help="default: host for tiny, docker for flash")
     parser.add_argument("--gpus", type=int, default=1, help="processes of calibrate, each on a GPU if there are any")
     parser.add_argument("--source", help="another upstream checkpoint than the profile's")
@@ -175,13 +177,19 @@ def told_run(args: argparse.Namespace, runner: Runner, lock: int) -> int:
         events.emit("run-end", "", code=code)
     if code:
         return code
-    if args.title and not runner.seconds:
+    idle = args.title and not runner.seconds
+    if idle:
         say(f"{args.title}: nothing to do, everything is up to date")
-        return 0
-    runner.say_unsaid()
-    if args.title:
-        for line in estimate.compared(estimates, runner.seconds):
+    else:
+        runner.say_unsaid()
+        for line in estimate.compared(estimates, runner.seconds) if args.title else ():
             say(line)
+    if args.next:
+        from scripts import report
+
+        if idle:
+            report.show_again(runner.work)
+        say(f"open: {report.address(runner.work)}\nnext: {makefile.completed(args.next)}")
     return 0
 
 

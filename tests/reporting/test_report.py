@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from run_files import CHECKS, DEEP, MANIFEST, RUN, SOURCE_FILES, layer
 
 from scripts import report as program
+from scripts import stage
 from v4forge import artifact_folder
 from v4forge.errors import UserError
 from v4forge.quantization.layer_reports import layer_rows
@@ -56,6 +57,18 @@ def call(folder: Path) -> int:
 def test_a_good_run_ends_with_certificate_ok(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(run_folder) == 0
     assert capsys.readouterr().out.endswith("\ncertificate: ok\n")
+
+
+def test_a_whole_that_has_nothing_to_do_shows_the_result_again_and_what_comes_next(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = Path(shutil.copytree(run_folder, run_folder / "a b/tiny"))
+    words = ["run", "fetch", "--title", "demo", "--next", "make plan", "--scratch", str(work.parent)]
+    assert stage.main(words) == 0  # the source of tiny is models/tiny: nothing to fetch
+    first, *table, certificate, page_at, after = capsys.readouterr().out.splitlines()
+    assert first == "demo: nothing to do, everything is up to date" and certificate == "certificate: ok"
+    assert any(line.split()[:1] == ["GPTQ"] for line in table)
+    assert page_at == f"open: file://{run_folder}/a%20b/tiny/reports/index.html" and after == "next: make plan"
 
 
 def test_a_failed_check_is_exit_code_1_and_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
