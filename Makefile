@@ -46,6 +46,8 @@ STAGE := calibrate
 FROM :=
 ## DRY_RUN=1: stages say what they would do
 DRY_RUN :=
+## ON=8xH200: a kind of v4forge/pipeline/machines.toml to plan for, then flash unless PROFILE says; else this machine
+ON :=
 ## PRICE=30: of an hour of the machine, in any currency
 PRICE :=
 ## NETWORK_GB_S=1.25: gigabytes a second that the download brings
@@ -278,11 +280,13 @@ doctor: env ## What could go wrong on this machine, and what helps; JSON=1
 		$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) $(if $(value JSON),--json)
 
 .PHONY: plan
-plan: env ## What would run: disk, memory, hours and, with PRICE= an hour, money
-	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile $(call q,PROFILE)) $(work) \
-		--gpus $(call q,GPUS) $(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
+plan: env ## What would run: disk, memory, hours, money; on this machine, or ON=8xH200
+	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile \
+		$(if $(and $(value ON),$(filter file,$(origin PROFILE))),flash,$(call q,PROFILE))) $(work) \
+		$(if $(and $(value ON),$(filter file,$(origin GPUS))),,--gpus $(call q,GPUS)) $(if $(value ON),--on $(call q,ON)) \
+		$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) \
 		$(if $(value RECIPE),--recipe $(call q,RECIPE)) $(if $(value PRICE),--price $(call q,PRICE)) $(if $(value NETWORK_GB_S),--network-gb-s $(call q,NETWORK_GB_S)) \
-		$(if $(value JSON),--json)
+		$(if $(value JSON),--json) $(WITH)
 
 .PHONY: status
 status: env ## How far the run is, and when it will be done; WATCH=1 until it is; JSON=1

@@ -1,9 +1,11 @@
 """Says what a run needs before it starts: its stages in order, disk at the peak, memory, hours, and money.
 
     python -m scripts.plan --profile flash --work /scratch/flash --gpus 8 --price 30
+    python -m scripts.plan --profile flash --on 8xH200
 
 Looks at config.json and at names and sizes of files; measures the disk below --work for a few seconds. Exit code 1 when
-what is still to be written does not fit where --work lies.
+what is still to be written does not fit where --work lies. With --on it plans for a machine of that kind, on which
+nothing is yet, and says what it would need here; exit code 1 when that kind of machine cannot do it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ from rich.table import Table
 from v4forge.checkpoint.layout import load_config
 from v4forge.checkpoint.recipe import INT4, RECIPES
 from v4forge.errors import run_main
-from v4forge.pipeline import disk_speed, estimate, events, requirements, run_plan, run_state
+from v4forge.pipeline import (
+    disk_speed,
+    estimate,
+    events,
+    machines,
+    requirements,
+    run_plan,
+    run_state,
+)
 from v4forge.pipeline.estimate import Given, StageTime
+from v4forge.pipeline.machines import Kind
 from v4forge.pipeline.run_plan import Plan
 from v4forge.pipeline.stages import PROFILES
 from v4forge.units import GB, MB, decimal_size, duration, size
@@ -33,6 +43,7 @@ from v4forge.units import GB, MB, decimal_size, duration, size
 from .cli import parser_for, table_console
 
 TEXT_WIDTH = 100
+KIND = ("price", "gpu_memory_gb", "memory_gib", "disk_gb")  # of a kind of machine, besides its GPUs
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -40,6 +51,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     profile = arguments.profile or "flash"
     values = dataclasses.asdict(PROFILES[profile])
     values["work"] = str(arguments.work or Path("scratch") / profile)
+    if arguments.on:  # nothing is there
+        values["work"] = f"{arguments.on}:/scratch/{profile}"
     given = {key: getattr(arguments, key) for key in ("source", "samples", "seq_len") if getattr(arguments, key)}
     values |= {"profile": profile, "gpus": arguments.gpus, **given}
     values["source"] = str(values["source"] or f"{values['work']}/upstream")
@@ -52,7 +65,13 @@ def given_of(arguments: argparse.Namespace) -> Given:
     if arguments.read_gbps or arguments.write_gbps:
         read, write = ((gbps or 0.0) * GB for gbps in (arguments.read_gbps, arguments.write_gbps))
         speed = run_plan.given_speed(arguments.work, read, write)
-    elif arguments.work and arguments.measure and arguments.profile != "tiny" and not disk_speed.known(arguments.work):
+    elif (
+        arguments.work
+        and arguments.measure
+        and not arguments.on
+        and arguments.profile != "tiny"
+        and not disk_speed.known(arguments.work)
+    ):
         speed, basis = run_plan.speed_here(arguments.work), "measured now"
     network = arguments.network_gb_s * GB if arguments.network_gb_s else None
     return Given(speed, basis, network, arguments.layer_seconds)
@@ -123,12 +142,13 @@ def conclusions(found: Plan, price: float | None) -> list[str]:
     return lines
 
 
-def bases(found: Plan) -> list[str]:
+def bases(found: Plan, kind: Kind | None = None) -> list[str]:
     """What each figure rests on."""
     width = max(len(row.step.stage) for row in found.rows)
     told = {row.step.stage: row.estimate.basis for row in found.rows if row.estimate.basis != "done"}
     if found.disk_basis:
         told["disk"] = found.disk_basis
+    told |= kind.basis if kind else {}
     indent = " " * (width + 4)
     return [
         textwrap.fill(f"  {name:<{width}}  {text}", TEXT_WIDTH, subsequent_indent=indent) for name, text in told.items()
@@ -146,37 +166,6 @@ def last_run(work: Path) -> list[str]:
     return ["the last run here, " + lines[0], *lines[1:]] if lines else []
 
 
-def as_json(found: Plan, price: float | None, free_bytes: int | None) -> str:
-    """The same for programs: bytes and seconds."""
-    stages = [
-        {
-            **dataclasses.asdict(row.step),
-            "gpu_bytes": row.gpu_bytes,
-            "host_bytes": row.host_bytes,
-            "seconds": row.estimate.seconds,
-            "assumed_s": row.estimate.assumed_s,
-            "basis": row.estimate.basis,
-        }
-        for row in found.rows
-    ]
-    content: Mapping[str, Any] = {
-        "title": found.title,
-        "stages": stages,
-        "disk": {
-            "peak_bytes": found.fullest.held_bytes,
-            "peak_in": found.fullest.stage,
-            "must_be_free_bytes": found.room_bytes,
-            "free_bytes": free_bytes,
-            "speed": found.disk_basis,
-        },
-        "total_s": found.total.seconds,
-        "assumed": [row.step.stage for row in found.rows if row.estimate.seconds is None and row.seconds],
-        "unknown": list(found.total.unknown),
-        "cost": found.total.seconds / 3600 * price if price else None,
-    }
-    return json.dumps(content, indent=1)
-
-
 def parse() -> argparse.Namespace:
     parser = parser_for("plan", __doc__)
     add = parser.add_argument
@@ -188,7 +177,10 @@ def parse() -> argparse.Namespace:
         metavar="DIR",
         help="the run's folder; its free space is compared (default: scratch/<profile>, not compared)",
     )
-    add("--gpus", type=int, default=1, metavar="N", help="GPUs that share the samples (default: %(default)s)")
+    add("--on", default="", metavar="KIND", help=f"of machine: {', '.join(machines.kinds())} (default: this machine)")
+    for name, has in (("gpu-memory-gb", "a GPU"), ("memory-gib", "the machine"), ("disk-gb", "its disk")):
+        add(f"--{name}", type=float, metavar="N", help=f"that {has} of that kind has (default: machines.toml's)")
+    add("--gpus", type=int, metavar="N", help="GPUs that share the samples (default: 1, or the kind's)")
     add("--samples", type=int, metavar="N", help="calibration samples (default: the profile's)")
     add("--seq-len", type=int, metavar="N", help="tokens in a sample (default: the profile's)")
     add("--recipe", choices=tuple(RECIPES), default=INT4, help="by which it is made (default: %(default)s)")
@@ -208,7 +200,7 @@ def parse() -> argparse.Namespace:
     for name in ("gpus", "samples", "seq_len"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is at least 1")
-    for name in ("price", "read_gbps", "write_gbps", "network_gb_s", "layer_seconds"):
+    for name in (*KIND, "read_gbps", "write_gbps", "network_gb_s", "layer_seconds"):
         if (value := getattr(arguments, name)) is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is more than 0")
     return arguments
@@ -216,22 +208,30 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    found = plan_of(arguments)
-    free = requirements.free_bytes(arguments.work) if arguments.work else None
+    kind = machines.named(arguments.on, {name: getattr(arguments, name) for name in KIND}) if arguments.on else None
+    arguments.gpus = arguments.gpus or (kind.gpus if kind else 1)
+    price = kind.price if kind else arguments.price
+    found, work = plan_of(arguments), arguments.work
     if arguments.json:
-        print(as_json(found, arguments.price, free))
+        free = requirements.free_bytes(work) if work else None
+        on = machines.record(kind, found, arguments.gpus, work) if kind else {}
+        print(json.dumps({**run_plan.record(found, price, free), **on}, indent=1))
     else:
         console = table_console()
-        print(found.title)
-        console.print(stage_table(found, arguments.price))
-        print(*conclusions(found, arguments.price), sep="\n")
-        print("\nwhat the times rest on:", *bases(found), sep="\n")
-        if arguments.work and (lines := last_run(arguments.work)):
+        print(found.title, *([kind.line] if kind else []), sep="\n")
+        console.print(stage_table(found, price))
+        print(*conclusions(found, price), sep="\n")
+        print("\nwhat the times rest on:", *bases(found, kind), sep="\n")
+        if work and not kind and (lines := last_run(work)):
             print("", *lines, sep="\n")
-    if arguments.work:
-        requirements.require_room(found.room_bytes, arguments.work)
+    if kind:
+        lines = machines.verdict(kind, found, arguments.gpus, work)
         if not arguments.json:
-            print(f"\n{arguments.work}: {requirements.free_bytes(arguments.work) / GB:,.1f} GB free, enough")
+            print("", *lines, sep="\n")
+    elif work:
+        requirements.require_room(found.room_bytes, work)
+        if not arguments.json:
+            print(f"\n{work}: {requirements.free_bytes(work) / GB:,.1f} GB free, enough")
 
 
 if __name__ == "__main__":

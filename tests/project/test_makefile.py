@@ -203,6 +203,13 @@ def shown(*arguments: str, **variables: str) -> str:
     return [line for line in done.stdout.replace("\\\n", " ").splitlines() if ".venv/bin/python" in line][-1]
 
 
+def test_a_plan_for_another_machine_has_its_gpus_and_the_full_model_unless_told() -> None:
+    words = shlex.split(shown("plan", "ON=8xH200"))
+    assert words[words.index("--profile") + 1] == "flash" and "--gpus" not in words
+    words = shlex.split(shown("plan", "ON=8xH200", "PROFILE=tiny", "GPUS=4"))
+    assert words[words.index("--profile") + 1] == "tiny" and words[words.index("--gpus") + 1] == "4"
+
+
 @pytest.mark.parametrize(
     "path", ["/a b", "/it's", "/$HOME", "/a$(b", '/"q"', "/a,b", "/#1", "/a;b&c|d", "/ä`x`", "/%s\\n"]
 )

@@ -20,7 +20,7 @@ from synthetic import OTHER, artifact_shard, config_dict
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.codec import DTYPES
 from v4forge.errors import UserError
-from v4forge.pipeline import disk_speed, estimate, events, requirements
+from v4forge.pipeline import disk_speed, estimate, events, machines, requirements
 
 Usage = namedtuple("Usage", "total used free")
 TOKENS = 768, 512
@@ -312,3 +312,55 @@ def test_a_source_with_only_its_config_is_enough(tmp_path: Path, capsys: pytest.
 )
 def test_exit_codes(arguments: list[str], code: int) -> None:
     assert run_here("plan", *arguments) == code
+
+
+def on(kind: str, *options: str) -> int:
+    return run_here("plan", "--profile", "flash", "--on", kind, *options)
+
+
+def test_a_machine_that_is_named_is_planned_for_whatever_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk_with(monkeypatch, 1)
+    work = tmp_path / "flash"
+    sparse(work / "upstream/model-00001-of-00046.safetensors", 10**9)  # here, not there
+    assert on("8xH200", "--work", str(work)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("8 GPUs, 96 x 512 tokens each, in 8xH200:/scratch/flash") and "8 x NVIDIA H200" in said[1]
+    assert said[-2] == "8xH200 has all that" and said[-1].startswith("here it needs ")
+    assert said[-1].endswith("336.2 GB of disk, where 1.0 GB are free")
+    assert on("8xH200", "--work", str(work), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stages"][0]["there"] == "" and found["missing"]["on"] == []
+    assert found["cost"] == pytest.approx(found["total_s"] / 3600 * found["machine"]["price"])
+
+
+def test_what_a_kind_has_is_overridden_and_may_be_too_little(capsys: pytest.CaptureFixture[str]) -> None:
+    assert on("8xH200", "--gpus", "4", "--price", "36", "--network-gb-s", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["title"].count("4 GPUs") == 1 and found["cost"] == pytest.approx(found["total_s"] / 100)
+    for options, lacks in (
+        (("--disk-gb", "100"), "336.2 GB of disk, where 100.0 GB are free"),
+        (("--gpu-memory-gb", "24"), "30.5 GiB a GPU, where one has 22.4 GiB"),
+        (("--memory-gib", "32"), "44.3 GiB of memory, where it has 32.0 GiB"),
+        (("--gpus", "16"), "16 GPUs of 28.2 GiB, where it has 8"),
+    ):
+        assert on("8xH200", *options) == 1
+        assert capsys.readouterr().err.startswith(
+            f"error: 8xH200 is too small: it needs {lacks}\nhint: make plan ON=8xH100"
+        )
+
+
+def test_every_kind_says_where_its_figures_are_from_and_what_is_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert all(kind.sources and kind.gpus in (1, 2, 4, 8) for kind in machines.kinds().values())
+    assert on("8xH100") == 0
+    said = capsys.readouterr().out
+    assert "NVIDIA H100 has not been measured: the times are those of NVIDIA H200" in said
+    assert "PRICE= adds money" in said and "cost" not in said
+    assert on("9xH200") == 1
+    assert (
+        capsys.readouterr().err
+        == "error: no kind of machine is called 9xH200\nhint: make plan ON=8xH200, or ON=8xH100\n"
+    )

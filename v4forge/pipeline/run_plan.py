@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +81,36 @@ def _measured_memory(profile: str) -> dict[str, tuple[int | None, int | None]]:
         return {name: (None, found.get("peak_host_bytes")) for name, found in stages.items()}
     found = reference_timings.verify()
     return {"verify": (None, found.host_bytes)} if found else {}
+
+
+def record(plan: Plan, price: float | None, free_bytes: int | None) -> dict[str, Any]:
+    """The plan for programs: bytes and seconds."""
+    stages = [
+        {
+            **dataclasses.asdict(row.step),
+            "gpu_bytes": row.gpu_bytes,
+            "host_bytes": row.host_bytes,
+            "seconds": row.estimate.seconds,
+            "assumed_s": row.estimate.assumed_s,
+            "basis": row.estimate.basis,
+        }
+        for row in plan.rows
+    ]
+    return {
+        "title": plan.title,
+        "stages": stages,
+        "disk": {
+            "peak_bytes": plan.fullest.held_bytes,
+            "peak_in": plan.fullest.stage,
+            "must_be_free_bytes": plan.room_bytes,
+            "free_bytes": free_bytes,
+            "speed": plan.disk_basis,
+        },
+        "total_s": plan.total.seconds,
+        "assumed": [row.step.stage for row in plan.rows if row.estimate.seconds is None and row.seconds],
+        "unknown": list(plan.total.unknown),
+        "cost": plan.total.seconds / 3600 * price if price else None,
+    }
 
 
 def given_speed(work: Path | None, read_bytes_s: float, write_bytes_s: float) -> Speed:
