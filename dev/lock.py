@@ -9,7 +9,6 @@ Standard library only: it runs before the environment exists.
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
 
@@ -51,9 +50,7 @@ def shown(values: Mapping[str, str]) -> dict[str, tuple[str, str]]:
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m dev.lock", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m dev.lock", description=__doc__)
     parser.add_argument("pins", nargs="*", metavar="KEY=VALUE", help="a pin of versions.env to set first")
     given = parser.parse_args().pins
     if wrong := [pin for pin in given if not re.fullmatch(r"[A-Z][A-Z0-9_]*=\S+", pin)]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from v4forge.errors import Parser, UserError, run_main
 from v4forge.images import lock_check
 
@@ -12,7 +10,6 @@ def main() -> None:
     Parser(
         prog="python -m dev.lock_check",
         description="\n".join([__doc__ or "", "", *(f"  {check.__doc__}" for check in lock_check.CHECKS)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     project = lock_check.read()
     problems = lock_check.problems(project)

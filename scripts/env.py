@@ -8,16 +8,18 @@ Standard library only: it runs before the environment exists.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from v4forge.checkout import ROOT
@@ -37,6 +39,7 @@ NEEDS_CUDA = """
 from importlib.metadata import requires
 print(any(r.startswith(("nvidia", "triton", "cuda")) and "extra ==" not in r for r in requires("torch")))
 """
+TORCH_VERSION = "import torch; print(torch.__version__)"
 
 
 class Environment:
@@ -61,11 +64,11 @@ class Environment:
 
     def run(self, *command: str | Path, failed: str, hint: str) -> str:
         """Runs a command of the environment; its stdout. Raises UserError after showing what the command said."""
-        done = subprocess.run([self.path / "bin/python", *command], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            sys.stderr.write(done.stdout)
+        code, said = quiet([self.path / "bin/python", *command], stdout=subprocess.PIPE)
+        if code:
+            sys.stderr.write(said)
             raise UserError(failed, hint)
-        return done.stdout
+        return said
 
     @property
     def bytecode(self) -> list[str]:
@@ -98,7 +101,7 @@ class Environment:
             for index in ([], ["--extra-index-url", TORCH_CPU_INDEX, "--retries", "0", "--timeout", "20"]):
                 options = ["-qqq", WHEELS_ONLY, "--require-hashes", *index, "-r", file.name]
                 command = [str(self.path / "bin/python"), *PIP_INSTALL, *self.bytecode, *options]
-                if subprocess.run(command).returncode == 0:
+                if quiet(command)[0] == 0:
                     return True
         return False
 
@@ -181,6 +184,17 @@ class Environment:
             self.note_distribution(project["name"], project["version"], "\n".join([*lines, ""]))
 
 
+def quiet(command: Sequence[str | Path], stdout: int | None = None) -> tuple[int, str]:
+    """Runs a command that Ctrl-C does not reach, which would show a traceback; it and what it started end with us."""
+    with subprocess.Popen(command, stdout=stdout, text=True, process_group=0) as process:
+        try:
+            said, _ = process.communicate()
+            return process.returncode, said
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def clear(path: Path) -> None:
     """Removes an environment. Behind a link may be somebody else's, which stays: then UserError. An empty folder there
     is one that the environment is to be built in."""
@@ -191,9 +205,8 @@ def clear(path: Path) -> None:
     target = path.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         fact = f"{path} is a link to {target}, an environment of other locks or another Python"
-        raise UserError(
-            fact, f"rm {shlex.quote(str(path))} && make env, which builds one here and leaves that as it is"
-        )
+        hint = f"rm {shlex.quote(str(path))} && make env, which builds one here and leaves that as it is"
+        raise UserError(fact, hint)
     target.mkdir(parents=True, exist_ok=True)
 
 
@@ -208,9 +221,7 @@ def cpu_torch(lock: str) -> str:
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m scripts.env", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.env", description=__doc__)
     parser.add_argument("--environment", choices=ENVIRONMENTS, default="host", help="which locks; default: host")
     parser.add_argument("--into", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: .venv")
     parser.add_argument("--torch", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -220,16 +231,17 @@ def main() -> None:
         raise UserError(f"Python {platform.python_version()} is not 3.11 or 3.12", "make env PYTHON=python3.11")
     environment = Environment(arguments.environment, arguments.into)
     wanted = environment.content_hash()
-    if arguments.environment == "serve-cpu":
-        arguments.torch = "cpu"  # the only one that its lock has
+    torch = "cpu" if arguments.environment == "serve-cpu" else arguments.torch  # the only one that its lock has
     if environment.stamp.is_file() and environment.stamp.read_text() == wanted:
         if not arguments.quiet:
             print("env: up to date")
         return
-    environment.build(arguments.torch)
-    version = environment.run(
-        *("-c", "import torch; print(torch.__version__)"), failed="torch does not import", hint="make env"
-    )
+    try:
+        environment.build(torch)
+    except KeyboardInterrupt:
+        print(f"\nenv: stopped, {environment.path.name} is not whole; the same command builds it anew", file=sys.stderr)
+        raise
+    version = environment.run("-c", TORCH_VERSION, failed="torch does not import", hint="make env")
     environment.stamp.write_text(wanted)
     print(f"env: {environment.path.name} is ready, torch {version.strip()}")
 

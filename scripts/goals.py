@@ -10,16 +10,12 @@ not there.
 
 from __future__ import annotations
 
-import argparse
-
 from v4forge import makefile
 from v4forge.errors import Parser, UserError, report, run_main
 
 
 def main() -> int:
-    parser = Parser(
-        prog="python -m scripts.goals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.goals", description=__doc__)
     made = makefile.read()
     groups = [f"help-{group.lower()}" for group in made.main if group != makefile.START]
     parser.add_argument("action", choices=("check", "error", "help", *groups))

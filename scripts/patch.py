@@ -54,9 +54,7 @@ def check(project: str, found: Sequence[Patch], python: str) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m scripts.patch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.patch", description=__doc__)
     parser.add_argument("action", choices=("list", "apply", "check"))
     parser.add_argument("project", help="a folder of patches/ with a series")
     parser.add_argument("--tree", type=Path, help="apply: the folder above the package, or the top of its source")

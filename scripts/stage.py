@@ -50,9 +50,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m scripts.stage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m scripts.stage", description=__doc__)
     parser.add_argument("action", choices=("run", "why"))
     parser.add_argument("stages", nargs="+", metavar="stage", help=", ".join(names))
     parser.add_argument("--profile", default="tiny", choices=sorted(PROFILES), help="default: %(default)s")

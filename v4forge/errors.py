@@ -13,7 +13,8 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import Any, NoReturn
 
 EVENTS = "V4FORGE_EVENTS"  # of a run: names a file in its folder of logs
 # Packages whose errors are of the other side.
@@ -55,7 +56,11 @@ def report(error: UserError) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a program's words: a wrong one ends the program with the two lines, exit code 2, not with its usage."""
+    """Parses a program's words: a wrong one ends the program with the two lines, exit code 2, not with its usage. The
+    description is shown as it is written."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def error(self, message: str) -> NoReturn:
         report(UserError(message.removeprefix("argument "), f"{self.prog} --help"))
@@ -87,6 +92,19 @@ def run_main(main: Callable[[], int | None]) -> None:
         report(UserError(summary(error), f"cat {shlex.quote(str(kept))} shows where; then the same command again"))
         code = 1
     sys.exit(code)
+
+
+def interrupts_in_one_line() -> None:
+    """From now on Ctrl-C is a line also where `run_main` does not catch it, as while a program's modules load."""
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("\nstopped", file=sys.stderr, flush=True)
+        else:
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def is_outside(error: BaseException) -> bool:

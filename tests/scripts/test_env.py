@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.env import Environment, clear
+from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 
 
@@ -50,3 +54,25 @@ def test_pip_writes_bytecode_only_where_programs_may_not_and_would_read_it(
 ) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", may_not_write)
     assert Environment(name, tmp_path).bytecode == asked
+
+
+WAITS = "import time; print('waits', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"import scripts; {WAITS}",  # as while its other modules load
+        f"import sys; from scripts.env import quiet; quiet([sys.executable, '-c', {WAITS!r}])",
+    ],
+    ids=["imports", "a command of make env"],
+)
+def test_ctrl_c_is_one_line(program: str) -> None:
+    command = [sys.executable, "-c", program]
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert running.stdout and running.stdout.readline() == "waits\n"
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)  # whose pipes what it started has as well
+    assert (running.returncode, said) == (-signal.SIGINT, "\nstopped\n")
