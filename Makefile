@@ -280,7 +280,7 @@ doctor: env ## What could go wrong on this machine, and what helps; JSON=1
 		$(if $(value SAMPLES),--samples $(call q,SAMPLES)) $(if $(value SEQ_LEN),--seq-len $(call q,SEQ_LEN)) $(if $(value JSON),--json)
 
 .PHONY: plan
-plan: env ## What would run: disk, memory, hours, money; on this machine, or ON=8xH200
+plan: env ## Disk, memory, hours and money of a run; on this machine, or ON=8xH200
 	@.venv/bin/python -m scripts.plan $(if $(value SOURCE),--source $(call q,SOURCE),--profile \
 		$(if $(and $(value ON),$(filter file,$(origin PROFILE))),flash,$(call q,PROFILE))) $(work) \
 		$(if $(and $(value ON),$(filter file,$(origin GPUS))),,--gpus $(call q,GPUS)) $(if $(value ON),--on $(call q,ON)) \
@@ -306,32 +306,6 @@ publish: env ## What an upload to REPO would do; with CONFIRM=1 does it, and rea
 .PHONY: release-check
 release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
 	@.venv/bin/python -m scripts.release_check $(work) $(verify_key) $(if $(value JSON),--json)
-
-##@ Images: images pull push
-
-.PHONY: images
-images: env ## Build the images; IMAGE= one of them; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
-	@$(image) build $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) $(if $(value SET),--set $(SET)) \
-		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
-
-.PHONY: image-reproduce
-image-reproduce: env ## Build IMAGE twice without cache and compare everything
-	@.venv/bin/python -m scripts.reproduce $(call quoted,$(or $(value IMAGE),calib)) \
-		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
-
-.PHONY: push
-push: env ## Push the images to REGISTRY; with SBOM and provenance, and writes images.lock
-	@$(image) push $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
-		--to $(call q,REGISTRY) $(if $(value SIGN_KEY),--sign-key $(call q,SIGN_KEY))
-
-.PHONY: pull
-pull: env ## Pull the images by the digests of images.lock; any other is refused
-	@$(image) pull $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
-		$(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
-
-.PHONY: shell
-shell: env ## A shell in IMAGE with what a stage sees
-	@$(image) shell $(or $(IMAGE),calib) --scratch $(call q,SCRATCH) --gpus $(call q,GPUS)
 
 ##@ Serve: serve-status serve-stop
 
@@ -411,6 +385,32 @@ report: env ## The page of PROFILE's reports: index.html, and its tables as benc
 .PHONY: compare
 compare: env ## Two runs of the benches beside each other; A=<reports or result file> B=<the other>
 	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
+
+##@ Images: images pull push
+
+.PHONY: images
+images: env ## Build the images; IMAGE= one of them; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how
+	@$(image) build $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) $(if $(value SET),--set $(SET)) \
+		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
+
+.PHONY: image-reproduce
+image-reproduce: env ## Build IMAGE twice without cache and compare everything
+	@.venv/bin/python -m scripts.reproduce $(call quoted,$(or $(value IMAGE),calib)) \
+		$(if $(value LANE),--lane $(call q,LANE)) $(if $(value BASE_IMAGE),--base $(call q,BASE_IMAGE))
+
+.PHONY: push
+push: env ## Push the images to REGISTRY; with SBOM and provenance, and writes images.lock
+	@$(image) push $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
+		--to $(call q,REGISTRY) $(if $(value SIGN_KEY),--sign-key $(call q,SIGN_KEY))
+
+.PHONY: pull
+pull: env ## Pull the images by the digests of images.lock; any other is refused
+	@$(image) pull $(or $(IMAGE),calib serve) --documents $(call quoted,$(value SCRATCH)/images) \
+		$(if $(value VERIFY_KEY),--verify-key $(call q,VERIFY_KEY))
+
+.PHONY: shell
+shell: env ## A shell in IMAGE with what a stage sees
+	@$(image) shell $(or $(IMAGE),calib) --scratch $(call q,SCRATCH) --gpus $(call q,GPUS)
 
 ##@ Develop: test lint ci
 

@@ -215,8 +215,8 @@ def overview(made: Makefile) -> list[str]:
     for group, names in made.main.items():
         for name in names:
             lines.append(f"{group if name == names[0] else '':<12}{name:<14}{made.targets[name].short}")
-    groups = ", ".join(f"help-{group.lower()}" for group in made.main if group != START)
-    return [*lines, "", "All targets of a group, and their variables: make", f"  {groups}"]
+    groups = " ".join(f"help-{group.lower()}" for group in made.main if group != START)
+    return [*lines, "", "All targets, and their variables:", f"  make {groups}"]
 
 
 def group_help(made: Makefile, word: str) -> list[str]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = re.findall(r"^\.PHONY: (\S+)$", MAKEFILE, flags=re.MULTILINE)
 MADE = makefile.read()
-GROUPS = ("Pipeline", "Images", "Serve", "Bench", "Develop")
+GROUPS = ("Pipeline", "Serve", "Bench", "Images", "Develop")
 
 
 def make(*arguments: str, at: Path = ROOT) -> subprocess.CompletedProcess[str]:
