@@ -17,6 +17,8 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline, backtick, image, link
 from markdown_it.token import Token
 
+from v4forge import makefile
+
 RUN, DRY, USAGE, SYNTAX = "run", "dry run", "usage", "syntax"
 
 # What a line of a block begins with when the block holds commands and not what something printed.
@@ -105,6 +107,8 @@ AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
 FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
 PRINTED = (r"^make serve(?:-print)?(?= |$)", "make serve-print")
+MADE = makefile.read()
+UNREAD = (rf" (?:{'|'.join(sorted(MADE.reads('serve') - MADE.reads('serve-print')))})=\S+", "")  # of a start alone
 CHOSEN = (r"^(?!.*(?:DEVICES|BACKEND)=)(.*)$", r"\1 DEVICES=0,1,2,3")  # GPUs by name are not looked for
 TOO_SMALL = r"(?m)^error: .* are missing$"
 
@@ -129,7 +133,7 @@ RULES = (
         *(DRY, r"make publish(?: .*)?", "a repository on the hub"),
         edits=(TINY, (r" CONFIRM=1", ""), (r"publish$", "publish REPO=v4forge/tiny")),
     ),
-    Rule(DRY, r"make serve(?:-print)?(?: .*)?", "GPUs, or a vLLM", (PRINTED, TINY, CHOSEN)),
+    Rule(DRY, r"make serve(?:-print)?(?: .*)?", "GPUs, or a vLLM", (PRINTED, UNREAD, TINY, CHOSEN)),
     Rule(DRY, r'make bench-\w+ .*WITH="[^"]*".*', "a server", ((r'WITH="', 'WITH="--dry-run '), TINY)),
     Rule(DRY, r"make bench-\w+(?: .*)?", "a server", ((r"( WITH=--dry-run)?$", " WITH=--dry-run"), TINY)),
     Rule(

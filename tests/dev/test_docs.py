@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dev import doc_commands, doc_runs
 from dev.doc_commands import DRY, RUN, SYNTAX, USAGE, Command
+from v4forge import makefile
 from v4forge.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,14 @@ def test_every_target_and_variable_named_is_in_the_makefile() -> None:
             words = step.run.split()
             assert words[1] in TARGETS, step.command
             assert doc_commands.variables(step.run) <= VARIABLES, step.command
+
+
+def test_make_understands_every_command_that_is_run() -> None:
+    for step in STEPS:
+        if step.run.startswith("make ") and step.how in (RUN, DRY):
+            words = shlex.split(step.run.partition(" && ")[0])[1:]
+            goals, given = ([word for word in words if ("=" in word) == is_set] for is_set in (False, True))
+            assert makefile.fault(doc_commands.MADE, goals, makefile.parsed(given)) is None, step
 
 
 def test_every_variable_in_a_table_is_in_the_makefile() -> None:
