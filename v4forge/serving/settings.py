@@ -29,6 +29,7 @@ MEMORY_SHARE = "gpu-memory-utilization"
 DRAFTS = "speculative-config.num_speculative_tokens"
 DRAFT_METHOD = "speculative-config.method"
 SCHEDULE = "speculative-config.num_speculative_tokens_per_batch_size"
+DRAFTS_TOLD = "per-request-spec-decode-metrics"  # which vLLM refuses where it drafts nothing
 CONTEXT, NAME_SERVED = "max-model-len", "served-model-name"
 SEQUENCES, PREFIX_CACHING = "max-num-seqs", "enable-prefix-caching"
 DEFAULT_SEQUENCES = 1024  # vLLM's own, on a GPU of 70 GB and more
@@ -170,7 +171,8 @@ def serving(
             raise UserError(fact, 'make serve SET="max-model-len=8192"')
         settings[name] = Setting(name, _parsed(text), "asked for", OVERRIDE)
     if not settings[DRAFT_METHOD].value or settings[DRAFTS].value in (0, ""):
-        settings = {name: row for name, row in settings.items() if not name.startswith("speculative-config.")}
+        of_drafts = ("speculative-config.", DRAFTS_TOLD)
+        settings = {name: row for name, row in settings.items() if not name.startswith(of_drafts)}
     environment = {name: row for layer in layers for name, row in _rows(layer, "environment").items()}
     return Serving(profile, backend, settings, environment, table()["caches"])
 
