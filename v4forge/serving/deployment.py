@@ -20,7 +20,7 @@ from v4forge.serving.settings import Serving
 STATE, SUPERVISED = "serving.json", "supervisord.conf"
 ROLLING = "rolling.json"  # how far the way to another deployment is
 # The router's, each in a folder that its container sees: of a file that is replaced it would see the one before.
-CONFIGURATION, CONTROL = "router/haproxy.cfg", "control/haproxy.sock"
+CONFIGURATION, PAGE, CONTROL = "router/haproxy.cfg", "router/chat.html", "control/haproxy.sock"
 KEYS, CERTIFICATE = "keys/api_key", "tls/endpoint.pem"  # a folder each: what containers see of them
 REPLICA_PORT = 8000  # in a container; on the host replica N listens on the port N + 2 above the router's
 LEAST_WAITING = 128  # requests at a replica, where few run
@@ -163,13 +163,14 @@ class Deployment:
         if self.runtime == "docker":
             names = [f"{name}:{REPLICA_PORT}" for name in self.names]
             pem = f"/{CERTIFICATE}" if self.cert else ""
-            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER, pem, f"/{CONTROL}")
+            addresses = Addresses("*:8000", "*:8001", names, haproxy.DOCKER_RESOLVER, pem, f"/{CONTROL}", f"/{PAGE}")
         else:
             names = [f"127.0.0.1:{self.replica_port(number)}" for number in range(self.replicas)]
             pem = f"{self.folder}/{CERTIFICATE}" if self.cert else ""
             public, admin = f"{self.listens}:{self.port}", f"127.0.0.1:{self.port + 1}"
             # Relative to the deployment's folder, where it runs: a socket's path has at most 107 characters.
-            addresses = Addresses(public, admin, names, certificate=pem, socket=f"unix@{CONTROL}")
+            page = f"{self.folder}/{PAGE}"
+            addresses = Addresses(public, admin, names, certificate=pem, socket=f"unix@{CONTROL}", page=page)
         return haproxy.configuration(addresses, self.drain_s, self.limits, self.serving.prefix_caching, out=out)
 
     @property
@@ -192,7 +193,8 @@ class Deployment:
         write_json(folder / STATE, asdict(self))
 
     def write_router(self, out: Collection[int] = ()) -> None:
-        """Writes the router's configuration, which it reads when it starts and at a reload."""
+        """Writes the router's configuration and its page, which it reads when it starts and at a reload."""
+        write_text(Path(self.folder) / PAGE, haproxy.PAGE.read_text(encoding="utf-8"))
         write_text(Path(self.folder) / CONFIGURATION, self.router_configuration(out))
 
     @classmethod

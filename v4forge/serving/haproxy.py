@@ -6,7 +6,10 @@ server until the first byte of an answer, drains, and has statistics and a Prome
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +19,8 @@ from v4forge import checkout
 from v4forge.serving.client import PIN
 
 TEMPLATE = checkout.file("docker/serve/haproxy.cfg.j2")
+# What a browser gets at /.
+PAGE = checkout.file("docker/serve/chat.html")
 SILENCE_S = 3600
 # Checks of a replica in a row, 2 s apart, that fail before it gets nothing new: 30 s from the first to the last.
 FALL = 16
@@ -51,7 +56,7 @@ ERRORS = {
 @dataclass(frozen=True)
 class Addresses:
     """Where the router listens, and where the replicas do; `resolver` is a name server for their names, `certificate`
-    a PEM with its key, for TLS at the public address, `socket` takes commands."""
+    a PEM with its key, for TLS at the public address, `socket` takes commands, `page` is a copy of PAGE."""
 
     public: str
     admin: str
@@ -59,6 +64,7 @@ class Addresses:
     resolver: str = ""
     certificate: str = ""
     socket: str = ""
+    page: str = str(PAGE)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,20 @@ class Limits:
     def room(self) -> int:
         """The requests of a replica."""
         return self.running + self.waiting
+
+
+def page_policy(page: str) -> str:
+    """The Content-Security-Policy of a page: its own scripts and styles, by their digests, and requests to where it
+    came from; nothing else, nothing in a frame, and no text that becomes HTML."""
+
+    def digests(kind: str) -> str:
+        inline = re.findall(rf"<{kind}>(.*?)</{kind}>", page, flags=re.DOTALL)
+        found = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
+        return " ".join(f"'sha256-{digest}'" for digest in found)
+
+    allowed = f"script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; img-src data:"
+    refused = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    return f"default-src 'none'; {allowed}; {refused}"
 
 
 def configuration(
@@ -100,6 +120,8 @@ def configuration(
         resolver=addresses.resolver,
         certificate=addresses.certificate,
         socket=addresses.socket,
+        page=addresses.page,
+        page_policy=page_policy(PAGE.read_text(encoding="utf-8")),
         out=out,
         log="stdout",
         pin=PIN,
