@@ -118,7 +118,11 @@ KEEP :=
 TIMEOUT :=
 ## NAMES="replica0 router": whose logs
 NAMES :=
-## URL=<url>: measure what is served there
+## SYSTEM="<text>": what the model is told first, in make chat
+SYSTEM :=
+## THINKING=1: it thinks first, in make chat
+THINKING :=
+## URL=<url>: what is served there is measured, or talked with
 URL :=
 ## MODEL=<name>: which one, where several are served
 MODEL :=
@@ -332,6 +336,12 @@ serve-reload: env ## Give what runs the keys of API_KEY_FILE, and its certificat
 .PHONY: serve-stop
 serve-stop: env ## Take nothing new, finish what runs, stop
 	@$(serve) stop $(serve_folder)
+
+.PHONY: chat
+chat: env ## Talk with what is served, or answer what is piped in; URL=
+	@.venv/bin/python -m scripts.chat $(serve_folder) $(serve_keys) $(if $(value URL),--url $(call q,URL)) \
+		$(if $(value MODEL),--model $(call q,MODEL)) $(if $(value SYSTEM),--system $(call q,SYSTEM)) \
+		$(if $(value THINKING),--thinking) $(WITH)
 
 .PHONY: serve-pairs
 serve-pairs: env ## Which GPUs make the best pairs, by NVLink and NUMA node

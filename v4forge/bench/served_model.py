@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,6 @@ from v4forge.units import GIB
 PACKAGES = ("torch", "transformers")
 SETTLE_S = 5.0  # in which requests leave the queue whose client has left
 BETWEEN_S = 0.05
-MODELS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | N
     url = client.address(url)
     at = Endpoint(0, url, key, pinned=False)
     with client.form_of(f"{url}/v1/models"):
-        served = _chosen(url, ask(at, "/v1/models")["data"], model)
+        served = client.chosen(url, ask(at, "/v1/models")["data"], model)
         model, root, length = str(served["id"]), str(served.get("root") or ""), served.get("max_model_len")
     deployment = Deployment.load(folder) if folder else None
     if deployment and deployment.url != url:
@@ -89,21 +87,6 @@ def look(url: str, key: str = "", folder: Path | None = None, artifact: Path | N
         **_facts(deployment),
     }
     return Target(url, model, deployment.endpoints if deployment else [at], facts, key)
-
-
-def _chosen(url: str, served: Sequence[Mapping[str, Any]], model: str) -> Mapping[str, Any]:
-    """The entry of a model among those that a server lists; of one that has several names, the first. Raises UserError
-    where there are several, and where the one that is asked for is not among them."""
-    names = [str(each["id"]) for each in served]
-    listed = ", ".join(names[:MODELS_SHOWN]) + (" and more" if len(names) > MODELS_SHOWN else "")
-    again = f"make bench URL={url} MODEL={shlex.quote(names[0])}" if names else client.LOGS
-    if model:
-        if model not in names:
-            raise UserError(f"{url} serves no {model}, but {listed}", again)
-        return served[names.index(model)]
-    if len({str(each.get("root") or each["id"]) for each in served}) > 1:
-        raise UserError(f"{url} serves several models: {listed}", again)
-    return served[0]
 
 
 def planned(deployment: Deployment, vllm: str, options: Mapping[str, str]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,7 +32,9 @@ ANSWER_LIMIT_S = 180.0
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 30.0
 # Of an answer: more than any model writes, and no more than a program can hold.
 MOST_BYTES = 64 << 20
-LOGS = "make serve-logs"
+LOGS, BENCH = "make serve-logs", "make bench"
+# Of the models that a server lists, how many are named.
+MODELS_SHOWN = 5
 API = re.compile(r"/*(/v1(/(chat/)?completions|/models|/responses)?)?/*$")
 
 STATUS_HINTS = {
@@ -173,22 +176,38 @@ def _come_back(answer: requests.Response, attempt: int) -> float | None:
     return asked_s if answer.status_code == 503 else None
 
 
-def address(given: str) -> str:
-    """What an address that a user gives stands for, http://host:port or https://…, without what OpenAI's API has below.
+def address(given: str, command: str = BENCH) -> str:
+    """What an address that a user gives to a command stands for, http://host:port or https://…, without what OpenAI's
+    API has below.
 
     Raises UserError for one that is none.
     """
     url = given.strip()
     url = url if "://" in url else f"http://{url}"
-    hint = "make bench URL=http://<host>:<port>"
+    hint = f"{command} URL=http://<host>:<port>"
     if fault := network.fault_of(url, ("http", "https")):
         raise UserError(f"{network.shown(given)} {fault}", hint)
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise UserError(
-            f"{network.shown(url)} has a name or a password in it", "give the key: make bench API_KEY_FILE=<file>"
+            f"{network.shown(url)} has a name or a password in it", f"give the key: {command} API_KEY_FILE=<file>"
         )
     return f"{parts.scheme}://{parts.netloc}{API.sub('', parts.path)}"
+
+
+def chosen(url: str, served: Sequence[Mapping[str, Any]], model: str, command: str = BENCH) -> Mapping[str, Any]:
+    """The entry of a model among those that a server lists; of one that has several names, the first. Raises UserError
+    where there are several, and where the one that is asked for is not among them."""
+    names = [str(each["id"]) for each in served]
+    listed = ", ".join(names[:MODELS_SHOWN]) + (" and more" if len(names) > MODELS_SHOWN else "")
+    again = f"{command} URL={url} MODEL={shlex.quote(names[0])}" if names else LOGS
+    if model:
+        if model not in names:
+            raise UserError(f"{url} serves no {model}, but {listed}", again)
+        return served[names.index(model)]
+    if len({str(each.get("root") or each["id"]) for each in served}) > 1:
+        raise UserError(f"{url} serves several models: {listed}", again)
+    return served[0]
 
 
 @contextmanager
