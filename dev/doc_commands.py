@@ -142,7 +142,7 @@ RULES = (
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(
         USAGE,
-        r"make (?:serve-(?:status|logs|reload|stop|pairs)|bench|compare)(?: .*)?",
+        r"make (?:chat|serve-(?:status|logs|reload|stop|pairs)|bench|compare)(?: .*)?",
         "what is served or was measured",
     ),
     Rule(SYNTAX, r"pip install .*", "a package index"),

@@ -30,7 +30,7 @@ from v4forge.images import refusals
 from v4forge.serving import compose, haproxy, launch, preflight, settings
 from v4forge.serving.client import PIN
 from v4forge.serving.compose import Compose
-from v4forge.serving.deployment import STATE, Deployment
+from v4forge.serving.deployment import CONFIGURATION, PAGE, STATE, Deployment
 from v4forge.serving.settings import DRAFT_METHOD, DRAFTS
 from v4forge.serving.supervisord import Supervised
 
@@ -103,6 +103,13 @@ def test_drafts_that_stop_paying_are_switched_off_whatever_their_number(drafts: 
     assert given.value(settings.SCHEDULE) == "[[1,256,1]]"
 
 
+@pytest.mark.parametrize("profile", settings.profiles())
+def test_answers_say_how_many_drafts_were_accepted_where_any_are_made_but_for_the_published(profile: str) -> None:
+    told = settings.serving(profile).value(settings.DRAFTS_TOLD)
+    assert told == ("" if profile == settings.PUBLISHED else "summary")
+    assert not settings.serving(profile, overrides={DRAFTS: "0"}).value(settings.DRAFTS_TOLD)
+
+
 SIZES = '{"num_hidden_layers": %d, "hidden_size": %d, "n_routed_experts": %d}'
 
 
@@ -149,18 +156,26 @@ def test_an_unknown_profile_is_told_which_there_are() -> None:
 # --- the router
 
 
+def check_by_haproxy(made: Deployment) -> None:
+    """That it takes what the deployment keeps for it. Nothing where there is none: the tests that serve say so."""
+    written = Path(made.folder) / CONFIGURATION
+    written.parent.mkdir()
+    made.write_router()
+    # Where a container sees it.
+    written.write_text(written.read_text().replace(f'"/{PAGE}"', f'"{made.folder}/{PAGE}"'))
+    if haproxy := shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
+        done = subprocess.run([haproxy, "-c", "-f", written], capture_output=True, text=True)
+        assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("profile", ["production", "published"])
 @pytest.mark.parametrize("runtime", ["docker", "host"])
 def test_haproxy_accepts_the_configuration(tmp_path: Path, runtime: str, profile: str) -> None:
-    text = deployment(tmp_path, runtime=runtime, profile=profile).router_configuration()
+    made = deployment(tmp_path, runtime=runtime, profile=profile)
+    text = made.router_configuration()
     assert ("stick match" in text) == (profile == "production")
     assert text.count("use-server") == 2
-    haproxy = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if haproxy is None:
-        return  # the tests that serve need it, and say so
-    (tmp_path / "haproxy.cfg").write_text(text)
-    done = subprocess.run([haproxy, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
-    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    check_by_haproxy(made)
 
 
 def test_clients_cannot_choose_a_replica_on_the_public_address(tmp_path: Path) -> None:
@@ -545,10 +560,7 @@ def test_an_address_of_ipv6_is_written_as_one(tmp_path: Path, bind: str, url: st
     made = asked_for("--backend", "cpu", "--bind", bind, "--folder", str(tmp_path))
     assert made.url == url and listens in made.router_configuration()
     assert Compose(made).variables()["BIND"] == listens.removeprefix("bind ").removesuffix(":8000")
-    if haproxy := shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin"):
-        (tmp_path / "haproxy.cfg").write_text(made.router_configuration())
-        done = subprocess.run([haproxy, "-c", "-f", tmp_path / "haproxy.cfg"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    check_by_haproxy(made)
 
 
 def test_kernels_are_compiled_with_the_compiler_of_the_environment(
