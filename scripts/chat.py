@@ -86,20 +86,25 @@ class Terminal:
 
         context = f", context {self.chat.context:,}" if self.chat.context else ""
         self._tell(f"{self.chat.model} at {self.chat.url}{context}\n{COMMANDS}")
-        while True:
-            try:
-                line = input("\n> ").strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                continue
+        try:
+            while self._turn():
+                pass
+        except EOFError:
+            print()
+
+    def _turn(self) -> bool:
+        """What the person types next, and the reply to it -> whether there may be more."""
+        try:
+            line = input("\n> ").strip()
             if line == "/quit":
-                return
+                return False
             if line.startswith("/"):
                 self._obey(line)
             elif line:
                 self._answer(line)
+        except KeyboardInterrupt:  # one too many, or of a line that was not finished
+            pass
+        return True
 
     def _obey(self, line: str) -> None:
         command, _, value = line.partition(" ")

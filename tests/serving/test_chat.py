@@ -12,16 +12,19 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from chat_stand_in import ends, going_on, refusing, says, streaming, thinks
 from openai_stand_in import MODEL, Answer, Server, serving
 
+from scripts import chat as program
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
+from v4forge.files import write_json
 from v4forge.serving.chat import Chat, Reply
+from v4forge.serving.deployment import STATE, Deployment
 
 PROGRAM = [sys.executable, "-m", "scripts.chat"]
 SUM = streaming(thinks("They ask "), thinks("for a sum."), says("It is"), says(" 4."), *ends())
@@ -144,6 +147,19 @@ def test_without_an_address_it_is_what_make_serve_has_started(tmp_path: Path) ->
     assert done.stderr.decode().splitlines() == [f"error: nothing is served from {tmp_path}", hint]
 
 
+@pytest.mark.parametrize("cert", ["", "/mine/cert.pem"])
+def test_what_make_serve_has_started_is_asked_with_its_own_key(tmp_path: Path, cert: str) -> None:
+    with serving(SUM) as server:
+        # With TLS at the address of this machine, one port above: its certificate is for another name.
+        port = server.server_port - bool(cert)
+        (tmp_path / "keys").write_text("bounded:one:5\nfree:two\n")
+        kept = Deployment(str(tmp_path), "", "host", port=port, cert=cert, key_file=str(tmp_path / "keys"))
+        write_json(tmp_path / STATE, asdict(kept))
+        chat = program.chat_of(program.parse(["--folder", str(tmp_path), "--system", "Be short."]))
+        told(chat)
+    assert chat.system == "Be short." and server.keys == {"Bearer two"}
+
+
 @dataclass
 class Person:
     """Who sits before the program, in a terminal of its own."""
@@ -171,15 +187,15 @@ def at_a_terminal(url: str) -> Iterator[Person]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     environment = os.environ | {"TERM": "dumb", "COLUMNS": "200"}
-    program = subprocess.Popen(
+    talking = subprocess.Popen(
         [*PROGRAM, "--url", url], cwd=ROOT, stdin=there, stdout=there, stderr=there, env=environment, preexec_fn=own
     )
     os.close(there)
     try:
-        yield Person(screen, program)
+        yield Person(screen, talking)
     finally:
-        program.kill()
-        program.wait()
+        talking.kill()
+        talking.wait()
         os.close(screen)
 
 
@@ -200,9 +216,6 @@ def test_in_a_terminal_a_stop_ends_the_reply_and_a_command_is_obeyed() -> None:
         person.sees("thought for 0.0 s, 19 characters")
         person.sees("It is 4.")
         person.sees("7 of 44 drafts accepted (16%)")
-        person.sees("> ")
-        person.types("\x03")
-        person.sees("> ")
         person.types("/thoughts\n")
         person.sees("They ask for a sum.")
         person.types("/reset\n")

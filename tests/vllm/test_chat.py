@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Router]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    if not any(map(shutil.which, browser.PROGRAMS)):
+        pytest.skip("sudo apt-get install chromium")
     with sync_playwright() as playwright:
         words = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         with playwright.chromium.launch(executable_path=browser.program(), args=words) as launched:
