@@ -311,7 +311,7 @@ publish: env ## What an upload to REPO would do; with CONFIRM=1 does it, and rea
 release-check: env ## Whether tree, locks, images, certificate, reports and card are one release
 	@.venv/bin/python -m scripts.release_check $(work) $(verify_key) $(if $(value JSON),--json)
 
-##@ Serve: serve-status serve-stop
+##@ Serve: serve-status chat serve-stop
 
 .PHONY: serve
 serve: env ## Replicas of ARTIFACT behind one endpoint; ready and probed, on BIND:PORT; those that run become it one by one
@@ -396,7 +396,7 @@ report: env ## The page of PROFILE's reports: index.html, and its tables as benc
 compare: env ## Two runs of the benches beside each other; A=<reports or result file> B=<the other>
 	@.venv/bin/python -m scripts.compare $(call q,A) $(call q,B)
 
-##@ Images: images pull push
+##@ Images: images pull
 
 .PHONY: images
 images: env ## Build the images; IMAGE= one of them; LANE=, BASE_IMAGE=, SET="ARG=VALUE …" choose how

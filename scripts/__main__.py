@@ -61,6 +61,7 @@ PROGRAMS = {
     "serve-print": Program(
         "serve", ["print"], says="Prints the settings of vLLM with their reasons, and the exact commands"
     ),
+    "chat": Program("chat"),
     "serve": Program("serve", checkout=True),
     "bench": Program("bench", checkout=True),
     "stage": Program("stage", checkout=True),
@@ -72,6 +73,7 @@ PROGRAMS = {
     "reproduce": Program("reproduce", checkout=True),
     "patch": Program("patch", checkout=True),
     "env": Program("env", checkout=True),
+    "goals": Program("goals", checkout=True),
 }
 
 

@@ -23,12 +23,13 @@ from time import monotonic
 from rich.console import Console
 from rich.text import Text
 
-from scripts.cli import parser_for
 from v4forge.errors import UserError, report, run_main
 from v4forge.serving import client, keys
 from v4forge.serving.chat import COMMAND, Chat, Reply
 from v4forge.serving.deployment import Deployment
 from v4forge.units import counted, duration
+
+from .cli import parser_for
 
 FOLDER = Path("scratch/tiny/serve")
 COMMANDS = "/reset, /thinking on|off, /thoughts, /quit; Ctrl-C ends a reply"
