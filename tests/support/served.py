@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,12 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Served:
-    """A deployment that runs. `said` is what the start printed."""
+    """A deployment that runs. `said` is what the start printed, `arguments` are its options."""
 
     folder: Path
     said: str
     key: str = ""
+    arguments: Sequence[str] = ()
 
     @property
     def deployment(self) -> Deployment:
@@ -60,6 +61,10 @@ class Served:
 
     def program(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return serve(command, "--folder", str(self.folder), *arguments)
+
+    def up(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Makes of it what these options and those of the start describe."""
+        return serve("up", *self.arguments, *arguments, key=self.key)
 
     def ask_all(self, requests: list[dict[str, object]], meanwhile: Callable[[], None] | None = None) -> list[Outcome]:
         return ask_all(self.deployment.url, requests, self.key, meanwhile)

@@ -43,9 +43,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, vllm_caches: Path) -> Iterat
         folder = share_caches(tmp_path_factory.mktemp("serve"), vllm_caches)
         started.append(folder)
         places = ["--artifact", str(artifact), "--folder", str(folder), "--port", str(free_ports(8))]
-        done = serve("up", *places, "--backend", "cpu", *arguments, key=key)
+        options = [*places, "--backend", "cpu", *arguments]
+        done = serve("up", *options, key=key)
         assert done.returncode == 0, done.stdout + done.stderr
-        return Served(folder, done.stdout, key)
+        return Served(folder, done.stdout, key, options)
 
     yield start
     for folder in started:

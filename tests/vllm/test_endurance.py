@@ -1,7 +1,7 @@
 """An endpoint that holds: two real vLLMs behind the router, a crowd that leaves at random, one fault after the other.
 
-`make ci` has a stall and the end of an engine; `make soak` ten minutes, three of them with a request that ends what
-computes it.
+`make ci` has a stall and the end of an engine; `make soak` a quarter of an hour, with a request that ends what computes
+it, and with an upgrade and the way back.
 """
 
 from __future__ import annotations
@@ -121,6 +121,19 @@ def test_it_holds_for_seven_minutes(tiny: Served) -> None:
         held(tiny, f"steady {turn}", 32, 60)
         held(tiny, f"stall {turn}", 32, 60, lambda: stall(tiny, 0))
         survived(tiny, f"end {turn}", 32, 90, (1,), lambda: kill(engine(tiny, 1)))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", [("--drafts", "3"), ()], ids=["there", "back"])
+def test_an_upgrade_costs_nobody_an_answer(tiny: Served, options: tuple[str, ...]) -> None:
+    def upgrade() -> None:
+        done = tiny.up(*options)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    before = tiny.deployment.content
+    crowd = ask(tiny, f"upgrade {options}", 32, 150, upgrade)
+    assert (crowd.cut, crowd.lost) == ([], []) and crowd.whole
+    assert tiny.deployment.content != before and tiny.computing == 0
 
 
 @pytest.mark.soak
