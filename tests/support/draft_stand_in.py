@@ -26,6 +26,9 @@ class Server(ThreadingHTTPServer):
         self.shown = ""
         self.speculation = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that did not wait is none. To show a traceback in a thread may end pytest, which shows its own."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
