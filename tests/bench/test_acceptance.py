@@ -243,7 +243,7 @@ def run(server: Server, folder: Path, *more: str) -> int:
         artifact(folder / "artifact")
         config.write_text("{}")
         (folder / "artifact" / "SHA256SUMS").write_text("")
-    where = ["--artifact", str(folder / "artifact"), "--tokens", "16", "--request-timeout", "1"]
+    where = ["--artifact", str(folder / "artifact"), "--tokens", "16", "--request-timeout", "30"]
     return bench.main(["draft", *given, *where, *more])
 
 
