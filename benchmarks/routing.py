@@ -23,8 +23,8 @@ import subprocess
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, quantiles
@@ -134,13 +134,8 @@ async def measured(command: str, first: int, load: Load) -> dict[str, Any]:
     """The load through the router that a command starts on the port `first`, before replicas from first + 2 on."""
     replicas = [Replica(first + 2 + number, load.capacity) for number in range(load.replicas)]
     servers = [await replica.listen() for replica in replicas]
-    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{first}", timeout=120, limits=limits, verify=False
-        ) as client:
-            await started(client, process, command)
+        async with routed(command, first, 120) as client:
             for replica in replicas:
                 replica.read = replica.kept = replica.asked = 0
             waits = asyncio.Semaphore(load.at_once)
@@ -148,8 +143,6 @@ async def measured(command: str, first: int, load: Load) -> dict[str, Any]:
             talks = await asyncio.gather(*(talk(client, number, load, waits) for number in range(load.conversations)))
             elapsed_s = time.monotonic() - begun
     finally:
-        process.terminate()
-        process.wait()
         for server in servers:
             server.close()
     first_byte = quantiles([each for one in talks for each in one], n=100)
@@ -162,16 +155,35 @@ async def measured(command: str, first: int, load: Load) -> dict[str, Any]:
     }
 
 
-async def started(client: httpx.AsyncClient, process: subprocess.Popen[bytes], command: str) -> None:
-    """Returns when the router serves. Raises UserError where it does not."""
-    end = time.monotonic() + STARTS_S
-    while time.monotonic() < end and process.poll() is None:
-        with suppress(httpx.HTTPError):
-            asked = {"model": "m", "messages": [{"role": "user", "content": "are you there?"}], "write_s": 0}
-            if (await client.post("/v1/chat/completions", json=asked)).status_code == 200:
-                return
-        await asyncio.sleep(0.2)
-    raise UserError(f"no router serves: {command}", "run the command by itself")
+async def answers(asker: httpx.AsyncClient) -> bool:
+    """Whether a stand-in answers through a router."""
+    asked = {"model": "m", "messages": [{"role": "user", "content": "are you there?"}], "write_s": 0}
+    return (await asker.post("/v1/chat/completions", json=asked)).status_code == 200
+
+
+@asynccontextmanager
+async def routed(
+    command: str, port: int, limit_s: float, ready: Callable[[httpx.AsyncClient], Awaitable[bool]] = answers
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client, who waits `limit_s` for an answer, of the router that a command starts on `port`, when it is ready; it
+    ends with the context. Raises UserError where it does not serve."""
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + STARTS_S
+        async with httpx.AsyncClient(base_url=url, timeout=limit_s, limits=limits) as asker:
+            serves = False
+            while not serves:
+                if time.monotonic() > end or process.poll() is not None:
+                    raise UserError(f"no router serves: {command}", "run the command by itself")
+                with suppress(httpx.HTTPError, KeyError, ValueError):
+                    serves = await ready(asker)
+                if not serves:
+                    await asyncio.sleep(0.2)
+            yield asker
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def command_of(folder: Path, port: int, replicas: Sequence[str], by_prefix: bool) -> str:

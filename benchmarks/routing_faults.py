@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shlex
 import socket
 import struct
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -27,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.routing import Replica, command_of, load_of, parser_of, started, write
+from benchmarks.routing import Replica, command_of, load_of, parser_of, routed, write
 from v4forge.errors import run_main
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close that resets
@@ -151,19 +149,13 @@ async def measured(command: str, first: int, load: Load) -> dict[str, Any]:
     replicas = [Mortal(first + 2 + number, 0, away_s=load.away_s) for number in range(load.replicas)]
     for replica in replicas:
         await replica.start()
-    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        url = f"http://127.0.0.1:{first}"
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as asker:
-            await started(asker, process, command)
+        async with routed(command, first, 60) as asker:
             return {
                 "a replica ends": await one_ends(asker, replicas, load),
                 "a request ends replicas": await one_poisons(asker, replicas, load),
             }
     finally:
-        process.terminate()
-        process.wait()
         for replica in replicas:
             if replica.server is not None:
                 replica.server.close()

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shlex
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -27,7 +24,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.routing import STARTS_S, THINK_S, command_of, load_of, parser_of, write
+from benchmarks.routing import THINK_S, command_of, load_of, parser_of, routed, write
 from v4forge.errors import UserError, run_main
 from v4forge.serving import client
 from v4forge.serving.deployment import Deployment
@@ -90,33 +87,21 @@ def counted(deployment: Deployment) -> tuple[float, float]:
 
 async def measured(command: str, port: int, deployment: Deployment, seed: str, load: Load) -> dict[str, Any]:
     """The load through the router that a command starts on `port`."""
-    process = subprocess.Popen(shlex.split(command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits) as asker:
-            model = await started(asker, process, command)
-            before = counted(deployment)
-            waits = asyncio.Semaphore(load.at_once)
-            begun = time.monotonic()
-            talks = [talk(asker, model, seed, number, load, waits) for number in range(load.conversations)]
-            first_s = [each for one in await asyncio.gather(*talks) for each in one]
-            elapsed_s = time.monotonic() - begun
-    finally:
-        process.terminate()
-        process.wait()
+    async with routed(command, port, 300, lists_models) as asker:
+        model = str((await asker.get("/v1/models")).json()["data"][0]["id"])
+        before = counted(deployment)
+        waits = asyncio.Semaphore(load.at_once)
+        begun = time.monotonic()
+        talks = [talk(asker, model, seed, number, load, waits) for number in range(load.conversations)]
+        first_s = [each for one in await asyncio.gather(*talks) for each in one]
+        elapsed_s = time.monotonic() - begun
     queries, hits = (now - then for now, then in zip(counted(deployment), before, strict=True))
     cut = quantiles(first_s, n=10)
     return {"kept": hits / queries, "to_first_token_s": {"p50": cut[4], "p90": cut[8]}, "elapsed_s": elapsed_s}
 
 
-async def started(asker: httpx.AsyncClient, process: subprocess.Popen[bytes], command: str) -> str:
-    """The model's name, when the router serves. Raises UserError where it does not."""
-    end = time.monotonic() + STARTS_S
-    while time.monotonic() < end and process.poll() is None:
-        with suppress(httpx.HTTPError, KeyError, ValueError):
-            return str((await asker.get("/v1/models")).json()["data"][0]["id"])
-        await asyncio.sleep(0.2)
-    raise UserError(f"no router serves: {command}", "run the command by itself")
+async def lists_models(asker: httpx.AsyncClient) -> bool:
+    return bool((await asker.get("/v1/models")).json()["data"][0]["id"])
 
 
 def run(deployment: Deployment, load: Load, port: int, beside: Sequence[str]) -> dict[str, Any]:
