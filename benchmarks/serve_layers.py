@@ -32,6 +32,14 @@ def widened(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {**tokenizer, "model": {**model, "vocab": model["vocab"] | more}}
 
 
+def named(upstream: Path) -> None:
+    """Gives a random checkpoint the embedded model's tokenizer, widened."""
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(TINY / name, upstream / name)
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(upstream / "tokenizer.json", widened(tokenizer, Checkpoint(upstream).config.vocab_size))
+
+
 def make(work: Path, layers: int, device: str, small: bool, predictable: bool = False) -> Path:
     """The artifact, made unless it is there."""
     upstream, artifact = work / "upstream", work / "artifact"
@@ -40,10 +48,7 @@ def make(work: Path, layers: int, device: str, small: bool, predictable: bool = 
     source = ("--out", upstream, "--layers", layers, "--device", device, *["--small"] * small)
     source += ("--predictable",) * predictable
     program("benchmarks.flash_layers", *source)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(TINY / name, upstream / name)
-    tokenizer = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
-    write_json(upstream / "tokenizer.json", widened(tokenizer, Checkpoint(upstream).config.vocab_size))
+    named(upstream)
     folders = ("--source", upstream, "--work", work / "layers")
     program("scripts.calibrate", *folders, "--method", "rtn", "--device", device)
     program("scripts.postprocess", *folders, "--out", artifact)

@@ -18,6 +18,7 @@ from benchmarks.clients import LIMIT_S, Outcome, ask, message
 
 LEAVES = 0.3  # of all requests
 LEAVES_AFTER_S = (0.02, 1.5)
+LONG = 1000  # tokens, which no machine has written by then
 THINKS_S = (0.1, 0.6)
 TOLD = (429, 503)
 WORDS = ("some", "few", "words", "of", "no", "meaning", "at", "all")
@@ -57,9 +58,11 @@ async def _client(crowd: Crowd, client: httpx.AsyncClient, draw: random.Random, 
     while time.monotonic() < end:
         length = 1500 if draw.random() < 0.05 else draw.randrange(1, 40)
         words = " ".join(draw.choice(WORDS) for _ in range(length))
-        request = message(f"{draw.random()} {words}", tokens=draw.randrange(4, 40), stream=draw.random() < 0.5)
+        leaves = draw.random() < LEAVES
+        tokens = LONG if leaves else draw.randrange(4, 40)
+        request = message(f"{draw.random()} {words}", tokens=tokens, stream=draw.random() < 0.5)
         asking = asyncio.create_task(_ask(crowd, client, request))
-        if draw.random() < LEAVES:
+        if leaves:
             await asyncio.wait([asking], timeout=draw.uniform(*LEAVES_AFTER_S))
             if asking.cancel():
                 crowd.left += 1
