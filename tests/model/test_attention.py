@@ -1,11 +1,14 @@
-"""model.attention against its definition in float64, in pieces, beside other samples, and with a gradient."""
+"""model.attention against its definition in float64, in pieces, by windows, beside other samples, with a gradient."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import Form
 from plain_mtp import distance
 from torch import Tensor
 
@@ -79,3 +82,57 @@ def test_a_gradient_goes_through(inputs: Inputs) -> None:
     for leaf, wanted in zip(leaves, exact, strict=True):
         assert leaf.grad is not None and wanted.grad is not None
         assert distance(leaf.grad, wanted.grad) < 1e-4
+
+
+# batch, heads, tokens, width, window, tokens to a compressed key, whether an indexer has chosen
+WINDOWS = {
+    "sliding": Form(2, 3, 70, 32, 16),
+    "within one window": Form(1, 2, 9, 16, 16),
+    "a window of all": Form(1, 2, 40, 16, 128),
+    "compressed": Form(2, 4, 83, 32, 16, 4),
+    "chosen": Form(2, 4, 83, 32, 16, 4, True),
+    "heavily compressed": Form(2, 2, 300, 32, 128, 128),
+    "too short to be compressed": Form(2, 2, 100, 16, 128, 128),
+}
+
+
+@pytest.mark.parametrize("form", WINDOWS)
+def test_attention_by_windows_is_the_definition_and_the_eager_one(form: str) -> None:
+    case = attention_cases.inputs(WINDOWS[form])
+    found = case.by_windows()
+    assert found.dtype == torch.bfloat16 and found.shape == case.query.transpose(1, 2).shape
+    assert distance(found, case.exact()) < 4e-3
+    assert distance(found, case.eager()) < 4e-3
+    plain = attention_cases.inputs(WINDOWS[form], dtype=torch.float32)
+    assert distance(plain.by_windows(), plain.exact()) < 1e-6
+
+
+def test_no_piece_of_attention_by_windows_has_more_keys_than_windows_and_compressed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, met = attention_cases.inputs(Form(1, 2, 400, 16, 16, 8)), []
+    some = attention._some
+    monkeypatch.setattr(attention, "_some", lambda q, keys, *rest: met.append(keys.shape[1]) or some(q, keys, *rest))
+    case.by_windows()
+    assert sum(met) < 400 / 16 * (2 * 16 + 50) and max(met) < 2 * 16 + 50
+
+
+def test_by_windows_a_sample_has_the_same_bits_whatever_goes_with_it() -> None:
+    case = attention_cases.inputs(WINDOWS["chosen"])
+    alone = [
+        replace(case, query=case.query[i : i + 1], key=case.key[i : i + 1], bias=case.bias[i : i + 1]).by_windows()
+        for i in range(2)
+    ]
+    assert torch.equal(torch.cat(alone), case.by_windows())
+
+
+def test_a_gradient_goes_through_windows() -> None:
+    case = attention_cases.inputs(WINDOWS["compressed"], dtype=torch.float32)
+    grads = []
+    for dtype, way in ((torch.float32, "by_windows"), (torch.float64, "exact")):
+        query, key = (each.to(dtype).detach().requires_grad_() for each in (case.query, case.key))
+        getattr(replace(case, query=query, key=key), way)().square().sum().backward()
+        grads.append((query.grad, key.grad))
+    for found, wanted in zip(*grads, strict=True):
+        assert found is not None and wanted is not None
+        assert distance(found, wanted) < 1e-4

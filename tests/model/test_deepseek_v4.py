@@ -19,7 +19,7 @@ from transformers import DeepseekV4ForCausalLM
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
-from v4forge.model import deepseek_v4
+from v4forge.model import deepseek_v4, indexer
 from v4forge.model import mtp as model_mtp
 
 CPU = torch.device("cpu")
@@ -157,6 +157,12 @@ def split_context(context: deepseek_v4.Context, row: int) -> deepseek_v4.Context
     return replace(
         context, input_ids=context.input_ids[row : row + 1], attention_mask=context.attention_mask[row : row + 1]
     )
+
+
+def test_sparse_attention_is_loaded_with_our_indexer(opened: Opened) -> None:
+    compressors = [layer.self_attn.compressor for layer in opened.layers]
+    own = [type(each.indexer) for each in compressors if hasattr(each, "indexer")]
+    assert own and set(own) == {indexer.Indexer}
 
 
 @torch.no_grad()

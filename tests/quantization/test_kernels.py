@@ -50,3 +50,8 @@ def test_the_searched_scales_are_the_torch_code_s(interpreted: dict[str, dict[st
 @pytest.mark.parametrize("kind", ["carried", "output", "transposed"])
 def test_the_mixed_streams_are_the_exact_ones(interpreted: dict[str, dict[str, Any]], kind: str) -> None:
     assert interpreted[kind]["off"] < 1e-6
+
+
+@pytest.mark.parametrize("form", ["sliding", "compressed", "chosen", "many compressed", "too short"])
+def test_attention_is_the_exact_one(interpreted: dict[str, dict[str, Any]], form: str) -> None:
+    assert interpreted["attended"][form] < 1e-6

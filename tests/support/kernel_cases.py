@@ -1,5 +1,5 @@
-"""The kernels of quantization.kernels beside the torch code of quantization.gptq, on the same tensors: for the tests
-on both devices.
+"""The kernels of quantization.kernels beside the torch code of quantization.gptq, on the same tensors, and those of
+model.kernels beside the same in F64: for the tests on both devices.
 
 `TRITON_INTERPRET=1 python tests/support/kernel_cases.py` compares them on the CPU, where Triton's interpreter runs the
 kernels, and prints JSON: test_kernels.py reads it.
@@ -11,7 +11,9 @@ import json
 from dataclasses import asdict, dataclass
 from unittest import mock
 
+import attention_cases
 import torch
+from attention_cases import Form
 from torch import Tensor
 
 from v4forge.model import kernels as model_kernels
@@ -147,6 +149,27 @@ def mixed(tokens: tuple[int, ...], hidden: int, dtype: torch.dtype, device: str,
     )
 
 
+def attended(form: Form, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> float:
+    """How far the kernel's attention is from F64's, relative to its size."""
+    case = attention_cases.inputs(form, dtype=dtype, device=device)
+    ratio = case.module.compressor.compress_rate if case.module.compressor else 0
+    bias = case.bias if case.bias.shape[-1] else None
+    found = model_kernels.attended(case.query, case.key, bias, case.module.sinks, case.scaling, case.window, ratio)
+    exact = case.exact()
+    assert (found.dtype, found.shape) == (dtype, exact.shape)
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+# 37 tokens: more than one program's, and not a multiple; windows of 8, and compressed keys of more than one step
+ATTENDED = {
+    "sliding": Form(2, 4, 37, 16, 8),
+    "compressed": Form(1, 8, 37, 32, 8, 4),
+    "chosen": Form(2, 4, 37, 16, 8, 4, True),
+    "many compressed": Form(1, 4, 70, 16, 8, 2, True),
+    "too short": Form(1, 4, 7, 16, 8, 16),
+}
+
+
 def main() -> None:
     weights, hessians = problem(2, 40, 256)  # 40 rows: more than one program's, and not a multiple
     absmax = gptq.absmax_scales(weights)
@@ -157,7 +180,9 @@ def main() -> None:
         "scales": scales(weights, hessians.diagonal(dim1=-2, dim2=-1), absmax, (1.0, 0.5, 0.75)),
     }
     result |= {kind: mixed((2, 3), 1300, torch.float32, "cpu", kind) for kind in ("carried", "output", "transposed")}
-    print(json.dumps({name: asdict(each) for name, each in result.items()}))
+    told = {name: asdict(each) for name, each in result.items()}
+    told["attended"] = {name: attended(form, dtype=torch.float32, device="cpu") for name, form in ATTENDED.items()}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import Config, layer_parameters, root_parameters
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import rule_for
-from v4forge.model.layer_classes import ATTENTION, DeepseekV4Config, create_sliding_window_causal_mask, hf, unfilled
+from v4forge.model.indexer import use_own_indexer
+from v4forge.model.layer_classes import ATTENTION, DeepseekV4Config, hf, unfilled
 from v4forge.model.names import renamed
 
 EXPERT = re.compile(r"ffn\.experts\.(\d+)\.(w[123])\.weight$")
@@ -45,12 +46,12 @@ class Context:
     input_ids: Tensor  # [batch, seq]
     position_ids: Tensor  # [1, seq]
     position_embeddings: dict[str, tuple[Tensor, Tensor]]
-    attention_mask: Tensor  # [batch, 1, seq, seq], or [1, 1, seq, keys]
+    attention_mask: Tensor  # [batch, 1, seq, 0]: of windows; or [1, 1, seq, keys] beside `keys`
     keys: Any = None  # where attention adds its keys to those of passes before and reads them all, if it does
 
 
 class Rotary:
-    """Rope tables and sliding-window masks; one for the whole model."""
+    """Rope tables; one for the whole model."""
 
     def __init__(self, config: DeepseekV4Config, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
@@ -59,14 +60,8 @@ class Rotary:
     def context(self, input_ids: Tensor) -> Context:
         """input_ids: [batch, seq] -> its Context."""
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        like = torch.empty(*input_ids.shape, 1, dtype=self.dtype, device=input_ids.device)
-        mask = create_sliding_window_causal_mask(
-            config=self.config,
-            inputs_embeds=like,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        batch, seq = input_ids.shape  # attention knows the windows; a layer adds the columns of its compressed keys
+        mask = torch.empty(batch, 1, seq, 0, dtype=self.dtype, device=input_ids.device)
         return Context(input_ids, position_ids, self.embeddings(position_ids), mask)
 
     def embeddings(self, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -129,6 +124,7 @@ def load_layer(
     """Decoder layer `layer`, on weights.device; without its routed experts it can only `attend`."""
     with unfilled():
         module = hf.DeepseekV4DecoderLayer(config, layer)
+        use_own_indexer(module.self_attn, config)
     if not experts:
         module.mlp.experts = nn.Module()
     state = weights.block(f"layers.{layer}.", layer_parameters(weights.checkpoint.config, layer), experts)
@@ -192,11 +188,12 @@ def attend(layer: hf.DeepseekV4DecoderLayer, streams: Tensor, context: Context) 
     """The first half of a decoder layer: attention, router, shared expert. streams: [batch, seq, hc_mult, hidden]."""
     dtype = streams.dtype
     post, comb, collapsed = layer.attn_hc(streams)
+    windows = context.keys is None and layer.self_attn.compressor is None  # whose mask would be filled up with zeros
     attention, _ = layer.self_attn(
         layer.input_layernorm(collapsed),
         position_embeddings=context.position_embeddings,
         position_ids=context.position_ids,
-        attention_mask=context.attention_mask,
+        attention_mask=None if windows else context.attention_mask,
         past_key_values=context.keys,
     )
     streams = mixed(streams, comb.to(dtype), post.to(dtype), attention)

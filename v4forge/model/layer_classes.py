@@ -1,4 +1,4 @@
-"""transformers' DeepSeek-V4: its layer classes, config and masks, without what only its whole models need.
+"""transformers' DeepSeek-V4: its layer classes and config, without what only its whole models need.
 
 Its layers find our attention by the name that their config has, `ATTENTION`.
 """
@@ -17,14 +17,12 @@ from v4forge.model.attention import attention
 
 with lean("transformers.models.deepseek_v4.modeling_deepseek_v4"):
     from transformers import DeepseekV4Config
-    from transformers.masking_utils import AttentionMaskInterface, create_sliding_window_causal_mask, eager_mask
     from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf
 
-__all__ = ["ATTENTION", "DeepseekV4Config", "create_sliding_window_causal_mask", "hf", "unfilled"]
+__all__ = ["ATTENTION", "DeepseekV4Config", "hf", "unfilled"]
 
 ATTENTION = "v4forge"
 hf.ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 class _RealRanges(TorchFunctionMode):

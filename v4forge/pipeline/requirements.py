@@ -24,7 +24,8 @@ BF16_BYTES = 2
 INDEXED = 4  # tokens to a compressed key that the indexer scores
 KEEP_EVERY = 8  # layers from one set of hidden states on disk to the next, as calibrate does by default
 WORKING_SET_BYTES = 26 << 30  # of a GPU, besides a layer's activations
-LOGITS_BYTES = 14 << 25  # of attention at a time: model.attention.LOGITS, thrice in f32 and once in bf16
+LOGITS_BYTES = 14 << 24  # of attention at a time: model.attention.LOGITS, thrice in f32 and once in bf16
+SCORES_BYTES = 8 << 26  # of the indexer at a time: model.indexer.SCORES, twice in f32
 PROCESS_BYTES = 4 << 30  # of the host for a process: Python, torch, the CUDA context
 
 
@@ -260,20 +261,24 @@ def gpu_bytes(config: Config, samples: int, seq_len: int) -> int:
 
 
 def attention_bytes(config: Config, seq_len: int) -> int:
-    """What a forward pass of a micro-batch holds in its attention, at most. tokens = those of the pass; in bytes:
+    """What a forward pass of a micro-batch holds in its attention, at most. tokens = those of the pass, compressed =
+    seq_len / 4, picked = the smaller of compressed and index_topk; in bytes:
 
     queries   tokens * heads * head_dim * 10, once in bf16 and twice in f32, for their norm
-    indexer   tokens * index_heads * seq_len / 4 * 12, its scores of the compressed keys thrice in f32, and
-              tokens * index_heads * index_head_dim * 6, its queries in bf16 and f32
-    masks     tokens * seq_len * 4
-    logits    14 * 2^25
+    indexer   tokens * index_heads * index_head_dim * 10, its queries, and 8 * 2^26, its scores, where it chooses
+    picked    tokens * picked * 24, their numbers thrice
+    masks     tokens * compressed * 8
+    logits    14 * 2^24, without the kernel of a GPU
 
-    Derived from the layer classes; a test holds it to what torch allocates on a CPU.
+    Nothing grows with the square of seq_len but numbers and masks of compressed keys. Derived from the layer classes;
+    a test holds it to what torch allocates on a CPU.
     """
     tokens = Settings().micro_batch(seq_len) * seq_len
+    compressed = seq_len // INDEXED
+    picked = min(compressed, config.forward["index_topk"])
     queries = tokens * config.num_attention_heads * config.head_dim * 10
-    indexer = tokens * config.index_n_heads * (12 * (seq_len // INDEXED) + 6 * config.index_head_dim)
-    return queries + indexer + 4 * tokens * seq_len + LOGITS_BYTES
+    indexer = tokens * config.index_n_heads * config.index_head_dim * 10 + SCORES_BYTES
+    return queries + (indexer if compressed > picked else 0) + tokens * (24 * picked + 8 * compressed) + LOGITS_BYTES
 
 
 def host_bytes(config: Config, sizes: Sizes, samples: int, seq_len: int, gpus: int) -> int:
