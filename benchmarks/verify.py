@@ -4,7 +4,8 @@
 
 Makes a source of a few layers with MTP block, embedding and head, and its artifact, with the project's own programs
 (45 GB, kept in --work). Then `cat` of all their files and the full check without hashing take turns, each with nothing
-in the page cache, then the check with hashing. --out gets a .json. --small is the same on a CPU in a minute; its
+in the page cache, then the check with hashing, on the CPU and on --device: seconds, and of all threads together what
+each part of the work took. --no-deep ends there. --out gets a .json. --small is the same on a CPU in a minute; its
 figures mean nothing.
 """
 
@@ -16,11 +17,15 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,9 +33,9 @@ from benchmarks import flash_layers
 from benchmarks.machine import machine
 from benchmarks.timeline import busy
 from scripts.cli import parser_for
+from v4forge import digests
 from v4forge.checkout import ROOT
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.digests import Digests
 from v4forge.errors import run_main
 from v4forge.files import write_json
 from v4forge.model import evaluation
@@ -38,7 +43,7 @@ from v4forge.pipeline import requirements
 from v4forge.pipeline.disk_speed import forget
 from v4forge.profiling import Watch
 from v4forge.units import GB, GIB
-from v4forge.verification import certificate
+from v4forge.verification import certificate, reference, scan
 
 TINY = ROOT / "models" / "tiny"
 
@@ -71,24 +76,65 @@ def cold(files: Sequence[Path], work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def reading(upstream: Path, artifact: Path, rounds: int) -> dict[str, Any]:
-    """`cat` and verify in turns over the shards of both folders."""
+# what is called -> the name of its part of the work
+PARTS = {
+    "read": (scan, "read_into"),
+    "compare": (reference, "compared"),
+    "expect": (reference, "expected"),
+    "bits": (reference, "same_bits"),
+    "digest": (scan, "matrix_digest"),
+    "hash": (digests, "file_sha256"),
+}
+
+
+@contextmanager
+def parts_timed() -> Iterator[dict[str, float]]:
+    """Seconds of all threads by part of the work; waiting for other threads and for a GPU is in them."""
+    spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    lock = threading.Lock()
+
+    def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **named)
+            finally:
+                with lock:
+                    spent[what] += time.perf_counter() - start
+
+        return run
+
+    with ExitStack() as held:
+        for what, (module, name) in PARTS.items():
+            held.enter_context(mock.patch.object(module, name, timed(what, getattr(module, name))))
+        yield spent
+
+
+def reading(upstream: Path, artifact: Path, rounds: int, device: torch.device) -> dict[str, Any]:
+    """`cat` and verify in turns over the shards of both folders, then verify with hashing, by device."""
     files = sorted([*upstream.glob("*.safetensors"), *artifact.glob("*.safetensors")])
     size = sum(path.stat().st_size for path in files)
 
     def cat() -> None:
         subprocess.run(["cat", *map(str, files)], stdout=subprocess.DEVNULL, check=True)
 
-    def check(hashing: bool) -> None:
-        digests = Digests(artifact / ".no-cache.json")
-        checks, not_run, _ = certificate.verify(artifact, Checkpoint(upstream), digests, expect="rtn", hashing=hashing)
+    def check(hashing: bool, where: torch.device) -> None:
+        known = digests.Digests(artifact / ".no-cache.json")
+        checks, not_run, _ = certificate.verify(
+            artifact, Checkpoint(upstream), known, expect="rtn", hashing=hashing, device=where
+        )
         assert all(each.ok for each in checks), [each for each in checks if not each.ok]
         assert ("recorded" in not_run) != hashing
 
     seconds: dict[str, list[float]] = {"cat": [], "verify": []}
     for _ in range(rounds):
         seconds["cat"].append(cold(files, cat))
-        seconds["verify"].append(cold(files, lambda: check(False)))
+        seconds["verify"].append(cold(files, lambda: check(False, device)))
+    hashing = {}
+    for where in dict.fromkeys((torch.device("cpu"), device)):
+        with parts_timed() as spent:
+            taken = cold(files, partial(check, True, where))
+        hashing[where.type] = {"seconds": taken, "GB/s": size / taken / GB, "threads": scan.THREADS, "parts": spent}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "bytes": size,
@@ -97,7 +143,7 @@ def reading(upstream: Path, artifact: Path, rounds: int) -> dict[str, Any]:
         "verify GB/s": size / median(seconds["verify"]) / GB,
         "ratio": median(c / v for c, v in zip(seconds["cat"], seconds["verify"], strict=True)),
         "peak_host_gib": peak / GIB,
-        "with hashing, seconds": cold(files, lambda: check(True)),
+        "with hashing": hashing,
     }
 
 
@@ -151,6 +197,7 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="turns of cat and verify (default: %(default)s)")
     add("--sequences", type=int, default=16, help="of 512 tokens, for --deep (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--no-deep", action="store_true", help="leave out the models' predictions")
     add("--small", action="store_true", help="small dimensions, to try the program out")
     run(parser.parse_args())
 
@@ -159,8 +206,10 @@ def run(args: argparse.Namespace) -> None:
     upstream, artifact = made(args.work, args.layers, args.small, args.device)
     found: dict[str, Any] = {"command": f"python -m benchmarks.verify --layers {args.layers} --rounds {args.rounds}"}
     found |= machine(torch.device(args.device))
-    found["reading"] = reading(upstream, artifact, args.rounds)  # first: a process' peak memory does not fall again
-    found["deep"] = predicting(upstream, artifact, args.sequences, torch.device(args.device))
+    device = torch.device(args.device)
+    found["reading"] = reading(upstream, artifact, args.rounds, device)  # first: a process' peak memory never falls
+    if not args.no_deep:
+        found["deep"] = predicting(upstream, artifact, args.sequences, device)
     write_json(args.out.with_name(args.out.name + ".json"), found)
     print(json.dumps(found, indent=1))
 

@@ -118,7 +118,7 @@ def main() -> int:
     deep.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads: the last digits depend on it (default: torch's own)"
     )
-    deep.add_argument("--device", help=DEVICE)
+    parser.add_argument("--device", help=f"of matrices that are compared, and of models: {DEVICE}")
     arguments = parser.parse_args()
     for option in ("expect", "deep", "tokens"):
         if getattr(arguments, option) and not arguments.source:
@@ -148,6 +148,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     source = Checkpoint(arguments.source) if arguments.source else None
+    device = torch.device(arguments.device or some_device())
     digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
     text = chosen_text(arguments, source) if source else None  # before anything that takes long
@@ -159,7 +160,6 @@ def main() -> int:
         def compare(source: Checkpoint, artifact: Checkpoint) -> list[Quality]:
             assert text
             models.update({"source": source, "artifact": artifact, **others})
-            device = torch.device(arguments.device or some_device())
             return prediction.compare(
                 models, text, device, lambda done, of, what: advance(size + size * done // of, what)
             )
@@ -174,6 +174,7 @@ def main() -> int:
             compare if text else None,
             arguments.engine,
             arguments.recipe,
+            device,
         )
     figures = prediction.figures(models, qualities, text) if text and qualities else None
     table = Table(box=None, pad_edge=False)

@@ -23,7 +23,7 @@ def test_the_statistics_are_those_that_verify_judges() -> None:
     weights = verify_bounds.source(verify_bounds.lognormal_groups, 1, 64, 512)
     found = gptq.round_to_nearest(weights, gptq.absmax_scales(weights))
     stored = codec.encode_fp4(weights[0])
-    matrix = reference.compared(codec.encode_int4(found.codes[0], found.scale[0]), stored, (64, 512))
+    matrix = reference.compared(codec.encode_int4(found.codes[0], found.scale[0]), stored)
     measured = verify_bounds.statistics(weights, found)
     assert float(measured["errors"]) == pytest.approx(matrix.error, rel=1e-4)
     for name, ends in (("rows", matrix.rows), ("columns", matrix.columns)):

@@ -59,7 +59,7 @@ def wide() -> tuple[dict[str, Tensor], gptq.Quantized]:
 
 
 def beside(source: dict[str, Tensor], codes: Tensor, scale: Tensor) -> reference.Matrix:
-    return reference.compared(codec.encode_int4(codes, scale), source, (ROWS, WIDTH))
+    return reference.compared(codec.encode_int4(codes, scale), source)
 
 
 def passes(found: reference.Matrix) -> bool:
@@ -124,7 +124,7 @@ def test_a_negative_scale_with_its_codes_negated_is_the_same_matrix(
 def test_a_row_without_weights_has_no_slope() -> None:
     source = codec.encode_fp4(torch.zeros(4, 256))
     codes, scale = torch.zeros(4, 256, dtype=torch.int8), torch.full((4, 2), 0.5, dtype=torch.bfloat16)
-    found = reference.compared(codec.encode_int4(codes, scale), source, (4, 256))
+    found = reference.compared(codec.encode_int4(codes, scale), source)
     assert (found.rows, found.columns, found.error) == ((1.0, 1.0), (1.0, 1.0), 0.0)
 
 

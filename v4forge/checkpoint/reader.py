@@ -148,6 +148,7 @@ class Checkpoint:
 
     def holding(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """The same checkpoint with some stored tensors already read: `raw` returns these."""
+        self.config  # noqa: B018, read once and not by each of many views
         other = copy(self)
         other._held = tensors
         return other

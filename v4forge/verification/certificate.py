@@ -22,6 +22,7 @@ from v4forge.files import remove_leftovers, write_json
 from v4forge.model.evaluation import Quality
 from v4forge.outcomes import WARNING, Outcome, failed, ok, warning
 from v4forge.verification.checks import CHECKS, Check
+from v4forge.verification.reference import CPU
 from v4forge.verification.subject import Subject
 from v4forge.verification.tolerances import ENOUGH_TOKENS
 
@@ -50,18 +51,19 @@ def verify(
     compare: Callable[[Checkpoint, Checkpoint], Sequence[Quality]] | None = None,
     engine: str = "",
     recipe: str = "",
+    device: torch.device = CPU,
 ) -> tuple[list[Outcome], dict[str, str], Sequence[Quality]]:
     """Runs every check that can run -> their outcomes, name -> why for those that were not run, what `compare` found.
 
     expect: a key of METHODS, how the routed experts must have been quantized; without it all layers alike. progress
     gets bytes of the artifact that were read, and of how many. compare: from source and artifact to their qualities,
     and those of others behind them; called once the artifact is known to be whole. engine: one of ENGINES, whose GPTQ
-    it must be; recipe: one of RECIPES, by which it must be made. Raises UserError for a source whose config.json does
-    not say what to expect.
+    it must be; recipe: one of RECIPES, by which it must be made. device: where matrices are compared. Raises UserError
+    for a source whose config.json does not say what to expect.
     """
     if source is not None:
         source.config  # noqa: B018, reads and checks it
-    subject = Subject(folder, source, digests, expect, engine, recipe, hashing, progress)
+    subject = Subject(folder, source, digests, expect, engine, recipe, hashing, device, progress)
     lacking = {need for need, there in (("source", source), ("hashes", hashing), ("deep", compare)) if not there}
     outcomes: list[Outcome] = []
     not_run: dict[str, str] = {}

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from v4forge.checkpoint.formats import Shape
 from v4forge.checkpoint.layout import stored_name
 from v4forge.checkpoint.recipe import Rule
 from v4forge.verification.tolerances import COLUMN_SHARE, TOLERATED_ROWS
@@ -23,17 +22,19 @@ from v4forge.verification.tolerances import COLUMN_SHARE, TOLERATED_ROWS
 Parts = Mapping[str, Tensor]
 FP4_GROUP, FP8_BLOCK, INT4_GROUP = 32, 128, 128
 SAMPLED_ROWS = 8  # of so many rows one is looked at for statistics of codes
+ROWS = 512  # of a matrix at a time on a CPU, whose temporaries then stay where the last ones were
+CPU = torch.device("cpu")
 
 
 @cache
-def _powers() -> Tensor:
-    return torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), math.nan], dtype=torch.float64)
+def _powers(device: torch.device = CPU) -> Tensor:
+    return torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), math.nan], dtype=torch.float64).to(device)
 
 
 def powers_of_two(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """E8M0 bytes b -> 2^(b - 127), byte 255 -> NaN (OCP MX 1.0)."""
     byte = scale.view(torch.uint8)
-    return _powers().to(dtype).index_select(0, byte.flatten().int()).view(byte.shape)
+    return _powers(scale.device).to(dtype).index_select(0, byte.flatten().int()).view(byte.shape)
 
 
 def e2m1(code: Tensor) -> Tensor:
@@ -44,16 +45,16 @@ def e2m1(code: Tensor) -> Tensor:
 
 
 @cache
-def _fp4_pairs() -> Tensor:
+def _fp4_pairs(device: torch.device = CPU) -> Tensor:
     """The two values of every byte, the low nibble's first, as a pair of bf16: [256] i32."""
     byte = torch.arange(256)
-    return torch.stack((e2m1(byte & 15), e2m1(byte >> 4)), -1).bfloat16().view(torch.int32).flatten()
+    return torch.stack((e2m1(byte & 15), e2m1(byte >> 4)), -1).bfloat16().view(torch.int32).flatten().to(device)
 
 
 def _fp4(parts: Parts) -> Tensor:
     """weight: [out, in/2] i8, scale: [out, in/32] e8m0 -> [out, in] bf16."""
     byte = parts["weight"].view(torch.uint8)
-    pairs = _fp4_pairs().index_select(0, byte.flatten().int()).view(torch.bfloat16)
+    pairs = _fp4_pairs(byte.device).index_select(0, byte.flatten().int()).view(torch.bfloat16)
     scale = powers_of_two(parts["scale"], torch.bfloat16)
     return pairs.view(*scale.shape, FP4_GROUP).mul_(scale.unsqueeze(-1)).flatten(1)
 
@@ -149,42 +150,52 @@ class Matrix:
     codes: int = 0
 
 
-def compared(parts: Parts, source: Parts, shape: Shape) -> Matrix:
+def compared(parts: Parts, source: Parts) -> Matrix:
     """An INT4 g128 matrix [out, in] beside its FP4 source, both as stored; `source` may be empty.
 
     Q is code times scale, before the rounding to BF16 of a server, which is 30 times finer than the bounds it is held
     to.
     """
     codes, scale = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
-    base = Matrix(
-        stated=tuple(parts["weight_shape"].tolist()),
-        scales_ok=bool(scale.isfinite().all() and (scale != 0).all()),
-        distinct=_distinct(codes),
-    )
+    stated = tuple(parts["weight_shape"].tolist())
+    figures = [scale.isfinite().all() & (scale != 0).all(), _distinct(codes)]
+    if source:
+        fp4, power = source["weight"].view(torch.uint8), powers_of_two(source["scale"], torch.float64)
+        sums = _sums(fp4, codes).view(*power.shape, -1)
+        step = scale.double()
+        per_group = (*scale.shape, INT4_GROUP // FP4_GROUP)
+        qw = (sums[..., 0] * power).view(per_group).sum(-1) * step
+        ww = (sums[..., 1] * power.square()).view(per_group).sum(-1)
+        qq = sums[..., 2].view(per_group).sum(-1) * step.square()
+        figures += [ww.sum(), (qq - 2 * qw + ww).sum()]
+        figures += [*_ends(_slopes(qw, ww, 1), TOLERATED_ROWS), *_least_and_greatest(_slopes(qw, ww, 0), _counted(ww))]
+        figures.append(_moved(codes[::SAMPLED_ROWS], step[::SAMPLED_ROWS], source))
+    fine, distinct, *rest = torch.stack([figure.double() for figure in figures]).tolist()  # the one wait for a GPU
     if not source:
-        return base
-    fp4, power = source["weight"].view(torch.uint8), powers_of_two(source["scale"], torch.float64)
-    # bytes of both hold two codes, in the same order: one table over both bytes has their products
-    both = torch.stack((fp4, codes), -1).view(torch.uint16).int().view(-1, FP4_GROUP // 2)
-    sums = F.embedding_bag(both, _products(), mode="sum").double().view(*power.shape, -1)
-    step = scale.double()
-    per_group = (*scale.shape, INT4_GROUP // FP4_GROUP)
-    qw = (sums[..., 0] * power).view(per_group).sum(-1) * step
-    ww = (sums[..., 1] * power.square()).view(per_group).sum(-1)
-    qq = sums[..., 2].view(per_group).sum(-1) * step.square()
-    energy = float(ww.sum())
-    squared = float((qq - 2 * qw + ww).sum())
-    moved, count = _moved(codes[::SAMPLED_ROWS], step[::SAMPLED_ROWS], source, shape)
+        return Matrix(stated, bool(fine), int(distinct))
+    energy, squared, *slopes, moved = rest
     return Matrix(
-        base.stated,
-        base.scales_ok,
-        base.distinct,
+        stated,
+        bool(fine),
+        int(distinct),
         error=math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0,
-        rows=_ends(_slopes(qw, ww, 1), TOLERATED_ROWS),
-        columns=_ends(_slopes(qw, ww, 0)[_counted(ww)]),
-        moved=moved,
-        codes=count,
+        rows=(slopes[0], slopes[1]),
+        columns=(slopes[2], slopes[3]),
+        moved=int(moved),
+        codes=codes[::SAMPLED_ROWS].numel() * 2,
     )
+
+
+def _sums(fp4: Tensor, codes: Tensor) -> Tensor:
+    """Of each group of 32, its sums of _products, [groups, 4] f64. Bytes of both hold two codes, in the same order: one
+    table over both bytes has their products."""
+    rows = ROWS if codes.device == CPU else len(codes)
+    table = _products(codes.device)
+    parts = []
+    for some in zip(fp4.split(rows), codes.split(rows), strict=True):
+        both = torch.stack(some, -1).view(torch.uint16).int().view(-1, FP4_GROUP // 2)
+        parts.append(F.embedding_bag(both, table, mode="sum").double())
+    return torch.cat(parts)
 
 
 def _slopes(qw: Tensor, ww: Tensor, along: int) -> Tensor:
@@ -203,39 +214,55 @@ def _counted(ww: Tensor) -> Tensor:
     return carried >= COLUMN_SHARE * carried.mean()
 
 
-def _ends(values: Tensor, tolerated: float = 0.0) -> tuple[float, float]:
+def _ends(values: Tensor, tolerated: float) -> tuple[Tensor, Tensor]:
     """Least and greatest, but for a share of them at either end."""
     left_out = int(len(values) * tolerated)
     ordered = values.sort().values
-    return float(ordered[left_out]), float(ordered[-1 - left_out])
+    return ordered[left_out], ordered[-1 - left_out]
+
+
+def _least_and_greatest(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    return values.where(counted, torch.inf).amin(), values.where(counted, -torch.inf).amax()
 
 
 @cache
-def _products() -> Tensor:
+def _products(device: torch.device = CPU) -> Tensor:
     """[FP4 byte + 256 * INT4 byte, :] -> sums over the two pairs of codes of (w c, w^2, c^2), and 0; f32, exact."""
     pair = torch.arange(1 << 16)
     sums = torch.zeros(1 << 16, 4)
     for shift in (0, 4):
         w, c = e2m1(pair >> shift & 15), (pair >> (8 + shift) & 15).float() - 8
         sums += torch.stack((w * c, w * w, c * c, torch.zeros_like(w)), -1)
-    return sums
+    return sums.to(device)
 
 
-def _distinct(codes: Tensor) -> int:
+def tables(device: torch.device) -> None:
+    """Makes what `compared` looks up on a GPU, before several streams do."""
+    for table in (_powers, _fp4_pairs, _products):
+        table(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _distinct(codes: Tensor) -> Tensor:
     """How many of the 16 codes are used. codes: [out, in/2] u8, two a byte."""
-    found = 0
-    for some in (codes[::SAMPLED_ROWS], codes):
-        byte = torch.bincount(some.flatten(), minlength=256).view(16, 16)
-        found = int(((byte.sum(0) + byte.sum(1)) > 0).sum())
-        if found == 16:
-            break
-    return found
+    if codes.device != CPU:  # where bincount waits
+        used = torch.zeros(256, dtype=torch.bool, device=codes.device)
+        used[codes.flatten().int()] = True
+        return _codes_of(used)
+    some = _codes_of(torch.bincount(codes[::SAMPLED_ROWS].flatten(), minlength=256) > 0)
+    return some if some == 16 else _codes_of(torch.bincount(codes.flatten(), minlength=256) > 0)
 
 
-def _moved(codes: Tensor, step: Tensor, source: Parts, shape: Shape) -> tuple[int, int]:
-    """How many codes of some rows are not the nearest ones at their scales, and of how many."""
+def _codes_of(bytes_used: Tensor) -> Tensor:
+    """bytes_used: [256] bool."""
+    return (bytes_used.view(16, 16).any(0) | bytes_used.view(16, 16).any(1)).sum()
+
+
+def _moved(codes: Tensor, step: Tensor, source: Parts) -> Tensor:
+    """How many codes of some rows are not the nearest ones at their scales."""
     rows = {part: tensor[::SAMPLED_ROWS] for part, tensor in source.items()}
     grouped = _fp4(rows).float().unflatten(-1, (-1, INT4_GROUP))
     nearest = (grouped / step.float().unsqueeze(-1)).round_().clamp_(-8, 7).flatten(1)
     found = torch.stack((codes & 15, codes >> 4), -1).flatten(1).float() - 8
-    return int((nearest != found).sum()), found.numel()
+    return (nearest != found).sum()

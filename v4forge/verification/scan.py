@@ -29,8 +29,9 @@ from v4forge.digests import Digests
 from v4forge.errors import UserError
 from v4forge.verification import reference
 
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = min(64, len(os.sched_getaffinity(0)))
 PIECE_BYTES = 64 << 20  # of a tensor that is only compared; with it a thread holds at most about 300 MB
+ALIGNMENT = 64  # of a tensor in a thread's room, in bytes
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,33 @@ def pieces(config: layout.Config) -> Iterator[Piece]:
             yield from (Piece(name, shape, rule, at, min(at + step, count)) for at in range(0, count, step))
 
 
-class _Bytes:
-    """Stored tensors by positioned reads; safe for any number of threads."""
+class _Room(threading.local):
+    """A thread's memory for what it reads, used again for the next piece; pinned for a GPU, which copies from there."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self) -> None:
+        """What was taken is read no more."""
+        self._used = 0
+
+    def take(self, size: int) -> Tensor:
+        """[size] u8, not initialized."""
+        if self._used + size > len(self._buffer):  # who has parts of the old one keeps it
+            self._buffer = torch.empty(max(2 * len(self._buffer), 2 * size), dtype=torch.uint8, pin_memory=self._pinned)
+            self._used = 0
+        taken = self._buffer[self._used : self._used + size]
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        return taken
+
+
+class _Bytes:
+    """Stored tensors by positioned reads; safe for any number of threads, each of which has one piece at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, room: _Room) -> None:
+        self.checkpoint, self._room = checkpoint, room
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
 
@@ -97,7 +120,7 @@ class _Bytes:
         size = spec.item_bytes
         start, stop = (0, math.prod(spec.shape)) if piece.is_whole else (piece.start, piece.stop)
         stop = min(stop, math.prod(spec.shape))
-        buffer = torch.empty(max(stop - start, 0) * size, dtype=torch.uint8)
+        buffer = self._room.take(max(stop - start, 0) * size)
         read_into(self._files[path], path, buffer.numpy().data, offset + start * size)
         tensor = buffer.view(DTYPES[spec.dtype])
         return tensor.view(spec.shape) if piece.is_whole else tensor
@@ -120,28 +143,36 @@ def scan(
     source: Checkpoint | None,
     digests: Digests | None,
     progress: Callable[[int, int], None] = lambda _done, _of: None,
+    device: torch.device = reference.CPU,
 ) -> list[Seen]:
     """Measures every tensor of the artifact, beside its source where there is one, in the layout's order. `progress`
-    gets bytes read, and of how many. With `digests` each shard is hashed right behind its last tensor, while it lies in
-    the page cache: `digests` then knows them all.
+    gets bytes read, and of how many. With `digests` each shard is hashed beside its first tensors, as it comes into the
+    page cache: `digests` then knows them all. The routed experts' matrices are compared on `device`.
     """
     todo = list(pieces(artifact.config))
     sizes = [_size(piece) for piece in todo]
     done, total = 0, sum(sizes)
     seen: dict[int, Seen] = {}
+    reference.tables(device)
+    room = _Room(pinned=device.type == "cuda")
     with (
-        closing(_Bytes(artifact)) as ours,
-        closing(_Bytes(source or artifact)) as theirs,
+        closing(_Bytes(artifact, room)) as ours,
+        closing(_Bytes(source or artifact, room)) as theirs,
         _one_thread_each(),
-        ThreadPoolExecutor(THREADS, "scan") as pool,
+        ThreadPoolExecutor(THREADS, "scan", _on_own_stream, (device,)) as pool,
     ):
-        last = _last_use(todo, [c for c in (artifact, source) if c]) if digests else {}
+        first = _first_use(todo, [c for c in (artifact, source) if c]) if digests else {}
         jobs, hashes = {}, []
+
+        def measured(piece: Piece) -> Seen:
+            room.clear()
+            return _seen(piece, ours, theirs if source else None, digests is not None, device)
+
         try:
             for number, piece in enumerate(todo):
-                jobs[pool.submit(_seen, piece, ours, theirs if source else None, digests is not None)] = number
-                if digests and number in last:
-                    hashes.append(pool.submit(digests.of, last[number]))
+                if digests and number in first:  # each by a thread of its own, or a few would wait for the slowest
+                    hashes += [pool.submit(digests.of, [path]) for path in first[number]]
+                jobs[pool.submit(measured, piece)] = number
             for job in as_completed(jobs):
                 number = jobs[job]
                 seen[number] = job.result()
@@ -153,6 +184,13 @@ def scan(
             pool.shutdown(cancel_futures=True)
             raise
     return [seen[number] for number in range(len(todo))]
+
+
+def _on_own_stream(device: torch.device) -> None:
+    """Of a thread: what it has a GPU do waits for no other thread's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _size(piece: Piece) -> int:
@@ -170,22 +208,23 @@ def _stored(piece: Piece, form: str) -> dict[str, TensorSpec]:
     return specs
 
 
-def _last_use(todo: list[Piece], checkpoints: list[Checkpoint]) -> dict[int, list[Path]]:
-    """number of a piece -> the shards that nothing reads behind it."""
-    last: dict[Path, int] = {}
+def _first_use(todo: list[Piece], checkpoints: list[Checkpoint]) -> dict[int, list[Path]]:
+    """number of a piece -> the shards that it is the first to read; those that none reads are the first piece's."""
+    first: dict[Path, int] = {}
     for checkpoint in checkpoints:
-        last |= dict.fromkeys((checkpoint.directory / shard for shard in checkpoint.shard_names), len(todo) - 1)
         for number, piece in enumerate(todo):
             for name in _stored(piece, checkpoint.form):
                 if name in checkpoint.weight_map:
-                    last[checkpoint.directory / checkpoint.weight_map[name]] = number
+                    first.setdefault(checkpoint.directory / checkpoint.weight_map[name], number)
+        for shard in checkpoint.shard_names:
+            first.setdefault(checkpoint.directory / shard, 0)
     by_number: dict[int, list[Path]] = {}
-    for path, number in last.items():
+    for path, number in first.items():
         by_number.setdefault(number, []).append(path)
     return by_number
 
 
-def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> Seen:
+def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool, device: torch.device) -> Seen:
     found: dict[str, Tensor] = {}
     try:
         found = ours.parts(piece, _stored(piece, "artifact"))
@@ -209,7 +248,7 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> S
         except UserError as error:
             source_fault = error.fact
     if piece.rule.artifact == "int4":
-        matrix = reference.compared(parts, wanted, piece.shape)
+        matrix = reference.compared(_on(device, parts), _on(device, wanted))
         return Seen(piece.name, fault, source_fault, expert=matrix, digest=digest)
     differences: tuple[str, ...] = ()
     if wanted:
@@ -220,6 +259,13 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> S
             if not reference.same_bits(found[stored], tensor)
         )
     return Seen(piece.name, fault, source_fault, differences, stale, digest=digest)
+
+
+def _on(device: torch.device, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Codes and scales there; what a matrix says of its shape is read here."""
+    return {
+        part: each if part == "weight_shape" else each.to(device, non_blocking=True) for part, each in parts.items()
+    }
 
 
 def _checked(piece: Piece, bytes_: _Bytes, found: dict[str, Tensor], form: str) -> dict[str, Tensor]:
