@@ -189,7 +189,7 @@ def scan(
 def _on_own_stream(device: torch.device) -> None:
     """Of a thread: what it has a GPU do waits for no other thread's."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # which takes no device without a number
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
