@@ -79,7 +79,7 @@ def cold(files: Sequence[Path], work: Callable[[], Any]) -> float:
 # what is called -> the name of its part of the work
 PARTS = {
     "read": (scan, "read_into"),
-    "compare": (reference, "compared"),
+    "compare": (reference, "all_compared"),
     "expect": (reference, "expected"),
     "bits": (reference, "same_bits"),
     "digest": (scan, "matrix_digest"),

@@ -30,14 +30,16 @@ def near(found: reference.Matrix, wanted: reference.Matrix) -> bool:
 
 
 @pytest.mark.parametrize("shape", [(2048, 4096), (4096, 2048), (600, 256)])
-def test_a_matrix_is_as_far_from_its_source_as_on_the_cpu(shape: tuple[int, int]) -> None:
+def test_matrices_are_as_far_from_their_sources_as_on_the_cpu(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    source = codec.encode_fp4(torch.randn(shape))
-    scale = 0.3 + torch.rand(shape[0], shape[1] // 128)
-    parts = codec.encode_int4(torch.randint(-8, 8, shape, dtype=torch.int8), scale.bfloat16())
-    there = [{k: v if k == "weight_shape" else v.cuda() for k, v in each.items()} for each in (parts, source)]
-    assert near(reference.compared(*there), reference.compared(parts, source))
-    assert reference.compared(there[0], {}) == reference.compared(parts, {})
+    sources = [codec.encode_fp4(torch.randn(shape)) for _ in range(3)]
+    scales = [(0.3 + torch.rand(shape[0], shape[1] // 128)).bfloat16() for _ in range(3)]
+    parts = [codec.encode_int4(torch.randint(-8, 8, shape, dtype=torch.int8), scale) for scale in scales]
+    found = reference.all_compared(parts, sources, torch.device("cuda"))
+    for matrix, *each in zip(found, parts, sources, strict=True):
+        assert near(matrix, reference.compared(*each))
+    alone = reference.all_compared(parts, [{}] * 3, torch.device("cuda"))
+    assert alone == [reference.compared(each, {}) for each in parts]
 
 
 def test_a_whole_artifact_is_seen_as_on_the_cpu(tmp_path: Path) -> None:

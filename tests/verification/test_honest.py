@@ -20,7 +20,7 @@ from v4forge.digests import Digests
 from v4forge.model.evaluation import Quality
 from v4forge.outcomes import FAILED, WARNING, Outcome
 from v4forge.quantization import gptq
-from v4forge.verification import certificate, reference, tolerances
+from v4forge.verification import certificate, reference, scan, tolerances
 
 DRAWS = [pytest.param(2, id="2"), pytest.param(50, id="50", marks=pytest.mark.soak)]
 
@@ -139,6 +139,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return Artifact(base / "artifact", source)
 
 
+def test_what_is_seen_does_not_depend_on_how_many_matrices_a_thread_has(
+    made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for together in (1, 5):
+        monkeypatch.setattr(scan, "TOGETHER", {"cpu": together})
+        seen.append(scan.scan(Checkpoint(made.folder, form="artifact"), Checkpoint(made.source), None))
+    assert [str(each) for each in seen[0]] == [str(each) for each in seen[1]]
+    assert sum(each.expert is not None for each in seen[0]) > 5
+
+
 def predicting(sequences: int, kl: float = 0.01) -> Quality:
     """Of 512 tokens each, the same in every sequence."""
     rows = torch.zeros(sequences, 511, dtype=torch.float64)
@@ -217,3 +228,13 @@ def test_a_prediction_that_fails_asks_for_more_tokens(made: Artifact) -> None:
 def test_the_method_that_the_manifest_states_is_the_expected_one(made: Artifact) -> None:
     assert outcomes(made, expect="rtn")["provenance"].ok
     assert "method 'rtn', 'gptq' expected" in outcomes(made, expect="gptq")["provenance"].fact
+
+
+def test_matrices_compared_together_are_what_each_is_alone(wide: tuple[dict[str, Tensor], gptq.Quantized]) -> None:
+    source, found = wide
+    parts = [codec.encode_int4(found.codes[0].roll(shift, 0), found.scale[0]) for shift in (0, 1)]
+    parts.append(codec.encode_int4(found.codes[0].clamp(-1, 1), -found.scale[0]))
+    together = reference.all_compared(parts, [source] * 3)
+    assert [str(each) for each in together] == [str(reference.compared(each, source)) for each in parts]
+    assert [each.distinct for each in reference.all_compared(parts, [{}] * 3)] == [16, 16, 3]
+    assert together[0].error < together[1].error

@@ -7,7 +7,7 @@ itself. Everything is a function of stored bytes, and runs at about 1 GB/s of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -156,52 +156,66 @@ def compared(parts: Parts, source: Parts) -> Matrix:
     Q is code times scale, before the rounding to BF16 of a server, which is 30 times finer than the bounds it is held
     to.
     """
-    codes, scale = parts["weight_packed"].view(torch.uint8), parts["weight_scale"]
-    stated = tuple(parts["weight_shape"].tolist())
-    figures = [scale.isfinite().all() & (scale != 0).all(), _distinct(codes)]
-    if source:
-        fp4, power = source["weight"].view(torch.uint8), powers_of_two(source["scale"], torch.float64)
-        sums = _sums(fp4, codes).view(*power.shape, -1)
+    return all_compared([parts], [source])[0]
+
+
+def all_compared(parts: Sequence[Parts], sources: Sequence[Parts], device: torch.device = CPU) -> list[Matrix]:
+    """Each as `compared`: matrices of one shape, with sources or all without. On `device`, which is waited for once."""
+
+    def stacked(of: Sequence[Parts], part: str) -> Tensor:
+        if len(of) == 1 and device == CPU:
+            return of[0][part].unsqueeze(0)
+        return torch.stack([each[part].to(device, non_blocking=True) for each in of])
+
+    codes, scale = stacked(parts, "weight_packed").view(torch.uint8), stacked(parts, "weight_scale")
+    figures = [(scale.isfinite() & (scale != 0)).all(-1).all(-1), _distinct(codes)]
+    if sources[0]:
+        fp4, exponent = (stacked(sources, part).view(torch.uint8) for part in ("weight", "scale"))
         step = scale.double()
-        per_group = (*scale.shape, INT4_GROUP // FP4_GROUP)
-        qw = (sums[..., 0] * power).view(per_group).sum(-1) * step
-        ww = (sums[..., 1] * power.square()).view(per_group).sum(-1)
-        qq = sums[..., 2].view(per_group).sum(-1) * step.square()
-        figures += [ww.sum(), (qq - 2 * qw + ww).sum()]
-        figures += [*_ends(_slopes(qw, ww, 1), TOLERATED_ROWS), *_least_and_greatest(_slopes(qw, ww, 0), _counted(ww))]
-        figures.append(_moved(codes[::SAMPLED_ROWS], step[::SAMPLED_ROWS], source))
-    fine, distinct, *rest = torch.stack([figure.double() for figure in figures]).tolist()  # the one wait for a GPU
-    if not source:
+        rows = (each.flatten(0, 1) for each in (fp4, codes, exponent, step))
+        qw, ww, qq = (each.view(scale.shape) for each in _by_group(*rows))
+        figures += [ww.sum((1, 2)), (qq - 2 * qw + ww).sum((1, 2))]
+        figures += [*_ends(_slopes(qw, ww, 2), TOLERATED_ROWS), *_least_and_greatest(_slopes(qw, ww, 1), _counted(ww))]
+        figures.append(_moved(codes, step, fp4, exponent))
+    told = torch.stack([figure.double() for figure in figures], 1).tolist()
+    shapes = [tuple(each["weight_shape"].tolist()) for each in parts]
+    return [
+        _matrix(stated, codes[0, ::SAMPLED_ROWS].numel() * 2, *each) for stated, each in zip(shapes, told, strict=True)
+    ]
+
+
+def _matrix(stated: tuple[int, ...], codes: int, fine: float, distinct: float, *rest: float) -> Matrix:
+    """Of all_compared's figures."""
+    if not rest:
         return Matrix(stated, bool(fine), int(distinct))
     energy, squared, *slopes, moved = rest
-    return Matrix(
-        stated,
-        bool(fine),
-        int(distinct),
-        error=math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0,
-        rows=(slopes[0], slopes[1]),
-        columns=(slopes[2], slopes[3]),
-        moved=int(moved),
-        codes=codes[::SAMPLED_ROWS].numel() * 2,
-    )
+    error = math.sqrt(max(squared, 0.0) / energy) if energy > 0 else math.nan if squared else 0.0
+    rows, columns = (slopes[0], slopes[1]), (slopes[2], slopes[3])
+    return Matrix(stated, bool(fine), int(distinct), error, rows, columns, int(moved), codes)
 
 
-def _sums(fp4: Tensor, codes: Tensor) -> Tensor:
-    """Of each group of 32, its sums of _products, [groups, 4] f64. Bytes of both hold two codes, in the same order: one
-    table over both bytes has their products."""
-    rows = ROWS if codes.device == CPU else len(codes)
-    table = _products(codes.device)
-    parts = []
-    for some in zip(fp4.split(rows), codes.split(rows), strict=True):
-        both = torch.stack(some, -1).view(torch.uint16).int().view(-1, FP4_GROUP // 2)
-        parts.append(F.embedding_bag(both, table, mode="sum").double())
-    return torch.cat(parts)
+def _by_group(fp4: Tensor, codes: Tensor, exponent: Tensor, step: Tensor) -> list[Tensor]:
+    """<q, w>, <w, w> and <q, q> of each group of 128, [rows, groups] f64 each.
+
+    Bytes of both hold two codes, in the same order: one table over both bytes has their products, which are added in
+    groups of 32."""
+    at_a_time = ROWS if codes.device == CPU else len(codes)
+    found = []
+    for weight, code, power, scale in zip(*(t.split(at_a_time) for t in (fp4, codes, exponent, step)), strict=True):
+        both = torch.stack((weight, code), -1).view(torch.uint16).int().view(-1, FP4_GROUP // 2)
+        sums = F.embedding_bag(both, _products(codes.device), mode="sum").double()
+        sums, factor = sums.view(*power.shape, -1), powers_of_two(power, torch.float64)
+        per_group = (*scale.shape, INT4_GROUP // FP4_GROUP)
+        qw = (sums[..., 0] * factor).view(per_group).sum(-1) * scale
+        ww = (sums[..., 1] * factor.square()).view(per_group).sum(-1)
+        found.append((qw, ww, sums[..., 2].view(per_group).sum(-1) * scale.square()))
+    return [torch.cat(each) for each in zip(*found, strict=True)]
 
 
 def _slopes(qw: Tensor, ww: Tensor, along: int) -> Tensor:
-    """Means of <q, w> / <w, w> over the groups of 128 `along` rows (1) or columns (0), each weighted by its ||w||: a
-    group that is faint beside the others hardly counts, and no single large weight decides. qw, ww: [out, groups]; 1.0
-    where the source has zeros only.
+    """Means of <q, w> / <w, w> over the groups of 128 `along` rows (2) or columns (1), each weighted by its ||w||: a
+    group that is faint beside the others hardly counts, and no single large weight decides. qw, ww: [matrices, out,
+    groups]; 1.0 where the source has zeros only.
     """
     norm = ww.sqrt()
     total = norm.sum(along)
@@ -209,20 +223,21 @@ def _slopes(qw: Tensor, ww: Tensor, along: int) -> Tensor:
 
 
 def _counted(ww: Tensor) -> Tensor:
-    """Which columns of groups carry enough of the matrix to be judged, [groups] bool. ww: [out, groups]."""
-    carried = ww.sqrt().sum(0)
-    return carried >= COLUMN_SHARE * carried.mean()
+    """Which columns of groups carry enough of their matrix to be judged, [matrices, groups] bool. ww: [matrices, out,
+    groups]."""
+    carried = ww.sqrt().sum(1)
+    return carried >= COLUMN_SHARE * carried.mean(-1, keepdim=True)
 
 
 def _ends(values: Tensor, tolerated: float) -> tuple[Tensor, Tensor]:
-    """Least and greatest, but for a share of them at either end."""
-    left_out = int(len(values) * tolerated)
-    ordered = values.sort().values
-    return ordered[left_out], ordered[-1 - left_out]
+    """Least and greatest of the last dimension, but for a share of them at either end."""
+    left_out = int(values.shape[-1] * tolerated)
+    ordered = values.sort(-1).values
+    return ordered[..., left_out], ordered[..., -1 - left_out]
 
 
 def _least_and_greatest(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    return values.where(counted, torch.inf).amin(), values.where(counted, -torch.inf).amax()
+    return values.where(counted, torch.inf).amin(-1), values.where(counted, -torch.inf).amax(-1)
 
 
 @cache
@@ -245,24 +260,30 @@ def tables(device: torch.device) -> None:
 
 
 def _distinct(codes: Tensor) -> Tensor:
-    """How many of the 16 codes are used. codes: [out, in/2] u8, two a byte."""
-    if codes.device != CPU:  # where bincount waits
-        used = torch.zeros(256, dtype=torch.bool, device=codes.device)
-        used[codes.flatten().int()] = True
-        return _codes_of(used)
-    some = _codes_of(torch.bincount(codes[::SAMPLED_ROWS].flatten(), minlength=256) > 0)
-    return some if some == 16 else _codes_of(torch.bincount(codes.flatten(), minlength=256) > 0)
+    """How many of the 16 codes each matrix uses. codes: [matrices, out, in/2] u8, two a byte."""
+    if codes.device == CPU:
+        counts = [torch.bincount(each[::SAMPLED_ROWS].flatten(), minlength=256) for each in codes]
+        found = _codes_of(torch.stack(counts) > 0)
+        if bool((found == 16).all()):
+            return found
+        return _codes_of(torch.stack([torch.bincount(each.flatten(), minlength=256) for each in codes]) > 0)
+    used = torch.zeros(len(codes), 256, dtype=torch.bool, device=codes.device)  # for bincount would wait
+    used.scatter_(1, codes.flatten(1).long(), True)
+    return _codes_of(used)
 
 
 def _codes_of(bytes_used: Tensor) -> Tensor:
-    """bytes_used: [256] bool."""
-    return (bytes_used.view(16, 16).any(0) | bytes_used.view(16, 16).any(1)).sum()
+    """bytes_used: [matrices, 256] bool."""
+    by_code = bytes_used.view(-1, 16, 16)
+    return (by_code.any(1) | by_code.any(2)).sum(1)
 
 
-def _moved(codes: Tensor, step: Tensor, source: Parts) -> Tensor:
-    """How many codes of some rows are not the nearest ones at their scales."""
-    rows = {part: tensor[::SAMPLED_ROWS] for part, tensor in source.items()}
-    grouped = _fp4(rows).float().unflatten(-1, (-1, INT4_GROUP))
-    nearest = (grouped / step.float().unsqueeze(-1)).round_().clamp_(-8, 7).flatten(1)
-    found = torch.stack((codes & 15, codes >> 4), -1).flatten(1).float() - 8
-    return (nearest != found).sum()
+def _moved(codes: Tensor, step: Tensor, fp4: Tensor, exponent: Tensor) -> Tensor:
+    """How many codes of some rows of each matrix are not the nearest ones at their scales."""
+    some_codes, some_steps, weight, scale = (
+        each[:, ::SAMPLED_ROWS].flatten(0, 1) for each in (codes, step, fp4, exponent)
+    )
+    grouped = _fp4({"weight": weight, "scale": scale}).float().unflatten(-1, (-1, INT4_GROUP))
+    nearest = (grouped / some_steps.float().unsqueeze(-1)).round_().clamp_(-8, 7).flatten(1)
+    found = torch.stack((some_codes & 15, some_codes >> 4), -1).flatten(1).float() - 8
+    return (nearest != found).view(len(codes), -1).sum(1)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ from v4forge.verification import reference
 
 THREADS = min(64, len(os.sched_getaffinity(0)))
 PIECE_BYTES = 64 << 20  # of a tensor that is only compared; with it a thread holds at most about 300 MB
+# Matrices of routed experts that a thread has at a time, those of one shape compared as one: a GPU has then fewer and
+# larger kernels, while a CPU's temporaries would no longer stay where the last ones were.
+TOGETHER = {"cuda": 6, "cpu": 1}
 ALIGNMENT = 64  # of a tensor in a thread's room, in bytes
 
 
@@ -47,6 +50,9 @@ class Seen:
     digest: str = ""  # of a routed expert's codes and scales, as in the layer report
 
 
+Pair = tuple[dict[str, Tensor], dict[str, Tensor]]  # a matrix' parts and its source's, which may be empty
+
+
 @dataclass(frozen=True)
 class Piece:
     """What one thread works on at a time: a logical tensor, or elements `start` to `stop` of one stored as it is."""
@@ -60,6 +66,11 @@ class Piece:
     @property
     def is_whole(self) -> bool:
         return self.stop < 0
+
+    @property
+    def is_matrix(self) -> bool:
+        """Of a routed expert."""
+        return self.rule.artifact == "int4"
 
 
 def pieces(config: layout.Config) -> Iterator[Piece]:
@@ -164,19 +175,20 @@ def scan(
         first = _first_use(todo, [c for c in (artifact, source) if c]) if digests else {}
         jobs, hashes = {}, []
 
-        def measured(piece: Piece) -> Seen:
+        def measured(some: Sequence[Piece]) -> list[Seen]:
             room.clear()
-            return _seen(piece, ours, theirs if source else None, digests is not None, device)
+            return _all_seen(some, ours, theirs if source else None, digests is not None, device)
 
         try:
-            for number, piece in enumerate(todo):
-                if digests and number in first:  # each by a thread of its own, or a few would wait for the slowest
-                    hashes += [pool.submit(digests.of, [path]) for path in first[number]]
-                jobs[pool.submit(measured, piece)] = number
+            for numbers in _jobs(todo, TOGETHER[device.type]):
+                if digests:  # each by a thread of its own, or a few would wait for the slowest
+                    shards = [path for number in numbers for path in first.get(number, ())]
+                    hashes += [pool.submit(digests.of, [path]) for path in shards]
+                jobs[pool.submit(measured, todo[numbers.start : numbers.stop])] = numbers
             for job in as_completed(jobs):
-                number = jobs[job]
-                seen[number] = job.result()
-                done += sizes[number]
+                numbers = jobs[job]
+                seen |= zip(numbers, job.result(), strict=True)
+                done += sum(sizes[number] for number in numbers)
                 progress(done, total)
             for each in hashes:
                 each.result()
@@ -224,14 +236,48 @@ def _first_use(todo: list[Piece], checkpoints: list[Checkpoint]) -> dict[int, li
     return by_number
 
 
-def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool, device: torch.device) -> Seen:
+def _jobs(todo: Sequence[Piece], matrices: int) -> Iterator[range]:
+    """Numbers of pieces that one thread has at a time: so many matrices of routed experts, or anything else alone."""
+    start = 0
+    while start < len(todo):
+        stop = start + 1
+        while stop < len(todo) and stop - start < matrices and todo[start].is_matrix and todo[stop].is_matrix:
+            stop += 1
+        yield range(start, stop)
+        start = stop
+
+
+def _all_seen(
+    some: Sequence[Piece], ours: _Bytes, theirs: _Bytes | None, hashing: bool, device: torch.device
+) -> list[Seen]:
+    """Each piece as it is; the matrices among them, of one shape and with a source or without, at a time."""
+    pairs: list[Pair | None] = []
+    seen = []
+    for piece in some:
+        each, pair = _seen(piece, ours, theirs, hashing)
+        seen.append(each)
+        pairs.append(pair)
+    by_form: dict[tuple[Shape, bool], list[int]] = {}
+    for number, pair in enumerate(pairs):
+        if pair is not None:
+            by_form.setdefault((some[number].shape, bool(pair[1])), []).append(number)
+    for numbers in by_form.values():
+        both = [pair for number in numbers if (pair := pairs[number])]
+        matrices = reference.all_compared([parts for parts, _ in both], [wanted for _, wanted in both], device)
+        for number, matrix in zip(numbers, matrices, strict=True):
+            seen[number] = replace(seen[number], expert=matrix)
+    return seen
+
+
+def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool) -> tuple[Seen, Pair | None]:
+    """What is to be said of a piece; and of a routed expert's matrix its parts and its source's, to be compared."""
     found: dict[str, Tensor] = {}
     try:
         found = ours.parts(piece, _stored(piece, "artifact"))
         parts = _checked(piece, ours, found, "artifact")
         wrong = reference.fault(piece.rule.artifact, parts, ours.checkpoint.config.n_routed_experts)
     except UserError as error:
-        return Seen(piece.name, fault=error.fact)
+        return Seen(piece.name, fault=error.fact), None
     stale = tuple(
         alias
         for alias, original in ALIASES.items()
@@ -247,9 +293,8 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool, devi
             wanted = _checked(piece, theirs, theirs.parts(piece, _stored(piece, "source")), "source")
         except UserError as error:
             source_fault = error.fact
-    if piece.rule.artifact == "int4":
-        matrix = reference.compared(_on(device, parts), _on(device, wanted))
-        return Seen(piece.name, fault, source_fault, expert=matrix, digest=digest)
+    if piece.is_matrix:
+        return Seen(piece.name, fault, source_fault, digest=digest), (parts, wanted)
     differences: tuple[str, ...] = ()
     if wanted:
         expected = reference.expected(piece.name, piece.rule, wanted)
@@ -258,14 +303,7 @@ def _seen(piece: Piece, ours: _Bytes, theirs: _Bytes | None, hashing: bool, devi
             for stored, tensor in expected.items()
             if not reference.same_bits(found[stored], tensor)
         )
-    return Seen(piece.name, fault, source_fault, differences, stale, digest=digest)
-
-
-def _on(device: torch.device, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Codes and scales there; what a matrix says of its shape is read here."""
-    return {
-        part: each if part == "weight_shape" else each.to(device, non_blocking=True) for part, each in parts.items()
-    }
+    return Seen(piece.name, fault, source_fault, differences, stale, digest=digest), None
 
 
 def _checked(piece: Piece, bytes_: _Bytes, found: dict[str, Tensor], form: str) -> dict[str, Tensor]:
