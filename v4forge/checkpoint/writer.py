@@ -6,7 +6,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,18 @@ def header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | Non
     return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, digest: Any = None
+) -> None:
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes. A `digest` of
+    hashlib gets them, too, on a thread beside the writing."""
     head, starts, _ = header_of({n: spec_of(t) for n, t in tensors.items()}, metadata)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(head)
-        for name in starts:
-            file.write(tensor_bytes(tensors[name]))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file, ThreadPoolExecutor(1, "hash") as hashing:
+        parts: Iterator[bytes | memoryview] = chain([head], (tensor_bytes(tensors[name]) for name in starts))
+        for part in parts:
+            if digest is not None:
+                hashing.submit(digest.update, part)
+            file.write(part)
 
 
 class SharedShard:

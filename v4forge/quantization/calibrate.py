@@ -7,8 +7,9 @@ hidden states that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.prefetch import Reader, done
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.digests import digest_of
+from v4forge.digests import Digests, digest_of, file_sha256
+from v4forge.errors import UserError
 from v4forge.files import remove_leftovers
 from v4forge.model import deepseek_v4
 from v4forge.model.corpus import Corpus
@@ -27,10 +29,11 @@ from v4forge.model.distributed import Ranks
 from v4forge.profiling import Watch
 from v4forge.quantization import hidden_states
 from v4forge.quantization.layer import Layer, Run, groups_of, stored_parts
-from v4forge.quantization.layer_files import Settings, finished
+from v4forge.quantization.layer_files import Settings, digest_cache, finished, layer_file
 
 READ_AHEAD_BYTES = 4 << 30
 WRITE_THREADS = 2
+HASH_THREADS = 2  # of files of 3 GB, which take 2 s each
 CHECKED_AT_A_TIME = 48  # tensors of the MTP block
 
 
@@ -106,6 +109,7 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
     with (
         Reader(source, groups, READ_AHEAD_BYTES, device, run.watch) as reader,
         ThreadPoolExecutor(WRITE_THREADS, "writer") as writer,
+        _hashing(run) as hashed,
     ):
         previous: Layer | None = None
         kept: list[Future[None]] = []
@@ -120,6 +124,7 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
             del attended
             if previous is not None:
                 previous.publish()  # its writes had this layer's time
+                hashed(previous)
             previous = layer
             if corpus is not None and keep_every and (index + 1) % keep_every == 0 and index != todo[-1]:
                 done(kept)
@@ -130,7 +135,30 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
                 kept += [layer.keep(number, batch) for number, batch in zip(own, streams, strict=True)]
         if previous is not None:
             previous.publish()
+            hashed(previous)
         done(kept)
+
+
+@contextmanager
+def _hashing(run: Run) -> Iterator[Callable[[Layer], None]]:
+    """The value has a layer's file hashed on a thread, on rank 0, while it lies in the page cache and the next layers
+    compute: postprocess and verify then know its digest. At the end all are kept, however the block ends."""
+    known = Digests(digest_cache(run.work))
+
+    def learn(path: Path) -> None:
+        with suppress(OSError):  # who wants it later reads the file, or says why not
+            known.learn(path, file_sha256(path))
+
+    def hashed(layer: Layer) -> None:
+        if layer.todo and run.ranks.rank == 0:
+            pool.submit(learn, layer_file(run.work, layer.index))
+
+    try:
+        with ThreadPoolExecutor(HASH_THREADS, "hash") as pool:
+            yield hashed
+    finally:
+        with suppress(UserError):  # where nothing is remembered, who wants it reads
+            known.save()
 
 
 def _check_mtp(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -136,7 +137,7 @@ def assemble(
     tokenizer_files(source.directory)  # before every byte is read for the digests
     mark = read_json(work / layer_files.FINGERPRINT)
     source = source.made_by(mark["settings"]["recipe"])
-    cache = work.parent / ".stamps" / "digests.json"
+    cache = layer_files.digest_cache(work)
     if layer_files.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
         raise UserError(
             f"{source.directory} is not the source that {work} was calibrated on",
@@ -167,12 +168,18 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
     for stale in sorted({*TOKENIZER_FILES, *artifact_folder.UNSUMMED} - written):
         (out / stale).unlink(missing_ok=True)
     reports = []
+    known = digests.Digests(cache)  # the layers' files were hashed as they were made
     for layer, name in zip(config.layers, names, strict=False):
         progress(layer, "layers")
         reports.append(origin.place(layer, out / name))
     for done, (name, what) in enumerate(zip(names[len(reports) :], groups, strict=True), len(reports)):
         progress(done, what)
-        write_shard(out / name, {k: v for n, shape in groups[what] for k, v in converted(source, n, shape).items()})
+        sha256 = hashlib.sha256()
+        tensors = {k: v for n, shape in groups[what] for k, v in converted(source, n, shape).items()}
+        write_shard(out / name, tensors, digest=sha256)
+        known.learn(out / name, sha256.hexdigest())
+        del tensors
+    known.save()
     expected = layout.artifact(config)
     shards = {name: safe_open(out / name, framework="pt") for name in names}
     weight_map = {tensor: name for name, file in shards.items() for tensor in file.keys()}  # noqa: SIM118, not a dict
