@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,17 @@ class Reader:
                 jobs.append(pool.submit(read_into, self._files[path], path, target, start + done))
         for job in jobs:
             job.result()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """A pool's threads are the parallelism: torch must not start more in each of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def open_file(path: str) -> int:

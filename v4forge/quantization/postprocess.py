@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from v4forge import artifact_folder, digests
 from v4forge.checkpoint import layout, recipe
 from v4forge.checkpoint.conversion import converted
 from v4forge.checkpoint.layout import Config
+from v4forge.checkpoint.prefetch import one_thread_each
 from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.writer import write_index, write_shard
 from v4forge.errors import UserError
@@ -41,6 +44,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "LICENSE",
 )
+THREADS = min(16, len(os.sched_getaffinity(0)))  # that decode tensors, of the MTP block above all
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -175,7 +179,9 @@ def build(source: Checkpoint, origin: Origin, out: Path, cache: Path, progress: 
     for done, (name, what) in enumerate(zip(names[len(reports) :], groups, strict=True), len(reports)):
         progress(done, what)
         sha256 = hashlib.sha256()
-        tensors = {k: v for n, shape in groups[what] for k, v in converted(source, n, shape).items()}
+        with one_thread_each(), ThreadPoolExecutor(THREADS, "convert") as pool:
+            parts = pool.map(lambda each: converted(source, *each), groups[what])
+            tensors = {stored: tensor for part in parts for stored, tensor in part.items()}
         write_shard(out / name, tensors, digest=sha256)
         known.learn(out / name, sha256.hexdigest())
         del tensors

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.codec import DTYPES
 from v4forge.checkpoint.formats import Shape, TensorSpec
-from v4forge.checkpoint.prefetch import open_file, read_into
+from v4forge.checkpoint.prefetch import one_thread_each, open_file, read_into
 from v4forge.checkpoint.reader import Checkpoint
 from v4forge.checkpoint.recipe import ALIASES, Rule
 from v4forge.checkpoint.writer import matrix_digest
@@ -137,17 +137,6 @@ class _Bytes:
         return tensor.view(spec.shape) if piece.is_whole else tensor
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """The pool's threads are the parallelism: torch must not start more in each of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def scan(
     artifact: Checkpoint,
@@ -169,7 +158,7 @@ def scan(
     with (
         closing(_Bytes(artifact, room)) as ours,
         closing(_Bytes(source or artifact, room)) as theirs,
-        _one_thread_each(),
+        one_thread_each(),
         ThreadPoolExecutor(THREADS, "scan", _on_own_stream, (device,)) as pool,
     ):
         first = _first_use(todo, [c for c in (artifact, source) if c]) if digests else {}
