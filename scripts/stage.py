@@ -131,7 +131,9 @@ def main(
     """Runs or explains stages of a table -> exit code; `program` of scripts/ is the one that its user called."""
     args = parse(argv, list(table))
     args.program = program
-    runner = Runner(settings_of(args), table, root)
+    values = settings_of(args)
+    locked = lock_file(Path(values["work"]), args.stages)
+    runner = Runner(values, table, root, locked)
     if args.action == "why" or args.dry_run:
         lines = (
             explain.dry_run(runner, args.stages)
@@ -146,7 +148,7 @@ def main(
 
     check_writable(runner.work)
     with ExitStack() as held:
-        lock = held.enter_context(exclusive(lock_file(runner.work, args.stages), lambda: busy(runner)))
+        lock = held.enter_context(exclusive(locked, lambda: busy(runner)))
         held.enter_context(ending_on_sigterm())
         held.callback(lambda: runner.digests.save())
         if events.VARIABLE in os.environ:  # a part of a run that tells of itself

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +22,8 @@ from staged import Project, left
 from v4forge.errors import UserError, run_main
 from v4forge.images import containers
 from v4forge.images.containers import Engine
-from v4forge.images.jobs import Job
+from v4forge.images.jobs import RUN_LABEL, Job
+from v4forge.pipeline import run_state
 
 pytestmark = pytest.mark.images
 
@@ -106,18 +108,45 @@ def test_a_reader_that_goes_away_ends_the_container(project: Project, engine: En
     assert runner.wait(20) != 0
 
 
-def test_the_container_of_a_killed_run_keeps_others_out_and_is_removed_after_its_end(
-    project: Project, engine: Engine
-) -> None:
-    runner = project.start("import time; print('alive'); time.sleep(60)")
+def test_a_killed_runner_takes_its_container_along(project: Project, engine: Engine) -> None:
+    runner = project.start("import time; print('alive'); time.sleep(600)")
     runner.kill()
     runner.wait()
+    end = time.monotonic() + 60
+    while run_state.lives(project.work, ["calibrate"]):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     (name,) = left(engine, project.folder)
+    assert engine.client.containers.get(name).wait(timeout=60)["StatusCode"] == 128 + signal.SIGTERM
+    assert project.run("").returncode == 0
+
+
+def test_a_container_that_outlives_its_runner_keeps_others_out_until_its_end(project: Project, engine: Engine) -> None:
+    runner = project.start(
+        "import signal, time; signal.signal(15, lambda *_: print('told', flush=True)); print('alive'); time.sleep(600)"
+    )
+    runner.kill()
+    (name,) = left(engine, project.folder)
+    container = engine.client.containers.get(name)
+    assert b"told" in next(line for line in container.logs(stream=True, follow=True) if b"told" in line)
+    assert run_state.lives(project.work, ["calibrate"])
+    done = project.run("")
+    assert done.returncode == 1 and lines(done)[0] == "error: another run is writing to " + str(project.work)
+    container.kill()
+    container.wait(timeout=60)
+    assert project.run("").returncode == 0
+
+
+def test_where_no_lock_is_seen_the_container_of_a_killed_run_is_named(project: Project, engine: Engine) -> None:
+    labels = {RUN_LABEL: str(project.work)}
+    left_over = engine.client.containers.run(
+        project.image, ["-c", "import time; time.sleep(600)"], entrypoint="python", labels=labels, detach=True
+    )
     done = project.run("")
     assert done.returncode == 1
-    assert lines(done)[0].startswith(f"error: {name}, of a run that was killed, still writes to")
-    assert lines(done)[1] == f"hint: wait for it, or: docker stop {name}"
-    engine.client.containers.get(name).stop(timeout=5)
+    assert lines(done)[0].startswith(f"error: {left_over.name}, of a run that was killed, still writes to")
+    assert lines(done)[1] == f"hint: wait for it, or: docker stop {left_over.name}"
+    left_over.kill()
     assert project.run("").returncode == 0
 
 
@@ -302,5 +331,5 @@ def test_a_daemon_that_goes_away_is_an_error_and_what_it_left_is_removed_later(
     assert fact.startswith("error: the docker daemon is gone: ")
     assert hint.startswith("hint: sudo systemctl status docker")
     (name,) = left(engine, project.folder)
-    engine.client.containers.get(name).kill()
+    engine.client.containers.get(name).wait(timeout=60)  # it ends with its runner
     assert project.run("").returncode == 0

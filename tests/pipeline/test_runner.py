@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from scripts import stage
 from v4forge.checkpoint import incoming
 from v4forge.errors import UserError
 from v4forge.files import changed_json, exclusive, read_json
-from v4forge.pipeline import events
+from v4forge.pipeline import events, run_state
 from v4forge.pipeline.background_fetch import Fetch
 from v4forge.pipeline.runner import LAUNCHER, Runner, StageFailed
 from v4forge.pipeline.stages import Stage
@@ -68,11 +69,15 @@ def started(*words: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, limit_s: float = 100) -> None:
+def wait_until(true: Callable[[], bool], what: str = "", limit_s: float = 100) -> None:
     end = time.monotonic() + limit_s
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} does not appear"
+    while not true():
+        assert time.monotonic() < end, what
         time.sleep(0.05)
+
+
+def wait_for(path: Path) -> None:
+    wait_until(path.exists, f"{path} does not appear")
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -267,6 +272,23 @@ def test_sigterm_ends_the_download_too_and_is_told(project: Path) -> None:
     assert (
         events.read(events.file_of(project / "scratch/flash"))[-1].items() >= {"event": "run-end", "code": 143}.items()
     )
+
+
+def test_a_killed_runner_takes_its_stage_and_its_download_along_and_status_says_so(project: Path) -> None:
+    work = project / "scratch/flash"
+    run = started("fetch", "calibrate", "--title", "artifact")
+    wait_for(project / "began")
+    run.kill()
+    code, said = ended(run)  # once nobody holds its output any more
+    assert code == -signal.SIGKILL, said
+    assert not run_state.lives(work, ["calibrate"])
+    wait_until(lambda: not (incoming.live(work / "upstream") or run_state.lives(work, ["fetch"])))
+    told = subprocess.run(
+        [sys.executable, "-m", "scripts.status", "--work", str(work)], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert f"artifact: its process {run.pid} is gone without a word" in told
+    assert "what is finished is kept; it goes on with: make artifact PROFILE=flash" in told
+    assert "running" not in told
 
 
 def test_ranks_that_are_stopped_end_without_a_traceback_of_their_launcher(project: Path) -> None:

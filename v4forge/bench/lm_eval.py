@@ -3,7 +3,6 @@ stalls ends it in time, with what happened as an error that a user can act on.""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.containers import Container
 from requests.exceptions import RequestException
 
+from v4forge import children
 from v4forge.bench.quality import Task
 from v4forge.errors import UserError
 from v4forge.images import jobs, refusals
@@ -129,7 +129,7 @@ class HostProcess:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=children.ending_with_us(signal.SIGKILL),
                 )
         except OSError as error:
             hint = "make env-serve-cpu, or --program <the folder of lm-eval's python>"
@@ -148,11 +148,6 @@ class HostProcess:
                 self._process.wait(STOP_S)
 
 
-def _end_with_parent() -> None:
-    """In the child: the kernel kills it when the thread that started it ends, SIGKILL included (prctl(2))."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 class ContainerProcess:
     """A container that is removed in the end. One of a run that was killed still works there: it is removed first."""
 
@@ -163,7 +158,7 @@ class ContainerProcess:
                 left.remove(force=True)
             options = jobs.options(job, engine.security, ulimits=())  # those are for NCCL
             options["labels"] = {RUN_LABEL: label}
-            made = engine.client.containers.create(job.image, list(job.command[1:]), **options)
+            made = engine.client.containers.create(job.image, job.words[1:], **options)
             self._container: Container = made
             try:
                 made.start()

@@ -113,7 +113,7 @@ def _run(engine: Engine, job: Job, ulimits: Sequence[Ulimit], received: Sequence
     tty = sys.stdout.isatty() and sys.stderr.isatty()
     chosen = jobs.options(job, engine.security, ulimits)
     with ThreadPoolExecutor(1) as pool:
-        container = engine.client.containers.create(job.image, list(job.command[1:]), tty=tty, **chosen)
+        container = engine.client.containers.create(job.image, job.words[1:], tty=tty, **chosen)
         try:
             stream = container.attach(stream=True, demux=not tty)
             container.start()
@@ -133,7 +133,7 @@ def output(engine: Engine, job: Job, limit_s: float) -> tuple[int, str]:
     """
     with _explained(job):
         container = engine.client.containers.create(
-            job.image, list(job.command[1:]), **jobs.options(job, engine.security, ulimits=())
+            job.image, job.words[1:], **jobs.options(job, engine.security, ulimits=())
         )
         try:
             container.start()

@@ -40,6 +40,14 @@ ONLINE = (
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 CA_FILE = "/run/v4forge/ca.pem"
 
+# A program beside what waits for a lock, which a killed holder leaves. It takes the lock then, until the program has
+# ended, so that nobody else begins meanwhile. Where locks of the host are not seen (gVisor), it is free at once, and
+# the program runs alone.
+BESIDE_A_LOCK = """
+(flock -sn "$0" true || flock "$0" sh -c "kill $$; sleep 30; kill -9 $$") 2>/dev/null &
+exec "$@"
+"""
+
 # NCCL registers memory with network cards, which memlock limits.
 ULIMITS = (Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=64 << 20, hard=64 << 20))
 
@@ -48,7 +56,8 @@ ULIMITS = (Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=6
 class Job:
     """A program in an image: it writes to the folder `work`, and reads the files and folders `reads`.
 
-    A run has a name; a shell has none. `gpus` says how many it needs, DEVICES which.
+    A run has a name; a shell has none. `gpus` says how many it needs, DEVICES which. `lock` is a locked file in `work`,
+    with whose holder the program ends, however that ends.
     """
 
     image: str
@@ -60,6 +69,13 @@ class Job:
     name: str = ""
     beside: str = ""  # what it is, where it may run beside another job of the same folder
     environment: Mapping[str, str] = field(default_factory=dict)
+    lock: Path | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """What the container runs: the command, and what ends it."""
+        watched = ["sh", "-c", BESIDE_A_LOCK, str(self.lock.absolute())] if self.lock else []
+        return [*watched, *self.command]
 
     @property
     def run(self) -> str:
@@ -137,7 +153,7 @@ def options(job: Job, security: AbstractSet[str], ulimits: Sequence[Ulimit] = UL
         "name": job.name,
         "labels": {RUN_LABEL: job.run} if job.name else {},
         # An image's own entry point would come first.
-        "entrypoint": list(job.command[:1]),
+        "entrypoint": job.words[:1],
         # Rootless, the caller is the container's root, and the caller's other groups have no number there.
         "user": "0:0" if rootless else f"{os.getuid()}:{os.getgid()}",
         "group_add": [] if rootless else [str(group) for group in os.getgroups()],
@@ -184,7 +200,7 @@ def command_line(job: Job, security: AbstractSet[str], *flags: str) -> list[str]
     not do that would refuse."""
     chosen = options(job, security, ulimits=())
     words = [f"{FLAGS[name][0]}={value}" for name in chosen for value in FLAGS[name][1](chosen[name])]
-    return ["docker", "run", "--rm", *flags, *words, job.image, *job.command[1:]]
+    return ["docker", "run", "--rm", *flags, *words, job.image, *job.words[1:]]
 
 
 def _mount_fields(mount: Mount) -> str:

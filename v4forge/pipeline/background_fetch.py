@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from v4forge import children
 from v4forge.checkpoint import incoming
 from v4forge.files import is_locked, make_folder
 
@@ -32,14 +33,20 @@ class Fetch:
     def begin(cls, source: Path, lock: Path, log: Path, options: Sequence[str]) -> Fetch:
         """Starts `python -m scripts.stage run fetch` with these options, unless a download runs already.
 
-        Ctrl-C reaches it through the terminal, as it does the stage beside it.
+        Ctrl-C reaches it through the terminal, as it does the stage beside it; when we are killed, it ends too.
         """
         if incoming.live(source) or is_locked(lock):
             return cls(source, lock, log, None)
         make_folder(log.parent)
         with open(log, "wb") as file:
             command = [sys.executable, "-m", "scripts.stage", "run", "fetch", *options]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=children.ending_with_us(),
+            )
         return cls(source, lock, log, process)
 
     def running(self) -> bool:

@@ -7,15 +7,17 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from v4forge import launched
+from v4forge import children, launched
 from v4forge.errors import UserError
 
 
 def execute(command: Sequence[str], root: Path, lock: int, environment: Mapping[str, str]) -> int:
     """Runs a program to its end and returns its exit code. It inherits the lock, so that no second run can start
-    while it lives, and our SIGTERM; Ctrl-C reaches it by itself, through the terminal."""
+    while it lives, and our SIGTERM, which it also gets when we are killed; Ctrl-C reaches it by itself, through the
+    terminal."""
     environment = {**launched.without(), **environment, "PYTHONPATH": str(root)}
-    with subprocess.Popen(command, pass_fds=(lock,), env=environment) as program:
+    begin = children.ending_with_us()
+    with subprocess.Popen(command, pass_fds=(lock,), env=environment, preexec_fn=begin) as program:
         previous = signal.signal(signal.SIGTERM, lambda *_: program.terminate())
         try:
             code = program.wait()

@@ -46,13 +46,16 @@ class StageFailed(Exception):
 
 
 class Runner:
-    """Runs stages of `table` in one work folder, `<scratch>/<profile>`."""
+    """Runs stages of `table` in one work folder, `<scratch>/<profile>`. `lock` is the file that this run has locked."""
 
-    def __init__(self, values: Mapping[str, Any], table: Mapping[str, Stage], root: Path) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], table: Mapping[str, Stage], root: Path, lock: Path | None = None
+    ) -> None:
         self.values = dict(values)
         self.table = table
         self.root = root
         self.work = Path(values["work"])
+        self.lock = lock
         self.digests = Digests(self.work / ".stamps" / "digests.json")
         self.unsaid: list[str] = []  # about stages that need not run: said once another one runs
         self.seconds: dict[str, float] = {}  # of the stages that ran
@@ -169,6 +172,7 @@ class Runner:
             online=stage.downloads == "always" or (stage.downloads != "" and not self.values[stage.downloads]),
             name=f"v4forge-{self.values['profile']}-{name}-{secrets.token_hex(3)}",
             beside=name if stage.beside else "",
+            lock=self.lock,
             environment={
                 "XDG_CACHE_HOME": str(cache),
                 "TRITON_CACHE_DIR": str(cache / "triton"),
