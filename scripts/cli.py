@@ -20,7 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from v4forge.errors import Parser, UserError, as_called
+from v4forge.errors import Parser, UserError
+from v4forge.hints import as_called
 from v4forge.pipeline import events
 from v4forge.pipeline.progress import Moment, Pace
 

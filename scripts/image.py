@@ -36,7 +36,7 @@ PYTHONS = ("3.11", "3.12")
 
 def build(arguments: argparse.Namespace) -> None:
     """Builds images, with the cache of earlier builds."""
-    client = containers.connect().client
+    client = containers.connect(instead="").client
     base = image_base.find(client, arguments.base)
     for image in arguments.images:
         started = time.monotonic()
@@ -83,7 +83,7 @@ def push(arguments: argparse.Namespace) -> None:
     """Pushes images with their documents, and writes images.lock."""
     if not arguments.to:
         raise UserError("push needs a registry", "make push REGISTRY=<host>/<path>")
-    client = containers.connect().client
+    client = containers.connect(instead="").client
     for image in arguments.images:
         documents = {name: read_document(arguments.documents / image.name / file) for name, file in DOCUMENTS.items()}
         repository, tag = f"{arguments.to.rstrip('/')}/v4forge-{image.name}", tag_of(arguments, image)
@@ -109,7 +109,7 @@ def read_document(path: Path) -> bytes:
 
 def pull(arguments: argparse.Namespace) -> None:
     """Pulls images by the digests of images.lock, and refuses what differs from it."""
-    client = containers.connect().client
+    client = containers.connect(instead="").client
     for image in arguments.images:
         tag = tag_of(arguments, image)
         documents = registry.pull(client, image.name, tag, say, arguments.verify_key, arguments.lock)
@@ -120,7 +120,7 @@ def pull(arguments: argparse.Namespace) -> None:
 
 def shell(arguments: argparse.Namespace) -> None:
     """A shell in an image, as a stage sees it: the scratch folder to write to, all GPUs asked for."""
-    engine = containers.connect()
+    engine = containers.connect(instead="")
     reference = definitions.resolve(arguments.images[0].name)
     found = containers.find(engine, reference, definitions.code_sha256())
     gpus = 0 if found.lane == "cpu" else arguments.gpus

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from v4forge.errors import as_called, run_main
+from v4forge.errors import run_main
+from v4forge.hints import as_called
 from v4forge.units import decimal_size, size
 
 from .cli import parser_for, table_console

@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     image = definitions.get(arguments.image)
     lane = arguments.lane or build.default_lane(image)
-    client = containers.connect().client
+    client = containers.connect(instead="").client
     base = image_base.find(client, arguments.base)
     command = [sys.executable, "-m", "scripts.image", "build", image.name, "--no-cache", "--documents", "documents"]
     command += ["--lane", lane, "--base", base.reference, "--revision", build.revision()]

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hints_seen
 import hypothesis
 import once
 import pytest
 
 import v4forge  # noqa: F401
+from v4forge import hints
 
 if TYPE_CHECKING:
     from programs import ForkServer
@@ -44,6 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     return f"seed: {SEED}={os.environ[SEED]}"
+
+
+@pytest.fixture(autouse=True)
+def hints_name_what_is_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every hint of a test is judged; on every machine services are systemd's."""
+    monkeypatch.setattr(hints, "SYSTEMD", Path("/"))
+    with hints_seen.judged() as faults:
+        yield
+    assert faults == []
 
 
 @pytest.fixture

@@ -20,19 +20,17 @@ EVENTS = "V4FORGE_EVENTS"  # of a run: names a file in its folder of logs
 # Packages whose errors are of the other side.
 OUTSIDE = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "docker")
 SUMMARY_LENGTH = 400
-INSTALLED_SCRIPTS = "v4forge_scripts"  # pyproject.toml maps it
-PROGRAM = re.compile(r"(?:\.venv/bin/)?python -m scripts\.(\w+)")
 
 
 class UserError(Exception):
-    """Something the user can act on. `fact` names the tensor, file or setting; `hint` says what to run or do: commands
-    of make get what make was given of the artifact and its place, which they would be others without."""
+    """Something the user can act on. `fact` names the tensor, file or setting; `hint` says what to run or do, and
+    becomes what that is here (hints.py)."""
 
     def __init__(self, fact: str, hint: str) -> None:
-        if os.environ.get("V4FORGE_GIVEN"):
-            from v4forge import makefile  # not for the calibration image's build, which has env.py and errors.py alone
+        with contextlib.suppress(ImportError):  # an image's build has env.py and errors.py alone
+            from v4forge import hints
 
-            hint = makefile.completed(hint)
+            fact, hint = hints.as_called(fact), hints.told(hint)
         super().__init__(fact, hint)
         self.fact = fact
         self.hint = hint
@@ -41,18 +39,9 @@ class UserError(Exception):
         return f"{self.fact} (hint: {self.hint})"
 
 
-def as_called(text: str) -> str:
-    """The text with the programs that it names as its reader can call them: an installed package, whose scripts/ are
-    called v4forge_scripts, has them as the command v4forge."""
-    if INSTALLED_SCRIPTS not in sys.modules:
-        return text
-    text = PROGRAM.sub(lambda found: f"v4forge {found[1].removesuffix('_checkpoint').replace('_', '-')}", text)
-    return text.replace("-m scripts.", f"-m {INSTALLED_SCRIPTS}.")  # for torchrun
-
-
 def report(error: UserError) -> None:
     """Prints the two lines on stderr."""
-    print(as_called(f"error: {error.fact}\nhint: {error.hint}"), file=sys.stderr, flush=True)
+    print(f"error: {error.fact}\nhint: {error.hint}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

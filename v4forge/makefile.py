@@ -34,6 +34,8 @@ CALLED = re.compile(r"(?:\$\(MAKE\)|\btry) ([a-z][a-z-]*)")
 # A command of make in a hint: its goals, and what it sets.
 VALUE = r"""(?:"[^"]*"|'[^']*'|<[^>]*>|[^\s"'<])*?(?=[,.;:)]*(?:\s|$))"""
 COMMAND = re.compile(rf"\bmake((?: [a-z][a-z-]*)+)((?: [A-Z_]+={VALUE})*)")
+# What follows the word make where it is no command.
+PROSE = ("a", "environments", "it", "leaves", "of", "sure", "that", "the", "them", "was")
 # What a hint's command is another one without: of which artifact it is, where that is, and what runs it.
 PLACES = ("PROFILE", "SCRATCH", "ARTIFACT", "RUNTIME", "BACKEND")
 # Of a program's environment: what make was given, as words of a shell, and, where there is no Makefile, which target

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from v4forge import makefile
+from v4forge import hints
 
 OK, WARNING, FAILED, NOT_CHECKED = "ok", "warning", "failed", "not checked"
 
@@ -27,7 +27,7 @@ class Outcome:
     after: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fix", makefile.completed(self.fix))
+        object.__setattr__(self, "fix", hints.told(self.fix))
 
     @property
     def ok(self) -> bool:

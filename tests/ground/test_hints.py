@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from v4forge import makefile
+from v4forge import hints, makefile
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
 from v4forge.outcomes import failed
@@ -63,3 +65,45 @@ def test_a_hint_says_what_was_given_to_make(tmp_path: Path) -> None:
     assert command.startswith("make serve PROFILE=flash SCRATCH=") and shown.returncode == 0
     again = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True).stdout
     assert f"SCRATCH={scratch}\n" in again
+
+
+@pytest.mark.parametrize(
+    ("systemd", "scripts", "said"),
+    [
+        (True, (), "sudo systemctl enable --now docker, then: sudo systemctl status docker"),
+        (False, ("docker",), "sudo service docker start, then: sudo service docker status"),
+        (False, (), "on the host of this container: sudo systemctl enable --now docker, then: {} status docker"),
+    ],
+)
+def test_a_service_is_started_as_it_is_here(
+    systemd: bool, scripts: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "SYSTEMD", tmp_path if systemd else tmp_path / "none")
+    monkeypatch.setattr(hints, "SERVICES", tmp_path)
+    for name in scripts:
+        (tmp_path / name).touch()
+    hint = "sudo systemctl enable --now docker, then: sudo systemctl status docker"
+    told = UserError("x", hint).hint
+    assert told == said.format("on the host of this container: sudo systemctl")
+    assert UserError("x", told).hint == told
+
+
+@pytest.mark.parametrize(
+    ("hint", "said"),
+    [
+        ("make postprocess verify PROFILE=flash, then again", "v4forge postprocess … && v4forge verify …, then again"),
+        ("make card writes it", "v4forge card … writes it"),
+        ("make compare A=<folder> B=<folder>", "v4forge compare …"),
+        ("make serve-stop, then: make verify", f"make serve-stop, then: v4forge verify … {hints.OF_A_CHECKOUT}"),
+        ("another folder: make … SCRATCH=<folder>", f"another folder: make … SCRATCH=<folder> {hints.OF_A_CHECKOUT}"),
+        ("make it a readable file", "make it a readable file"),
+        ("python -m scripts.inspect_checkpoint DIR", "v4forge inspect DIR"),
+    ],
+)
+def test_a_package_has_the_command_v4forge_and_no_makefile(
+    hint: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "INSTALLED", True)
+    monkeypatch.setitem(sys.modules, f"{hints.INSTALLED_SCRIPTS}.__main__", importlib.import_module("scripts.__main__"))
+    told = UserError("x", hint).hint
+    assert told == said == UserError("x", told).hint

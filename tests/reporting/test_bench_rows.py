@@ -255,7 +255,7 @@ def test_without_an_offline_figure_the_command_that_makes_it_is_said() -> None:
     result = made.draft()
     for part in result["parts"].values():
         part["offline"] = None
-    assert "verify --deep" in section_of("draft", result).said[0]
+    assert "--deep 8192" in section_of("draft", result).said[0]
 
 
 def test_a_difference_beyond_noise_is_named_among_those_tested() -> None:

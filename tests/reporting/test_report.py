@@ -145,7 +145,7 @@ def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("missing", "what", "command"),
     [
-        ("artifact/certificate.json", "Prediction beside the source", "python -m scripts.verify --deep N"),
+        ("artifact/certificate.json", "Prediction beside the source", "python -m scripts.verify … --deep N"),
         ("artifact/certificate.json", "Certificate", "make verify"),
         ("artifact/manifest.json", "Artifact", "make postprocess"),
         ("layers", "Losses by layer", "make calibrate"),

@@ -46,15 +46,16 @@ class Image:
     lane: str
 
 
-def connect(environment: Mapping[str, str] = os.environ) -> Engine:
-    """The daemon that DOCKER_HOST names, else the one at docker's usual socket. Raises UserError when none answers."""
+def connect(environment: Mapping[str, str] = os.environ, instead: str = refusals.WITHOUT) -> Engine:
+    """The daemon that DOCKER_HOST names, else the one at docker's usual socket. Raises UserError when none answers.
+    instead: what helps where there is none."""
     where = environment.get("DOCKER_HOST") or "docker's usual socket"
     try:
         client = DockerClient.from_env(environment=environment)
         security = client.info()["SecurityOptions"] or []
     except (DockerException, RequestException) as error:
         closed = "PermissionError" in str(error)
-        raise (refusals.forbidden(where) if closed else refusals.silent(where)) from None
+        raise (refusals.forbidden(where, instead) if closed else refusals.silent(where, instead)) from None
     except (OSError, ValueError) as error:  # what it names is no address, or its certificates are not there
         fact = f"DOCKER_HOST={network.shown(where)} cannot be asked: {error}"
         raise UserError(fact, "unset DOCKER_HOST DOCKER_TLS_VERIFY DOCKER_CERT_PATH") from None

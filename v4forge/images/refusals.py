@@ -100,13 +100,13 @@ def explained(said: str, known: Iterable[Refusal], otherwise: UserError, **words
     return otherwise
 
 
-def forbidden(where: str) -> UserError:
-    hint = f"sudo usermod -aG docker $USER, then log in again; or {WITHOUT}"
+def forbidden(where: str, instead: str = WITHOUT) -> UserError:
+    hint = "sudo usermod -aG docker $USER, then log in again" + (instead and f"; or {instead}")
     return UserError(f"you may not use the docker daemon at {where}", hint)
 
 
-def silent(where: str) -> UserError:
-    return UserError(f"{SILENT.fact} at {where}", f"{SILENT.hint}, or {WITHOUT}")
+def silent(where: str, instead: str = WITHOUT) -> UserError:
+    return UserError(f"{SILENT.fact} at {where}", SILENT.hint + (instead and f", or {instead}"))
 
 
 def refused(said: object, instead: str = WITHOUT) -> UserError:

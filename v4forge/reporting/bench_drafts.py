@@ -114,7 +114,7 @@ def tables(found: Drafts, worth: Worth) -> tuple[list[Table], list[str]]:
         given.append([Cell("offline", "verify --deep"), *map(percent, _filled(offline.given_earlier, len(places)))])
         said = [f"Offline: {offline.about}."]
     else:
-        said = ["No offline figure of this artifact: python -m scripts.verify --deep 8192 makes it."]
+        said = ["No offline figure of this artifact: python -m scripts.verify … --deep 8192 makes it."]
     against = ["against offline, points"] if offline else []
     return [
         Table(

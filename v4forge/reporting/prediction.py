@@ -12,7 +12,7 @@ from v4forge.intervals import Estimate
 from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent
 from v4forge.units import MB
 
-COMMAND = "python -m scripts.verify --deep N"
+COMMAND = "python -m scripts.verify … --deep N"
 
 
 @dataclass(frozen=True)
