@@ -224,6 +224,13 @@ help-pipeline help-serve help-bench help-images help-develop:
 	@$(need_python)
 	@$(goals) check $@
 
+# A folder is no target: without a rule make would say of one that is there that it is up to date.
+folders = $(filter-out docs,$(patsubst %/,%,$(wildcard */)))
+.PHONY: $(sort $(folders))
+$(folders):
+	@$(need_python)
+	@$(goals) check $@
+
 # A line `##@ <group>: <targets>` begins a group; `make help` shows these of its targets.
 
 ##@ Start here: demo doctor plan artifact serve

@@ -93,6 +93,16 @@ def test_it_ends_make_before_anything_runs(words: str, said: str) -> None:
     assert done.stderr.startswith(said)
 
 
+def test_a_folder_is_no_target_that_is_up_to_date() -> None:
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"docs"}
+    for name in sorted(folders):
+        done = make(name)
+        near = makefile.nearest(name, MADE.targets)
+        said = f"error: there is no target {name}\nhint: make {near or 'help'}\n"
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(said), done.stderr
+    assert makefile.nearest("tests", MADE.targets) == "test"
+
+
 def test_it_is_said_before_there_is_an_environment(tmp_path: Path) -> None:
     for name in ("Makefile", "scripts", "v4forge"):
         (tmp_path / name).symlink_to(ROOT / name)
