@@ -380,11 +380,11 @@ bench: env ## All benches of ARTIFACT, then the report; serves it by itself; res
 	[ -z "$$failed" ] || $(goals) error "not finished:$$failed" 'make bench goes on from there'
 
 .PHONY: bench-speed
-bench-speed: env ## Time a token and tokens a second, with drafts and without, by requests at a time
+bench-speed: env ## TTFT, TPOT, throughput and goodput for k = 0 to 3, by concurrency
 	@$(bench) speed $(bench_options)
 
 .PHONY: bench-draft
-bench-draft: env ## How many drafts are accepted: random tokens, code, chat, prose
+bench-draft: env ## Acceptance rate and length of drafts: random tokens, code, chat, prose
 	@$(bench) draft $(bench_options)
 
 .PHONY: bench-quality

@@ -73,8 +73,8 @@ def table(servers: Sequence[Server]) -> Table:
         "GiB",
         "same token",
         "nats off",
-        "drafts accepted: server, forward",
-        "ms a token",
+        "acceptance rate: server, forward",
+        "TPOT, ms",
         "of",
         "tok/s",
     )

@@ -1,7 +1,7 @@
 """Measures a served model: one program for each question, raw results with their provenance in a folder of reports.
 
-python -m scripts.bench speed   --artifact DIR     time a token and tokens a second, with drafts and without
-python -m scripts.bench draft   --artifact DIR     how many drafts are accepted, by kind of text
+python -m scripts.bench speed   --artifact DIR     TTFT, TPOT, throughput and goodput, with drafts and without
+python -m scripts.bench draft   --artifact DIR     acceptance rate and length of drafts, by kind of text
 python -m scripts.bench quality --artifact DIR     lm-eval's tasks, against the published figures
 python -m scripts.bench tools   --artifact DIR     tool calls and short conversations with known outcomes
 

@@ -1,4 +1,4 @@
-"""How many drafts are accepted, overall and by position: random tokens, code, chats, prose, each prompt by itself.
+"""Acceptance rate and length of drafts, by position and kind of text: random tokens, code, chats, prose.
 
 The server's own counters are read before and after each request, so nobody else may use it meanwhile. Beside the result
 lies what was written, a .jsonl for each workload, for `python -m scripts.verify --tokens` to judge place by place.
@@ -23,6 +23,7 @@ from v4forge.bench.results import Measurement
 from v4forge.bench.served_model import Target, sha256_of
 from v4forge.bench.session import Session, conclude
 from v4forge.bench.standing import Worth, worth_of
+from v4forge.bench.terms import acceptance_length
 from v4forge.bench.workloads import RANDOM, WORKLOADS, Prompt
 from v4forge.errors import UserError
 from v4forge.serving.launch import say
@@ -197,8 +198,9 @@ def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Worth) -> Table
 
     row("prompts", lambda part: f"{part['prompts']}", f"{offline['sequences']}" if offline else "")
     row("tokens", lambda part: f"{part['tokens']:,}", f"{offline['tokens']:,}" if offline else "")
-    row("drafts", lambda part: f"{part['drafts']:,}")
-    row("accepted", lambda part: percent(part["acceptance"]), percent(offline["acceptance"]) if offline else "")
+    row("steps", lambda part: f"{part['drafts']:,}")
+    row("acceptance rate", lambda part: percent(part["acceptance"]), percent(offline["acceptance"]) if offline else "")
+    row("acceptance length", lambda part: f"{acceptance_length(part['accepted'], part['drafts']):.2f}")
     if offline:
         row("against offline", lambda part: points(part["offline"] and part["offline"]["difference"]["acceptance"]))
     if worth.published_model:
@@ -207,10 +209,10 @@ def table(parts: Mapping[str, Mapping[str, Any]], k: int, worth: Worth) -> Table
         drawn.add_row("published, k=1", *shown, *([""] if offline else []))
     for at in range(k):
         same = percent(offline["given_earlier"][0]) if offline and not at else ""
-        row(f"token {at + 1}", lambda part, at=at: percent(part["by_position"][at]), same)  # type: ignore[misc]
+        row(f"position {at + 1}", lambda part, at=at: percent(part["by_position"][at]), same)  # type: ignore[misc]
     for at in range(1, k):
         known = percent(offline["given_earlier"][at]) if offline else ""
-        heading = f"token {at + 1}, if {at}"
+        heading = f"position {at + 1}, if {at}"
         row(heading, lambda part, at=at: percent(part["given_earlier"][at]), known)  # type: ignore[misc]
     return drawn
 

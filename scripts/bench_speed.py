@@ -1,4 +1,4 @@
-"""Time a token and tokens a second, with drafts and without, by shape of requests and how many run at a time.
+"""TTFT, TPOT, ITL, output throughput and goodput, with drafts and without, by shape of requests and concurrency.
 
 For each number of drafts a server of one replica is started, measured with `vllm bench serve` and stopped; the server
 without drafts comes first. Prompts are random tokens, the same for every server and no two the same; answers are greedy
@@ -22,6 +22,7 @@ from rich.table import Table
 from v4forge.bench import speed
 from v4forge.bench.measure_speed import Options, measure_own, measure_there
 from v4forge.bench.session import conclude
+from v4forge.bench.terms import TERMS
 from v4forge.errors import UserError
 from v4forge.serving.launch import say
 
@@ -43,17 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(drafts=None)
     add = parser.add_argument_group("speed").add_argument
     add("--drafts", dest="compared", nargs="+", type=int, metavar="K",
-        help="drafts a step that are compared; default: 0 1 2 3")  # fmt: skip
+        help="k, num_speculative_tokens, of the servers that are compared; default: 0 1 2 3")  # fmt: skip
     add("--concurrency", nargs="+", type=int, default=list(CONCURRENCY), metavar="N",
-        help="requests at a time; default: 1 4 16")  # fmt: skip
+        help="requests that run at a time; default: 1 4 16")  # fmt: skip
     add("--shapes", nargs="+", type=shape, default=[shape(each) for each in SHAPES], metavar="INxOUT",
         help=f"tokens of prompt and answer; default: {' '.join(SHAPES)}")  # fmt: skip
     add("--requests-per-concurrency", type=int, default=FEWEST, metavar="N",
         help="requests of a point for each that runs at a time; default and least: %(default)s")  # fmt: skip
     add("--slo-ttft-ms", type=float, default=SLO_MS["ttft"], metavar="MS",
-        help="to the first token, of requests that goodput counts; default: %(default)s")  # fmt: skip
+        help="time to first token of requests that goodput counts; default: %(default)s")  # fmt: skip
     add("--slo-tpot-ms", type=float, default=SLO_MS["tpot"], metavar="MS",
-        help="a token after it, of those requests; default: %(default)s")  # fmt: skip
+        help="time per output token of those requests; default: %(default)s")  # fmt: skip
     add("--point-timeout", type=float, default=1800, metavar="S", help="for all of a point; default: %(default)s")
 
 
@@ -119,13 +120,14 @@ def show(content: Mapping[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table(content))
     slo = content["settings"]["slo_ms"]
     say(
-        "n requests at a time, k drafts a step; TPOT and TTFT: medians, in ms; good/s: requests a second of at most\n"
-        f"{slo['ttft']:g} ms to the first token and {slo['tpot']:g} ms a token; x: against no drafts, above 1 is better"
+        f"TPOT: {TERMS['TPOT']}\nTTFT: {TERMS['TTFT']}; both medians, in ms. n: concurrency; k: {TERMS['k']}\n"
+        f"good/s: goodput, requests a second with TTFT up to {slo['ttft']:g} ms and TPOT up to {slo['tpot']:g} ms\n"
+        "acc.: acceptance rate; x: against k=0, above 1 is better"
     )
     for drafts, drift in content["summary"]["drift"].items():
         if drift:
-            told = f"{drift['tpot']:+.1%} ms a token, {drift['throughput']:+.1%} tok/s"
-            say(f"drift with {drafts} drafts, from the first point to the same in the end: {told}")
+            told = f"{drift['tpot']:+.1%} TPOT, {drift['throughput']:+.1%} tok/s"
+            say(f"drift with k={drafts}, from the first point to the same in the end: {told}")
     for stop in content["summary"]["stops_paying"]:
         say(stop["sentence"])
     if held := [(key, part["bursts"]) for key, part in content["parts"].items() if (part["bursts"] or 0) > HELD_BACK]:
@@ -163,7 +165,7 @@ def table(content: Mapping[str, Any]) -> Table:
 
 def dry_run(options: Options, drafts: Sequence[int], url: str) -> None:
     """Says what would be measured, and how long that would take at the published speed."""
-    which = f"a server each with {speed.listed(drafts)} drafts a step" if drafts else url
+    which = f"a server each with k = {speed.listed(drafts)}" if drafts else url
     say(f"{which}, at these points, input x output tokens/c<requests at a time>:")
     seconds = ROUGH_START_S if drafts else 0.0
     requests = tokens = 0

@@ -317,6 +317,8 @@ def test_the_table_has_a_column_a_workload_and_fits_a_terminal(tmp_path: Path, p
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(bench_draft.table(parts, 2, worth))
     shown = console.export_text()
-    assert all(name in shown for name in (*workloads.WORKLOADS, "offline", "72.5%", "token 2, if 1"))
+    assert all(
+        name in shown for name in (*workloads.WORKLOADS, "offline", "72.5%", "acceptance length", "position 2, if 1")
+    )
     assert ("92.9%" in shown) is published and ("not a result" in shown) is not published
     assert "…" not in shown

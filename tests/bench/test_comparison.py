@@ -60,7 +60,7 @@ def test_runs_that_differ_by_chance_are_rarely_called_different() -> None:
 def test_acceptance_has_the_error_between_prompts_and_not_between_tokens() -> None:
     a, b = made.draft(seed=1), made.draft(seed=2)
     b["hashes"] = {"other": "1"}  # other prompts under another name, so not paired
-    delta = next(each for each in compared(a, b).deltas if each.metric == "code: draft 1")
+    delta = next(each for each in compared(a, b).deltas if each.metric == "code: position 1")
     rates = [[row[1] / row[0] for row in each["parts"]["code"]["counted"]] for each in (a, b)]
     error = math.sqrt(sum(statistics.variance(each) / len(each) for each in rates))
     assert delta.change == pytest.approx(100 * (statistics.fmean(rates[1]) - statistics.fmean(rates[0])), abs=0.3)
@@ -81,7 +81,8 @@ def test_a_workload_with_other_prompts_is_not_compared_and_the_others_are() -> N
     a["hashes"], b["hashes"] = {"random": "1", "code": "2"}, {"random": "3", "code": "2"}
     deltas = compared(a, b).deltas
     assert {delta.metric for delta in deltas if delta.p is None} == {
-        f"random tokens: {name}" for name in ("accepted", "draft 1", "draft 2 after 1", "draft 3 after 2")
+        f"random tokens: {name}"
+        for name in ("acceptance rate", "position 1", "position 2 after 1", "position 3 after 2")
     }
 
 
@@ -123,8 +124,8 @@ def test_what_a_server_drifts_by_itself_is_noise() -> None:
     again = b["parts"]["k1/256x256/c1/again"]
     again["tpot_ms"]["median"] *= 1.5
     deltas = {delta.metric: delta for delta in compared(a, b).deltas}
-    assert not deltas["k1/256x256/c16: TPOT ms"].beyond_noise
-    assert deltas["k2/256x256/c16: TPOT ms"].beyond_noise
+    assert not deltas["k1/256x256/c16: TPOT, ms"].beyond_noise
+    assert deltas["k2/256x256/c16: TPOT, ms"].beyond_noise
 
 
 def test_speed_with_one_request_each_has_no_noise_to_compare_with() -> None:

@@ -187,7 +187,7 @@ def test_drafts_pay_where_throughput_is_above_that_without_beyond_noise() -> Non
     assert [each.pays for each in speed.compare(PARTS, 1)] == [speed.YES, speed.UNCLEAR, speed.NO]
     (stop,) = speed.stops(speed.compare(PARTS, 1))
     assert (stop.pays, stop.at) == ([1], 4)
-    assert stop.sentence().startswith("1 draft a step, 256x256: pays at 1 at a time, stops paying at 4 (")
+    assert stop.sentence().startswith("k=1, 256x256: pays at concurrency 1, stops paying at 4 (")
 
 
 def test_the_same_seed_gives_the_same_intervals() -> None:
@@ -239,21 +239,22 @@ def compared(ratio: float, concurrency: int) -> Comparison:
 @pytest.mark.parametrize(
     ("ratios", "at", "sentence"),
     [
-        ([1.5, 1.3, 1.1], None, "pays up to 16 at a time, the most that was measured"),
+        ([1.5, 1.3, 1.1], None, "pays up to concurrency 16, the most that was measured"),
         (
             [1.5, 1.3, 1.01],
             16,
-            "pays at 1 and 4 at a time, stops paying at 16 (1.01 x the throughput, 0.99 to 1.03: no gain beyond noise)",
+            "pays at concurrency 1 and 4, stops paying at 16 "
+            "(1.01 x the throughput, 0.99 to 1.03: no gain beyond noise)",
         ),
-        ([1.5, 0.9, 1.2], None, "pays up to 16 at a time, the most that was measured; at 4 it does not"),
-        ([0.9, 0.8, 0.7], 1, "pays at none of 1, 4 and 16 at a time (0.90 x the throughput, 0.88 to 0.92 at 1)"),
+        ([1.5, 0.9, 1.2], None, "pays up to concurrency 16, the most that was measured; at 4 it does not"),
+        ([0.9, 0.8, 0.7], 1, "pays at none of 1, 4 and 16 (0.90 x the throughput, 0.88 to 0.92 at 1)"),
     ],
 )
 def test_it_is_said_from_which_concurrency_on_drafts_do_not_pay(
     ratios: list[float], at: int | None, sentence: str
 ) -> None:
     (stop,) = speed.stops(map(compared, ratios, [1, 4, 16]))
-    assert stop.at == at and stop.sentence() == f"3 drafts a step, 256x256: {sentence}"
+    assert stop.at == at and stop.sentence() == f"k=3, 256x256: {sentence}"
 
 
 LOAD = Load("http://127.0.0.1:8000", "flash", ["a", "b"], 16, 2, SLO_MS, 42)
@@ -322,7 +323,7 @@ def test_a_dry_run_counts_servers_requests_and_tokens(tmp_path: Path, capsys: py
     assert "256x256/c16                128 requests, 16 before them to warm up" in said
     requests = 2 * 8 * (1 + 4 + 16) + 8
     tokens = 8 * (1 + 4 + 16) * (256 + 1024) + 8 * 256
-    assert said.startswith("a server each with 0, 1, 2 and 3 drafts a step")
+    assert said.startswith("a server each with k = 0, 1, 2 and 3")
     assert f"{4 * requests:,} requests, {4 * tokens:,} tokens of answers" in said
     assert not (tmp_path / "none").exists()
 

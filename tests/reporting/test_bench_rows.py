@@ -20,7 +20,7 @@ from run_files import CHECKS, DEEP, MANIFEST, RUN, layer
 
 from scripts import report as program
 from v4forge import artifact_folder
-from v4forge.bench import published_figures, results
+from v4forge.bench import published_figures, results, terms
 from v4forge.bench.standing import worth_of
 from v4forge.checkout import ROOT
 from v4forge.errors import UserError
@@ -112,7 +112,7 @@ def test_the_headline_sets_ours_beside_the_original_and_its_siblings() -> None:
     assert siblings.text == "94.99%, without MTP; 91.00%, NVFP4 by RedHat"
     assert rows["tool calls, points"][1].text == "26 of 30"
     assert rows["chat smoke, coding"][1].text == "1 of 2"
-    assert rows["speed-up, k=1, batch 1"][1].note.startswith("1.")
+    assert rows["TPOT speed-up, k=1, concurrency 1"][1].note.startswith("1.")
 
 
 def glance_of(results: dict[str, Any], **found: Any) -> dict[str, tuple[Cell, Cell]]:
@@ -134,13 +134,15 @@ def test_one_look_says_what_there_is_to_know() -> None:
         "Certificate": "ok, 1 check",
         "Prediction beside the source": ("KL 0.0110±0.0020 nats a token, 94.7±0.6% of the most likely tokens the same"),
         "Losses by layer": "GPTQ lost less than round-to-nearest on 12 of 12 matrices",
-        "Speed by concurrency": "1.88x as fast a token with k=3, 1 request at once",
-        "Drafts accepted by workload": "first draft 70.3% (random tokens) to 93.1% (code)",
+        "Speed by concurrency": "TPOT 4.79 ms with k=3, 1.88x as fast as k=0, concurrency 1",
+        "Acceptance by workload": "acceptance rate at position 1: 70.3% (random tokens) to 93.1% (code)",
         "Quality": "no difference from the published beyond noise, of 6 tested",
         "Tool calls and conversations": "26 of 30 points for tool calls, 9 of 10 conversations as they should be",
     }
     speed = said["Speed by concurrency"][1]
-    assert speed.note == "tokens a second against no drafts, with the best k: 1.77x (k=3) at 1, 0.87x (k=1) at 16"
+    assert speed.note == (
+        "output throughput against k=0, with the best k: 1.77x (k=3) at concurrency 1, 0.87x (k=1) at concurrency 16"
+    )
 
 
 def test_one_look_says_what_is_bad() -> None:
@@ -167,10 +169,10 @@ def test_one_look_at_a_bench_that_measured_nothing_says_so(bench: str) -> None:
 
 def test_what_was_published_without_its_noise_is_subtracted_and_called_untested() -> None:
     rows = headline_of(FLASH)
-    assert rows["time a token, k=1, batch 1"][3] == Cell("+5.4%", mark="dim")
-    assert rows["code, first draft"][3] == Cell("+0.14", mark="dim")
+    assert rows["TPOT, k=1, concurrency 1"][3] == Cell("+5.4%", mark="dim")
+    assert rows["acceptance rate, code"][3] == Cell("+0.14", mark="dim")
     assert rows["tool calls, points"][3] == Cell("+2", mark="dim")
-    assert rows["speed-up, k=2, batch 1"][3].text == "", "there is no original"
+    assert rows["TPOT speed-up, k=2, concurrency 1"][3].text == "", "there is no original"
 
 
 def test_the_page_says_where_each_published_figure_is_from() -> None:
@@ -205,7 +207,7 @@ def test_a_trial_of_flash_is_beside_the_published_but_marked_and_not_tested() ->
 def test_several_replicas_are_other_conditions_than_the_published_one() -> None:
     result = made.speed()
     result["target"]["replicas"] = 4
-    row = headline_of({"speed": result})["throughput, k=1, batch 1"]
+    row = headline_of({"speed": result})["output throughput, k=1, concurrency 1"]
     assert row[1].note == "other conditions: 4 replicas of TP=2" and row[3].text == ""
 
 
@@ -246,7 +248,7 @@ def test_without_k0_gains_are_not_known() -> None:
 
 def test_drafts_are_shown_by_position_beside_the_offline_figure() -> None:
     found = {table.name: table for table in section_of("draft", FLASH["draft"]).tables}
-    assert [column.title for column in found["draft"].columns][-3:] == ["draft 1", "draft 2", "draft 3"]
+    assert [column.title for column in found["draft"].columns][-3:] == ["position 1", "position 2", "position 3"]
     assert found["draft-given"].rows[-1][0].text == "offline"
     assert found["draft-given"].rows[-1][1] == Cell("80.0%", "78.0 to 82.0")
 
@@ -286,7 +288,7 @@ def test_in_what_a_task_was_run_otherwise_is_said_beside_its_figure() -> None:
 
 def test_how_far_servers_drifted_is_said() -> None:
     (table,) = section_of("speed", FLASH["speed"]).tables
-    assert re.search(r"differed by at most [\d.]+% in time a token, [\d.]+% in tokens a second", table.note)
+    assert re.search(r"differed by at most [\d.]+% in TPOT, [\d.]+% in output throughput", table.note)
 
 
 def test_how_a_bench_was_measured_is_all_there() -> None:
@@ -463,3 +465,34 @@ def test_tables_of_the_benches_are_made_without_matplotlib() -> None:
     code = "import sys; from v4forge.reporting import calibration_page, card, page; "
     code += "sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_term_of_the_field_is_spelled_out_once_and_before_it_is_used() -> None:
+    """On the page and in its Markdown."""
+    inputs = Inputs(benches=benches.told(FLASH))
+    for text in (html.unescape(page.page(inputs)), page.markdown(inputs)):
+        text = text.replace("\\", "")
+        for name, meaning in terms.TERMS.items():
+            said = f"{name}: {meaning}."
+            assert text.count(said) == 1, name
+        assert text.index(terms.spelled_out()) < text.index("TPOT speed-up")
+        assert "a token, against" not in text and "at once" not in text and "first draft" not in text
+
+
+def test_the_acceptance_length_is_one_token_and_the_accepted_drafts_of_a_step() -> None:
+    part = FLASH["draft"]["parts"]["code"]
+    (row,) = [row for row in bench_drafts.rows(FLASH["draft"]).workloads if row.workload == "code"]
+    assert row.length == pytest.approx(1 + sum(part["accepted_at"]) / part["drafts"])
+    assert math.isnan(terms.acceptance_length(0, 0))
+    speed = next(row for row in bench_speed.rows(FLASH["speed"]).points if row.drafts == 3)
+    assert bench_speed._acceptance(speed) == Cell("48.0%", "length 2.44")
+
+
+def test_itl_is_shown_where_a_file_has_it() -> None:
+    result = made.speed()
+    heads = [column.title for column in section_of("speed", result).tables[0].columns]
+    assert "ITL, ms" not in heads and "TPOT, ms" in heads
+    result["parts"]["k0/256x256/c1"]["itl_ms"] = {"median": 9.0, "p99": 12.5}
+    table = section_of("speed", result).tables[0]
+    at = [column.title for column in table.columns].index("ITL, ms")
+    assert table.rows[1][at] == Cell("9.00", "p99 12.50") and table.rows[2][at] == tables.NONE

@@ -150,7 +150,7 @@ def test_a_run_without_run_json_has_no_seconds(run_folder: Path, capsys: pytest.
         ("artifact/manifest.json", "Artifact", "make postprocess"),
         ("layers", "Losses by layer", "make calibrate"),
         ("reports/speed.json", "Speed by concurrency", "make bench-speed"),
-        ("reports/draft.json", "Drafts accepted by workload", "make bench-draft"),
+        ("reports/draft.json", "Acceptance by workload", "make bench-draft"),
         ("reports/quality.json", "Quality", "make bench-quality"),
         ("reports/tools.json", "Tool calls and conversations", "make bench-tools"),
     ],

@@ -184,5 +184,5 @@ def test_every_figure_and_table_is_there(opened: Opened) -> None:
 
 def test_pointing_at_a_mark_says_its_figure() -> None:
     text = report_page.page(inputs(made.speed(), rest=False))
-    assert re.search(r"<g><title>k=3, 16 at once: [\d.,]+ ms a token</title>", text)
-    assert "<title>published, k=1, 16 at once: 367.13 tok/s</title>" in text
+    assert re.search(r"<g><title>k=3, concurrency 16: [\d.,]+ ms</title>", text)
+    assert "<title>published, k=1, concurrency 16: 367.13 tok/s</title>" in text

@@ -153,9 +153,9 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
 
 # Speed: name, where it is in a part, unit, whether higher is better.
 SPEEDS = (
-    ("TPOT ms", "tpot_ms", "ms", False),
-    ("TTFT ms", "ttft_ms", "ms", False),
-    ("tok/s", "output_tok_s", "tok/s", True),
+    ("TPOT, ms", "tpot_ms", "ms", False),
+    ("TTFT, ms", "ttft_ms", "ms", False),
+    ("output tok/s", "output_tok_s", "tok/s", True),
 )
 
 
@@ -222,13 +222,13 @@ def _draft(a: Json, b: Json, keys: Sequence[str]) -> Iterator[Delta]:
 
 
 def _acceptances(part: Json) -> dict[str, Figure]:
-    """Accepted of all proposed, and each draft of those whose earlier ones were, over prompts."""
+    """The acceptance rate of all proposed, and at each position of those whose earlier ones were, over prompts."""
     table = np.array(part["counted"], np.float64).T
     drafts, accepted = table[0], table[1:]
     proposed = np.array(part["proposed"], np.float64) if "proposed" in part else drafts * len(accepted)
-    found = {"accepted": ratio(accepted.sum(0), proposed)}
+    found = {"acceptance rate": ratio(accepted.sum(0), proposed)}
     for number, at in enumerate(accepted):
-        found[f"draft {number + 1}" + (f" after {number}" if number else "")] = ratio(at, table[number])
+        found[f"position {number + 1}" + (f" after {number}" if number else "")] = ratio(at, table[number])
     return found
 
 

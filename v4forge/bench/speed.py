@@ -18,7 +18,6 @@ import numpy as np
 from v4forge.bench.statistics import drawn, ends, resampled
 from v4forge.errors import UserError
 from v4forge.intervals import Estimate
-from v4forge.units import counted
 
 DRAWS = 10_000
 # Chunks of a stream that come this close together came in one piece: something between holds answers back.
@@ -61,8 +60,8 @@ def figures(result: Json, point: Point, requests: int, slo_ms: Mapping[str, floa
     """The figures of a point, from the detailed result of `vllm bench serve` over `requests` requests.
 
     Times are of the requests, in ms. TPOT is (whole time - TTFT) / (output tokens - 1), by request: a step with drafts
-    sends several tokens at once, so the gaps between chunks are no times per token. `bursts` is the share of those gaps
-    that are none. Raises UserError unless every request was answered in full.
+    sends several tokens at once, so the gaps between chunks, ITL, are no times per token. `bursts` is the share of those
+    gaps that are none. Raises UserError unless every request was answered in full.
     """
     try:
         _check_whole(result, point, requests)
@@ -89,6 +88,7 @@ def figures(result: Json, point: Point, requests: int, slo_ms: Mapping[str, floa
         "ttft_ms": _distribution(ttft * 1e3),
         "tpot_ms": _distribution(tpot * 1e3),
         "e2el_ms": _distribution(whole * 1e3),
+        "itl_ms": _distribution(gaps * 1e3) if len(gaps) else None,
         "output_tok_s": float(lengths.sum()) / duration_s,
         "request_s": requests / duration_s,
         "goodput_request_s": int(good.sum()) / duration_s,
@@ -248,9 +248,9 @@ class Stop:
     there: Estimate | None
 
     def sentence(self) -> str:
-        who = f"{counted(self.drafts, 'drafts')} a step, {self.shape}:"
+        who = f"k={self.drafts}, {self.shape}:"
         if self.at is None or self.there is None:
-            most = f"{who} pays up to {self.measured[-1]} at a time, the most that was measured"
+            most = f"{who} pays up to concurrency {self.measured[-1]}, the most that was measured"
             without = [each for each in self.measured if each not in self.pays]
             return f"{most}; at {listed(without)} it does not" if without else most
         how = f"{self.there.value:.2f} x the throughput"
@@ -259,9 +259,13 @@ class Stop:
         if self.there.value > 1:
             how += ": no gain beyond noise"
         if not self.pays:
-            most = f"{listed(self.measured)} at a time" if len(self.measured) > 1 else f"{self.at} at a time"
-            return f"{who} pays at none of {most} ({how} at {self.at})"
-        return f"{who} pays at {listed(self.pays)} at a time, stops paying at {self.at} ({how})"
+            most = (
+                f"none of {listed(self.measured)}"
+                if len(self.measured) > 1
+                else f"no concurrency, {self.at} was measured"
+            )
+            return f"{who} pays at {most} ({how} at {self.at})"
+        return f"{who} pays at concurrency {listed(self.pays)}, stops paying at {self.at} ({how})"
 
 
 def stops(comparisons: Iterable[Comparison]) -> list[Stop]:

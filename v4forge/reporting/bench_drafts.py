@@ -1,4 +1,4 @@
-"""The drafts bench in the report: how many drafts are accepted, by workload and by position.
+"""The drafts bench in the report: acceptance rate and length, by workload and by position.
 
 Pure functions of a result file's content (bench/results.py). A key that it lacks is a KeyError; the caller knows
 the file. Shares stay shares.
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from v4forge.bench.published_figures import Value, by_key
 from v4forge.bench.standing import Worth
+from v4forge.bench.terms import acceptance_length
 from v4forge.bench.workloads import TITLES
 from v4forge.intervals import Estimate
 from v4forge.reporting import svg
 from v4forge.reporting.tables import Cell, Drawing, Found, Json, Table, columns, ends, number, percent, points
 
-TITLE = "Drafts accepted by workload"
+TITLE = "Acceptance by workload"
 SAID = ""
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
@@ -29,12 +30,17 @@ class AcceptanceRow:
     workload: str
     title: str
     prompts: int
+    steps: int
     draft_tokens: int
     accepted: int
     acceptance: Estimate
     by_position: list[Estimate]
     given_earlier: list[Estimate]
     published: Value | None
+
+    @property
+    def length(self) -> float:
+        return acceptance_length(self.accepted, self.steps)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def _row(workload: str, part: Json) -> AcceptanceRow:
         workload,
         TITLES.get(workload, workload),
         prompts=int(part["prompts"]),
+        steps=int(part["drafts"]),
         draft_tokens=int(part["draft_tokens"]),
         accepted=int(part["accepted"]),
         acceptance=_estimate(part["acceptance"]),
@@ -98,18 +105,18 @@ def _estimate(value: Json | None) -> Estimate:
 def tables(found: Drafts, worth: Worth) -> tuple[list[Table], list[str]]:
     """Of all drafts, and where all earlier ones were accepted; beside the offline figure, or how that is made."""
     offline = found.offline
-    places = [f"draft {position}" for position in range(1, _longest(found.workloads) + 1)]
+    places = [f"position {position}" for position in range(1, _longest(found.workloads) + 1)]
     overall, given = [], []
     for row in found.workloads:
         counts = Cell(f"{row.accepted:,}", f"of {row.draft_tokens:,}")
-        line = [Cell(row.title), number(row.prompts, 0), counts, percent(row.acceptance)]
+        line = [Cell(row.title), number(row.prompts, 0), counts, percent(row.acceptance), number(row.length)]
         if offline:
             line.append(points(offline.differences.get(row.workload, UNKNOWN)))
         overall.append([*line, *map(percent, _filled(row.by_position, len(places)))])
         given.append([Cell(row.title), *map(percent, _filled(row.given_earlier, len(places)))])
     if offline:
         blank = Cell("")
-        held = [Cell("offline", "verify --deep"), blank, blank, percent(offline.acceptance), blank]
+        held = [Cell("offline", "verify --deep"), blank, blank, percent(offline.acceptance), blank, blank]
         overall.append([*held, *[blank] * len(places)])
         given.append([Cell("offline", "verify --deep"), *map(percent, _filled(offline.given_earlier, len(places)))])
         said = [f"Offline: {offline.about}."]
@@ -119,14 +126,14 @@ def tables(found: Drafts, worth: Worth) -> tuple[list[Table], list[str]]:
     return [
         Table(
             "draft",
-            "Accepted, of all drafts proposed",
-            columns("<", "prompts", "accepted", "together", *against, *places),
+            "Acceptance rate, of all draft tokens proposed",
+            columns("<", "prompts", "accepted", "rate", "length", *against, *places),
             overall,
-            note="With 95% intervals (Wilson's). Draft i counts as accepted only with all before it.",
+            note="With 95% intervals (Wilson's). Position i counts as accepted only with all before it.",
         ),
         Table(
             "draft-given",
-            "Accepted, where all earlier drafts were",
+            "Acceptance rate, where all earlier positions were accepted",
             columns("<", *places),
             given if len(places) > 1 or offline else [],
         ),
@@ -142,21 +149,22 @@ def _filled(values: Sequence[Estimate], length: int) -> list[Estimate]:
 
 
 def overview(found: Drafts, worth: Worth) -> Cell:
-    """The first draft at its least and most, and all drafts of a step together."""
+    """The acceptance rate at position 1 at its least and most, and of all positions; the acceptance length."""
     made = [row for row in found.workloads if row.by_position and row.draft_tokens]
     if not made:
         return Cell("no draft was made", mark="dim")
     ordered = sorted(made, key=lambda row: row.by_position[0].value)
     least, most = (f"{100 * row.by_position[0].value:.1f}% ({row.title})" for row in (ordered[0], ordered[-1]))
-    together = f"all {len(made[0].by_position)} drafts of a step together: " + ", ".join(
-        f"{row.title} {100 * row.acceptance.value:.1f}%" for row in made
+    k = len(made[0].by_position)
+    overall = f"k={k}, of all positions and acceptance length: " + ", ".join(
+        f"{row.title} {100 * row.acceptance.value:.1f}%, {row.length:.2f}" for row in made
     )
-    text = f"first draft {least}" + (f" to {most}" if len(made) > 1 else "")
-    return Cell(text, together if len(made[0].by_position) > 1 else "")
+    text = f"acceptance rate at position 1: {least}" + (f" to {most}" if len(made) > 1 else "")
+    return Cell(text, overall)
 
 
 def published(found: Drafts) -> dict[str, Found]:
-    """Of the first draft: with k=1, as published, it is the only one."""
+    """At position 1: with k=1, as published, it is the only one."""
     ours = {}
     for row in found.workloads:
         first = row.by_position[0] if row.by_position else row.acceptance
@@ -175,19 +183,19 @@ def drawings(found: Drafts, worth: Worth) -> list[Drawing]:
     known = known if worth.published_model else []
     drawn = []
     for name, title, groups, originals, note in (
-        ("draft-all", "Accepted, of all drafts", of_all, known, "only with all before it"),
-        ("draft-given", "Accepted, where all earlier drafts were", given, [], "of those whose earlier ones were"),
+        ("draft-all", "Acceptance rate by position", of_all, known, "counts only with all before it"),
+        ("draft-given", "Where all earlier were accepted", given, [], "is of those whose earlier ones were"),
     ):
         if any(estimates for _, estimates in groups):
             picture = _by_workload(name, title, groups, originals)
-            drawn.append(Drawing(name, title, picture, f"95% intervals; draft i {note}"))
+            drawn.append(Drawing(name, title, picture, f"95% intervals; position i {note}"))
     return drawn
 
 
 def _by_workload(
     name: str, title: str, groups: Sequence[tuple[str, Sequence[Estimate]]], originals: Sequence[float | None]
 ) -> str:
-    """originals: what was published of the first draft, percent, by group."""
+    """originals: what was published of position 1, percent, by group."""
     with svg.drawing() as drawn:
         most = max(len(estimates) for _, estimates in groups)
         about = []
@@ -197,7 +205,7 @@ def _by_workload(
                     continue
                 x, ink = at + 0.2 * (position - (most - 1) / 2), svg.series(position + 1)
                 drawn.bar([x, x], [100 * each.least, 100 * each.most], ink)
-                said = f"{group}, draft {position + 1}: {100 * each.value:.1f}%"
+                said = f"{group}, position {position + 1}: {100 * each.value:.1f}%"
                 if not math.isnan(each.low):
                     said += f" ({100 * each.low:.1f} to {100 * each.high:.1f})"
                 drawn.mark(x, 100 * each.value, ink, said)
@@ -209,7 +217,7 @@ def _by_workload(
         drawn.across(range(len(groups)), [svg.label(group) for group, _ in groups])
         drawn.axes.set_xlim(-0.55, len(groups) - 0.45)
         drawn.upwards(svg.axis(100), lambda tick: f"{tick:g}%")
-        entries = [(f"draft {position + 1}", svg.series(position + 1), False) for position in range(most)]
+        entries = [(f"position {position + 1}", svg.series(position + 1), False) for position in range(most)]
         beside = [("published", svg.series(0), True)] if any(o is not None for o in originals) else []
         drawn.legend([*entries, *beside])
         drawn.frame(left=44, right=8, top=30, bottom=42)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from v4forge.bench.published_figures import by_key
 from v4forge.bench.speed import NO, YES, Comparison, compare, drift_of, stops
 from v4forge.bench.standing import Worth
+from v4forge.bench.terms import acceptance_length
 from v4forge.intervals import Estimate
 from v4forge.reporting import svg
 from v4forge.reporting.svg import Drawn
@@ -30,7 +31,7 @@ from v4forge.reporting.tables import (
 )
 
 TITLE = "Speed by concurrency"
-SAID = "Where drafts stop paying, by tokens a second"
+SAID = "Where drafts stop paying, by output throughput"
 # One replica of two GPUs is what was measured there.
 PUBLISHED_REPLICA = {"replicas": 1, "tensor_parallel": 2}
 
@@ -44,6 +45,7 @@ class SpeedRow:
     concurrency: int
     ttft_ms: tuple[float, float]  # median, p99
     tpot_ms: tuple[float, float]
+    itl_ms: tuple[float, float] | None  # None in files of before
     quartiles_ms: tuple[float, float] | None
     output_tok_s: float
     goodput_request_s: float | None
@@ -85,6 +87,7 @@ def _row(part: Json, gains: Mapping[tuple[int, str, int], Comparison]) -> SpeedR
         concurrency=concurrency,
         ttft_ms=(float(part["ttft_ms"]["median"]), float(part["ttft_ms"]["p99"])),
         tpot_ms=(float(tpot["median"]), float(tpot["p99"])),
+        itl_ms=(float(itl["median"]), float(itl["p99"])) if (itl := part.get("itl_ms")) else None,
         quartiles_ms=(float(quartiles[0]), float(quartiles[1])) if quartiles else None,
         output_tok_s=float(part["output_tok_s"]),
         goodput_request_s=None if part["goodput_request_s"] is None else float(part["goodput_request_s"]),
@@ -101,14 +104,14 @@ def _drift(parts: Mapping[str, Json]) -> str:
         return ""
     time, tokens = (100 * max(abs(each[name]) for each in found) for name in ("tpot", "throughput"))
     again = "A server's first point, measured again in the end, differed by at most"
-    return f"{again} {time:.1f}% in time a token, {tokens:.1f}% in tokens a second."
+    return f"{again} {time:.1f}% in TPOT, {tokens:.1f}% in output throughput."
 
 
 def _stops_paying(gains: Sequence[Comparison], points: Sequence[SpeedRow]) -> list[str]:
     said = [stop.sentence() for stop in stops(gains)]
     compared = {(row.shape, row.drafts) for row in points if row.gain}
     for shape, k in sorted({(row.shape, row.drafts) for row in points if row.drafts} - compared):
-        said.append(f"{k} draft{'s' * (k > 1)} a step, {shape}: not known where it stops paying, k=0 was not measured")
+        said.append(f"k={k}, {shape}: not known where it stops paying, k=0 was not measured")
     return said
 
 
@@ -122,34 +125,44 @@ def _conditions(target: Json) -> str:
 def tables(found: Speed, worth: Worth) -> tuple[list[Table], list[str]]:
     """All points, and where drafts stop paying."""
     lines: list[list[Cell]] = []
+    without_itl = not any(row.itl_ms for row in found.points)
     for row in found.points:
         heading = Cell(row.shape.replace("x", " tokens in, ") + " out")
         if [heading] not in lines:
             lines.append([heading])
         line = [
-            Cell(f"{row.concurrency} at once"),
-            Cell(f"k={row.drafts}" if row.drafts else "none"),
-            Cell(f"{row.tpot_ms[0]:,.2f}", f"p99 {row.tpot_ms[1]:,.2f}"),
+            Cell(f"concurrency {row.concurrency}"),
+            Cell(f"{row.drafts}"),
             Cell(f"{row.ttft_ms[0]:,.0f}", f"p99 {row.ttft_ms[1]:,.0f}"),
+            Cell(f"{row.tpot_ms[0]:,.2f}", f"p99 {row.tpot_ms[1]:,.2f}"),
+            *([] if without_itl else [_itl(row)]),
             number(row.output_tok_s, 1),
             number(row.goodput_request_s),
             _gain(row.gain.tpot_speedup, row.gain.faster) if row.gain else NONE,
             _gain(row.gain.throughput_ratio, row.gain.pays) if row.gain else NONE,
-            number(None if row.acceptance is None else 100 * row.acceptance, 1, "%"),
+            _acceptance(row),
         ]
         lines.append(line)
     slos = [row.slo for row in found.points if row.slo]
     limits = sorted({(f"{slo['ttft_ms']:g}", f"{slo['tpot_ms']:g}") for slo in slos})
-    within = " or ".join(f"{first} ms to the first token and {each} ms for each further one" for first, each in limits)
+    within = " or ".join(f"{first} ms of TTFT and {each} ms of TPOT" for first, each in limits)
     note = (
-        "Median and 99th percentile of requests. Gains are against no drafts at the same shape and concurrency; above "
+        "Median and 99th percentile of requests. Gains are against k=0 at the same shape and concurrency; above "
         "1x drafts are better. Green and red are beyond noise: the 95% interval, widened by the servers' drift."
     )
     if within:
         note += f" Goodput counts requests within {within}."
     note += f" {found.drift}" if found.drift else ""
-    titles = ("<requests", "drafts", "ms a token", "ms to first", "tok/s", "goodput, req/s")
-    against = ("time a token, against none", "tok/s, against none", "accepted")
+    titles = (
+        "<load",
+        "k",
+        "TTFT, ms",
+        "TPOT, ms",
+        *([] if without_itl else ["ITL, ms"]),
+        "output tok/s",
+        "goodput, req/s",
+    )
+    against = ("TPOT speed-up", "throughput ratio", "acceptance rate")
     return [Table("speed", "All points", columns(*titles, *against), lines, note)], found.stops
 
 
@@ -165,26 +178,36 @@ def overview(found: Speed, worth: Worth) -> Cell:
     some = [row for row in found.points if row.shape == found.points[0].shape]
     least, most = (end(row.concurrency for row in some) for end in (min, max))
     first = [row for row in some if row.concurrency == least]
-    where = f"{least} request{'s' * (least > 1)} at once"
+    where = f"concurrency {least}"
     gained = [row for row in first if row.gain]
     if not gained:
         row = first[0]
-        return Cell(f"{row.tpot_ms[0]:,.2f} ms a token, {row.output_tok_s:,.1f} tok/s", f"{where}, {_drafts(row)}")
+        return Cell(f"TPOT {row.tpot_ms[0]:,.2f} ms, {row.output_tok_s:,.1f} output tok/s", f"{where}, k={row.drafts}")
     best = max(gained, key=lambda row: row.gain.tpot_speedup.value if row.gain else 0.0)
     assert best.gain
-    text = f"{best.gain.tpot_speedup.value:.2f}x as fast a token with k={best.drafts}, {where}"
+    faster = f"{best.gain.tpot_speedup.value:.2f}x as fast as k=0"
+    text = f"TPOT {best.tpot_ms[0]:,.2f} ms with k={best.drafts}, {faster}, {where}"
     said = ", ".join(_most_throughput([row for row in some if row.concurrency == at]) for at in sorted({least, most}))
-    return Cell(text, f"tokens a second against no drafts, with the best k: {said}")
+    return Cell(text, f"output throughput against k=0, with the best k: {said}")
 
 
-def _drafts(row: SpeedRow) -> str:
-    return f"k={row.drafts}" if row.drafts else "no drafts"
+def _itl(row: SpeedRow) -> Cell:
+    return Cell(f"{row.itl_ms[0]:,.2f}", f"p99 {row.itl_ms[1]:,.2f}") if row.itl_ms else NONE
+
+
+def _acceptance(row: SpeedRow) -> Cell:
+    """The rate, and the length below it; a server that drafts always proposes k tokens a step."""
+    if row.acceptance is None:
+        return NONE
+    return Cell(f"{100 * row.acceptance:.1f}%", f"length {acceptance_length(row.drafts * row.acceptance, 1):.2f}")
 
 
 def _most_throughput(points: Sequence[SpeedRow]) -> str:
     """Of one concurrency."""
     found = [(row.gain.throughput_ratio.value, row.drafts) for row in points if row.gain]
-    return ("{:.2f}x (k={})".format(*max(found)) if found else NOT_MEASURED) + f" at {points[0].concurrency}"
+    return (
+        "{:.2f}x (k={})".format(*max(found)) if found else NOT_MEASURED
+    ) + f" at concurrency {points[0].concurrency}"
 
 
 def published(found: Speed) -> dict[str, Found]:
@@ -216,19 +239,19 @@ class Metric:
 
 METRICS = (
     Metric(
-        *("tpot_ms", "Time a token", "ms a token", "milliseconds, median and quartiles of the requests"),
+        *("tpot_ms", "TPOT", "ms", "milliseconds, median and quartiles of the requests"),
         value=lambda row: row.tpot_ms[0],
         quartiles=lambda row: row.quartiles_ms,
     ),
     Metric(
-        *("output_tok_s", "Tokens a second", "tok/s", "of all requests together"),
+        *("output_tok_s", "Output throughput", "tok/s", "of all requests together"),
         value=lambda row: row.output_tok_s,
     ),
 )
 
 
 def drawings(found: Speed, worth: Worth) -> list[Drawing]:
-    """For each shape the time a token and the tokens a second, by concurrency, a line a k; published ones hollow."""
+    """For each shape TPOT and output throughput, by concurrency, a line a k; published ones hollow."""
     drawn = []
     for shape in dict.fromkeys(row.shape for row in found.points):
         some = [row for row in found.points if row.shape == shape]
@@ -254,14 +277,14 @@ def _by_concurrency(name: str, title: str, metric: Metric, points: Sequence[Spee
                 originals = _originals(drawn, metric, x, line)
                 heights, hollow = heights + originals, hollow or bool(originals)
             figures = ", ".join(f"{metric.value(row):,.2f} at {row.concurrency}" for row in line)
-            about.append(f"{_drafts(line[0])}: {figures}")
-            entries.append((_drafts(line[0]), svg.series(k), False))
-        drawn.across(range(len(concurrencies)), [str(c) for c in concurrencies], "requests at once")
+            about.append(f"k={k}: {figures}")
+            entries.append((f"k={k}", svg.series(k), False))
+        drawn.across(range(len(concurrencies)), [str(c) for c in concurrencies], "concurrency")
         drawn.axes.set_xlim(-0.4, len(concurrencies) - 0.6)
         drawn.upwards(svg.axis(max(heights)), lambda tick: f"{tick:,g}")
         drawn.legend([*entries, *([("published", svg.series(0), True)] if hollow else [])])
         drawn.frame(left=50, right=12, top=30, bottom=40)
-        return drawn.svg(name, title, f"{metric.unit} by requests at once. " + "; ".join(about))
+        return drawn.svg(name, title, f"{metric.unit} by concurrency. " + "; ".join(about))
 
 
 def _line(drawn: Drawn, metric: Metric, x: Sequence[float], points: Sequence[SpeedRow]) -> list[float]:
@@ -270,7 +293,7 @@ def _line(drawn: Drawn, metric: Metric, x: Sequence[float], points: Sequence[Spe
     drawn.line(x, y, ink, dashed=not points[0].drafts)
     reached = list(y)
     for at, height, row in zip(x, y, points, strict=True):
-        drawn.mark(at, height, ink, f"{_drafts(row)}, {row.concurrency} at once: {height:,.2f} {metric.unit}")
+        drawn.mark(at, height, ink, f"k={row.drafts}, concurrency {row.concurrency}: {height:,.2f} {metric.unit}")
         if quartiles := metric.quartiles(row):
             drawn.bar([at, at], quartiles, ink)
             reached.append(quartiles[1])
@@ -284,6 +307,6 @@ def _originals(drawn: Drawn, metric: Metric, x: Sequence[float], points: Sequenc
         figure = by_key().get(f"speed/k{row.drafts}/{row.shape}/c{row.concurrency}/{metric.name}")
         if figure and figure.original:
             found.append(figure.original.value)
-            tip = f"published, {_drafts(row)}, {row.concurrency} at once: {figure.shown(figure.original.value)}"
+            tip = f"published, k={row.drafts}, concurrency {row.concurrency}: {figure.shown(figure.original.value)}"
             drawn.mark(at, figure.original.value, svg.series(row.drafts), tip, hollow=True)
     return found

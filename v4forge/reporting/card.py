@@ -16,6 +16,7 @@ from v4forge.artifact_folder import CERTIFICATE, MANIFEST, RUN
 from v4forge.bench import published_figures
 from v4forge.bench.results import command_of
 from v4forge.bench.standing import FLASH
+from v4forge.bench.terms import spelled_out
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.recipe import named_layers
 from v4forge.files import understood
@@ -148,6 +149,8 @@ def _sections(subject: Subject) -> list[str]:
     if deep and subject.standing.verdict in ("ok", "failed"):
         found.append(tables.markdown_titled(prediction.table(deep), 3))
     benches = [subject.benches[name].section for name in BENCHES if name in subject.benches]
+    if found or benches:
+        found.insert(0, f"{plain(spelled_out())}\n")
     return found + [tables.markdown_section(section, 3) for section in benches]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from v4forge import artifact_folder
 from v4forge.bench.results import command_of
+from v4forge.bench.terms import spelled_out
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import prediction
 from v4forge.reporting.benches import BENCHES, Told
@@ -28,7 +29,7 @@ def table(inputs: Inputs) -> Table:
             rows.append([Cell(bench.TITLE, _marks(told)), told.overview])
         else:
             rows.append([Cell(bench.TITLE), Cell(NOT_MEASURED, command_of(name), "dim")])
-    return Table("glance", "At a glance", columns("<", "<"), rows)
+    return Table("glance", "At a glance", columns("<", "<"), rows, note=spelled_out())
 
 
 def _marks(told: Told) -> str:

@@ -60,7 +60,7 @@ def _figure(value: Estimate | None, form: str, unit: str = "") -> Cell:
 
 
 def _draft(i: int) -> str:
-    return "draft 1 accepted" if i == 0 else f"draft {i + 1}, where all before it were"
+    return "acceptance rate, draft 1" if i == 0 else f"draft {i + 1}, where all before it were accepted"
 
 
 def table(deep: Json) -> Table:
