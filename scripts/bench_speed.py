@@ -11,6 +11,7 @@ With --url, what is served there is measured, and nothing compared.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="k, num_speculative_tokens, of the servers that are compared; default: 0 1 2 3")  # fmt: skip
     add("--concurrency", nargs="+", type=int, default=list(CONCURRENCY), metavar="N",
         help="requests that run at a time; default: 1 4 16")  # fmt: skip
+    add("--request-rate", nargs="+", type=float, default=[], metavar="R",
+        help="and requests a second that come whenever earlier ones end, an open loop; default: none")  # fmt: skip
     add("--shapes", nargs="+", type=shape, default=[shape(each) for each in SHAPES], metavar="INxOUT",
         help=f"tokens of prompt and answer; default: {' '.join(SHAPES)}")  # fmt: skip
     add("--requests-per-concurrency", type=int, default=FEWEST, metavar="N",
@@ -74,6 +77,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         slo_ms={"ttft": arguments.slo_ttft_ms, "tpot": arguments.slo_tpot_ms},
         point_limit_s=arguments.point_timeout,
         answer_limit_s=arguments.request_timeout,
+        rates=sorted(set(arguments.request_rate)),
     )
 
 
@@ -95,6 +99,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("a concurrency is at least 1, a number of drafts at least 0", again)
     if min(arguments.point_timeout, arguments.slo_ttft_ms, arguments.slo_tpot_ms) <= 0:
         raise UserError("times are above 0", again)
+    if not all(0 < rate < math.inf for rate in arguments.request_rate):
+        raise UserError("a request rate is above 0, in requests a second", "--request-rate 0.5 1 2")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,7 +117,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 COLUMNS = ("tokens", "n", "k", "TPOT", "p99", "TTFT", "tok/s", "good/s", "acc.", "x TPOT", "x tok/s", "pays")
-ORDER = ("input_tokens", "output_tokens", "concurrency", "drafts")
 GAINS = ("tpot_speedup", "throughput_ratio")
 
 
@@ -120,7 +125,8 @@ def show(content: Mapping[str, Any]) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table(content))
     slo = content["settings"]["slo_ms"]
     say(
-        f"TPOT: {TERMS['TPOT']}\nTTFT: {TERMS['TTFT']}; both medians, in ms. n: concurrency; k: {TERMS['k']}\n"
+        f"TPOT: {TERMS['TPOT']}\nTTFT: {TERMS['TTFT']}; both medians, in ms\n"
+        f"n: concurrency, or requests a second; k: {TERMS['k']}\n"
         f"good/s: goodput, requests a second with TTFT up to {slo['ttft']:g} ms and TPOT up to {slo['tpot']:g} ms\n"
         "acc.: acceptance rate; x: against k=0, above 1 is better"
     )
@@ -143,13 +149,13 @@ def table(content: Mapping[str, Any]) -> Table:
     drawn = Table(box=None, pad_edge=False)
     for place, column in enumerate(COLUMNS):
         drawn.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
-    order = sorted(content["parts"].values(), key=lambda part: [part[name] for name in ORDER])
+    order = sorted(content["parts"].values(), key=speed.place)
     for part in [part for part in order if not part["again"]]:
         where = f"{part['input_tokens']}x{part['output_tokens']}"
         gain = gains.get((part["drafts"], where, part["concurrency"]))
         drawn.add_row(
             where,
-            str(part["concurrency"]),
+            f"{part['request_rate']:g}/s" if speed.is_open(part) else str(part["concurrency"]),
             str(part["drafts"]),
             f"{part['tpot_ms']['median']:.2f}",
             f"{part['tpot_ms']['p99']:.2f}",
@@ -166,14 +172,15 @@ def table(content: Mapping[str, Any]) -> Table:
 def dry_run(options: Options, drafts: Sequence[int], url: str) -> None:
     """Says what would be measured, and how long that would take at the published speed."""
     which = f"a server each with k = {speed.listed(drafts)}" if drafts else url
-    say(f"{which}, at these points, input x output tokens/c<requests at a time>:")
+    say(f"{which}, at these points, input x output tokens/c<concurrency> or r<requests a second>:")
     seconds = ROUGH_START_S if drafts else 0.0
     requests = tokens = 0
     for point in options.points(0):
-        warm, count = point.concurrency, point.concurrency * options.requests_each
+        warm = options.together(point)
+        count = warm * options.requests_each
         rate = next((rate for most, rate in ROUGH_TOK_S.items() if warm <= most), max(ROUGH_TOK_S.values()))
         requests, tokens = requests + count, tokens + count * point.output_tokens
-        seconds += (count + warm) * point.output_tokens / rate
+        seconds += max((count + warm) * point.output_tokens / rate, count / (point.request_rate or math.inf))
         say(f"  {point.key.partition('/')[2]:<24} {count:>5} requests, {warm} before them to warm up")
     servers = max(1, len(drafts))
     start = f", {ROUGH_START_S / 60:.0f} of them to start each server" if drafts else ""

@@ -18,7 +18,7 @@ from programs import run_here
 
 from scripts import bench_speed, benching
 from scripts.bench import parse
-from v4forge.bench import measure_speed, speed, vllm_bench, workloads
+from v4forge.bench import comparison, measure_speed, speed, vllm_bench, workloads
 from v4forge.bench.speed import Comparison, Point
 from v4forge.bench.vllm_bench import Client, Load
 from v4forge.errors import UserError
@@ -340,3 +340,42 @@ def test_the_table_has_a_row_a_point_and_fits_a_page(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert len(re.findall(r"^32x16 +(2|16) +(0|2) ", said, re.MULTILINE)) == 4 and "…" not in said
     assert max(map(len, said.splitlines())) <= 120
+
+
+def test_requests_at_a_rate_are_further_points_with_prompts_and_options_of_their_own(tmp_path: Path) -> None:
+    words = ["speed", "--concurrency", "1", "4", "--shapes", "32x16", "--request-rate", "2", "0.5", "2"]
+    options = bench_speed.options_of(parse([*words, "--reports", str(tmp_path)]))
+    points = options.points(1)
+    assert [point.key for point in points] == [
+        *("k1/32x16/c1", "k1/32x16/c4", "k1/32x16/r0.5", "k1/32x16/r2", "k1/32x16/c1/again"),
+    ]
+    bench = measure_speed.Bench(benching.session_of(parse(words)), options, Client("/nowhere"), TINY, WORDS)
+    assert [len(bench.prompts(point)) for point in points] == [8, 32, 32, 32, 8]
+    load = Load("http://127.0.0.1:1", "m", ["a"], 16, None, SLO_MS, 1, rate=0.5).command(TINY, tmp_path)
+    assert load[load.index("--request-rate") + 1] == "0.5" and "--max-concurrency" not in load
+    assert "--request-rate" not in LOAD.command(TINY, tmp_path)
+
+
+def test_points_at_a_rate_are_shown_and_compared_between_runs_but_not_with_k0() -> None:
+    at_rate = Point(2, 32, 16, None, request_rate=4.0)
+    found = speed.figures(RESULT, at_rate, 16, SLO_MS) | {"acceptance": 0.5}
+    parts = {at_rate.key: found, Point(0, 32, 16, None, request_rate=4.0).key: found | {"drafts": 0}}
+    assert speed.compare(parts, 1) == [] and speed.summary(parts, 1)["stops_paying"] == []
+    assert speed.in_flight(found) == max(1, round(sum(found["samples"]["e2el_ms"]) / 1e3 / found["duration_s"]))
+    content = {"parts": parts, "summary": speed.summary(parts, 1)}
+    assert [list(column.cells) for column in bench_speed.table(content).columns][1] == ["4/s", "4/s"]
+    (tpot, *_) = comparison._speed({"hashes": {}, "parts": parts}, {"hashes": {}, "parts": parts}, list(parts)[:1])
+    assert tpot.metric == "k2/32x16/r4: TPOT, ms" and tpot.change == 0 and tpot.p == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "inf", "nan"])
+def test_a_rate_that_is_none_is_said_before_a_server_starts(
+    rate: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--request-rate", rate, "--reports", tmp_path) == 1
+    assert "a request rate is above 0" in capsys.readouterr().err
+
+
+def test_itl_is_kept_with_a_point() -> None:
+    gaps = [gap * 1e3 for each in RESULT["itls"] for gap in each]
+    assert figures()["itl_ms"]["median"] == pytest.approx(np.median(gaps))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from v4forge.bench.results import Result
-from v4forge.bench.speed import drift_of, excess
+from v4forge.bench.speed import drift_of, excess, in_flight
 from v4forge.bench.standing import worth_of
 from v4forge.bench.statistics import drawn, holm, resampled, standard_error, two_sided, z_test
 from v4forge.bench.workloads import TITLES
@@ -196,7 +196,7 @@ def _log_change(a: Json, b: Json, metric: str, paired: bool) -> tuple[float, flo
     of a request (Little's law), whose error it has.
     """
     name = "e2el_ms" if metric == "output_tok_s" else metric
-    counts = [int(each["requests"]) // int(each["concurrency"]) for each in (a, b)]
+    counts = [int(each["requests"]) // in_flight(each) for each in (a, b)]
     change = math.log(_value(b, metric) / _value(a, metric))
     if min(counts) < 2:
         return change, math.nan, 0
@@ -205,7 +205,7 @@ def _log_change(a: Json, b: Json, metric: str, paired: bool) -> tuple[float, flo
         groups[1] = groups[0]
     logs = []
     for each, numbers in zip((a, b), groups, strict=True):
-        picked = resampled(each["samples"][name], int(each["concurrency"]), numbers)
+        picked = resampled(each["samples"][name], in_flight(each), numbers)
         logs.append(np.log(picked.mean(axis=1) if name == "e2el_ms" else np.median(picked, axis=1)))
     few = min(counts)
     return change, standard_error(logs[1] - logs[0], few), few - 1

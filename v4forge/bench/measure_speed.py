@@ -28,7 +28,8 @@ from v4forge.serving.metrics import Counts
 @dataclass(frozen=True)
 class Options:
     """Which points are measured, and how: `shapes` are tokens of prompt and answer, `requests_each` the requests of a
-    point for each that runs at a time; `slo_ms` is what a good request keeps to, ttft and tpot."""
+    point for each that runs at a time; `rates` are requests a second, each with as many requests as the most at a time;
+    `slo_ms` is what a good request keeps to, ttft and tpot."""
 
     shapes: Sequence[tuple[int, int]]
     concurrency: Sequence[int]
@@ -36,10 +37,15 @@ class Options:
     slo_ms: Mapping[str, float]
     point_limit_s: float
     answer_limit_s: float
+    rates: Sequence[float] = ()
 
     def points(self, drafts: int) -> list[Point]:
         """Those of one server."""
-        return speed.points(drafts, self.shapes, self.concurrency)
+        return speed.points(drafts, self.shapes, self.concurrency, self.rates)
+
+    def together(self, point: Point) -> int:
+        """Requests that warm a point up, of which it has requests_each times as many."""
+        return point.concurrency or max(self.concurrency)
 
     def check_fits(self, length: int | None) -> None:
         """Raises UserError for requests that are longer than what the model takes, in tokens."""
@@ -67,7 +73,7 @@ class Bench:
     def prompts(self, point: Point, warm_up: bool = False) -> list[str]:
         """A point's prompts. They are those of its key without the drafts, so no two points of a server share any, and
         a cache of prefixes helps none."""
-        count = point.concurrency * (1 if warm_up else self.options.requests_each)
+        count = self.options.together(point) * (1 if warm_up else self.options.requests_each)
         of = f"{self.session.seed}:{point.key.partition('/')[2]}:{'warm-up' if warm_up else 'measured'}"
         return workloads.random_prompts(self.words, point.input_tokens, count, of)
 
@@ -86,6 +92,7 @@ class Bench:
             "warm_up": "before each point, as many other requests as run at a time",
             "client": "vllm bench serve",
             "slo_ms": options.slo_ms,
+            **({"request_rate": list(options.rates)} if options.rates else {}),
         }
         sampling = {"temperature": 0, "ignore_eos": True, "prompts": "random tokens"}
         return self.session.begin(about, settings, sampling, self.hashes(options.points(0)))
@@ -105,7 +112,7 @@ class Bench:
         """The figures of one point. Raises UserError for anything but whole answers to all requests in time."""
         options, limit_s = self.options, self.options.point_limit_s
         fixed = (point.output_tokens, point.concurrency, options.slo_ms, self.session.seed)
-        whole = Load(at.url, at.model, self.prompts(point), *fixed)
+        whole = Load(at.url, at.model, self.prompts(point), *fixed, rate=point.request_rate)
         before = Load(at.url, at.model, self.prompts(point, warm_up=True), *fixed)
         vllm_bench.warm_up(at.endpoint, before, min(limit_s, options.answer_limit_s))
         earlier = counts(at)

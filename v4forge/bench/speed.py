@@ -31,14 +31,16 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """Requests of `input_tokens`, answers of `output_tokens`, `concurrency` at a time, `drafts` a step. `again`: a
-    server's first point once more, in the end, which tells how far it drifted meanwhile."""
+    """Requests of `input_tokens`, answers of `output_tokens`, `drafts` a step; `concurrency` at a time, or, where that
+    is None, `request_rate` of them a second, whenever earlier ones end. `again`: a server's first point once more, in
+    the end, which tells how far it drifted meanwhile."""
 
     drafts: int
     input_tokens: int
     output_tokens: int
-    concurrency: int
+    concurrency: int | None
     again: bool = False
+    request_rate: float | None = None
 
     @property
     def shape(self) -> str:
@@ -46,13 +48,17 @@ class Point:
 
     @property
     def key(self) -> str:
-        return f"k{self.drafts}/{self.shape}/c{self.concurrency}" + "/again" * self.again
+        load = f"c{self.concurrency}" if self.request_rate is None else f"r{self.request_rate:g}"
+        return f"k{self.drafts}/{self.shape}/{load}" + "/again" * self.again
 
 
-def points(drafts: int, shapes: Sequence[tuple[int, int]], concurrencies: Sequence[int]) -> list[Point]:
+def points(
+    drafts: int, shapes: Sequence[tuple[int, int]], concurrencies: Sequence[int], rates: Sequence[float] = ()
+) -> list[Point]:
     """What is measured on one server, in this order."""
     every = [Point(drafts, *shape, concurrency) for shape in shapes for concurrency in concurrencies]
     first = every[0]
+    every += [Point(drafts, *shape, None, request_rate=rate) for shape in shapes for rate in rates]
     return [*every, Point(drafts, first.input_tokens, first.output_tokens, first.concurrency, again=True)]
 
 
@@ -60,8 +66,8 @@ def figures(result: Json, point: Point, requests: int, slo_ms: Mapping[str, floa
     """The figures of a point, from the detailed result of `vllm bench serve` over `requests` requests.
 
     Times are of the requests, in ms. TPOT is (whole time - TTFT) / (output tokens - 1), by request: a step with drafts
-    sends several tokens at once, so the gaps between chunks, ITL, are no times per token. `bursts` is the share of those
-    gaps that are none. Raises UserError unless every request was answered in full.
+    sends several tokens at once, so the gaps between chunks, ITL, are no times per token. `bursts` is the share of
+    those gaps that are none. Raises UserError unless every request was answered in full.
     """
     try:
         _check_whole(result, point, requests)
@@ -79,6 +85,7 @@ def figures(result: Json, point: Point, requests: int, slo_ms: Mapping[str, floa
         "input_tokens": point.input_tokens,
         "output_tokens": point.output_tokens,
         "concurrency": point.concurrency,
+        "request_rate": point.request_rate,
         "again": point.again,
         "requests": requests,
         "completed": int(result["completed"]),
@@ -167,10 +174,32 @@ def _beyond(ratio: Estimate, drift: float | None) -> str:
     return YES if ratio.low / noise > 1 else NO if ratio.high * noise < 1 else UNCLEAR
 
 
+def is_open(part: Json) -> bool:
+    """Whether requests came at a rate, an open loop, instead of so many at a time. Older files know of none."""
+    return part.get("request_rate") is not None
+
+
+def in_flight(part: Json) -> int:
+    """Requests that ran together: the concurrency; of an open loop the mean, by Little's law, at least 1."""
+    if not is_open(part):
+        return int(part["concurrency"])
+    return max(1, round(sum(part["samples"]["e2el_ms"]) / 1e3 / part["duration_s"]))
+
+
+def place(part: Json) -> tuple[float, ...]:
+    """By which points are shown: shape, concurrency, then rates, k."""
+    load = (math.inf, part["request_rate"]) if is_open(part) else (part["concurrency"], 0)
+    return part["input_tokens"], part["output_tokens"], *load, part["drafts"]
+
+
 def compare(parts: Mapping[str, Json], seed: int) -> list[Comparison]:
-    """Every measured point with drafts against the same one without, by drafts, shape and concurrency."""
+    """Every measured point with drafts against the same one without, by drafts, shape and concurrency; none at a rate,
+    where throughput is what was asked for."""
     found = []
-    ordered = sorted(parts.values(), key=lambda part: [part[name] for name in ("drafts", *_PLACE)])
+    ordered = sorted(
+        (part for part in parts.values() if not is_open(part)),
+        key=lambda part: [part[name] for name in ("drafts", *_PLACE)],
+    )
     for part in ordered:
         without = parts.get(Point(0, *(part[name] for name in _PLACE)).key)
         if not part["drafts"] or part["again"] or without is None:

@@ -82,16 +82,17 @@ class Words:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests to a model: `concurrency` at a time, each answer of exactly `output_tokens`. `slo_ms`: what a good
-    request keeps to, ttft and tpot."""
+    """Requests to a model: `concurrency` at a time, or `rate` a second with the gaps of a Poisson process; each answer
+    of exactly `output_tokens`. `slo_ms`: what a good request keeps to, ttft and tpot."""
 
     url: str
     model: str
     prompts: Sequence[str]
     output_tokens: int
-    concurrency: int
+    concurrency: int | None
     slo_ms: Mapping[str, float]
     seed: int
+    rate: float | None = None
 
     def command(self, tokenizer: Path, folder: Path) -> list[str]:
         """`vllm bench serve` of this load, with its prompts and its result in `folder`."""
@@ -105,7 +106,7 @@ class Load:
             "dataset-path": folder / PROMPTS,
             "custom-output-len": self.output_tokens,
             "num-prompts": len(self.prompts),
-            "max-concurrency": self.concurrency,
+            **({"max-concurrency": self.concurrency} if self.rate is None else {"request-rate": f"{self.rate:g}"}),
             "temperature": 0,
             "seed": self.seed,
             "percentile-metrics": "ttft,tpot,itl,e2el",
