@@ -37,6 +37,7 @@ from v4forge.reporting import (
     published_comparison,
     rendering,
     run_sections,
+    speed_charts,
     tables,
 )
 from v4forge.reporting.inputs import Inputs
@@ -313,7 +314,7 @@ def test_figures_of_the_same_rows_have_the_same_bytes() -> None:
 def test_figures_take_all_their_colours_from_the_page() -> None:
     style = (rendering.TEMPLATES / "style.html.j2").read_text()
     rows = layer_rows([layer(0), layer(1)])
-    layers = [*layer_charts.loss_charts(rows), *layer_charts.token_charts(rows)]
+    layers = [*layer_charts.loss_charts(rows), *layer_charts.token_charts(rows), *layer_charts.heat_map(rows)]
     for some in (layers, *map(drawings_of, benches.BENCHES)):
         for drawing in some:
             assert not re.search(r"#[0-9a-fA-F]{6}\b", drawing.svg), drawing.name
@@ -496,3 +497,45 @@ def test_itl_is_shown_where_a_file_has_it() -> None:
     table = section_of("speed", result).tables[0]
     at = [column.title for column in table.columns].index("ITL, ms")
     assert table.rows[1][at] == Cell("9.00", "p99 12.50") and table.rows[2][at] == tables.NONE
+
+
+def with_rates(result: dict[str, Any]) -> dict[str, Any]:
+    """The result, and two rates at each k of the first shape."""
+    for k in (0, 1, 2, 3):
+        for rate in (0.5, 2):
+            part = made.speed_part(k, (256, 256), 4, 1.0, 7, again=False)
+            result["parts"][f"k{k}/256x256/r{rate:g}"] = part | {"concurrency": None, "request_rate": rate}
+    return result
+
+
+def test_points_at_a_rate_stand_behind_those_at_a_concurrency_without_gains() -> None:
+    speed = bench_speed.rows(with_rates(made.speed()))
+    some = [row for row in speed.points if row.shape == "256x256"]
+    assert [row.load for row in some[-8:]] == ["0.5 req/s"] * 4 + ["2 req/s"] * 4
+    assert all(row.gain is None for row in some[-8:]) and len(speed.closed) == 24
+    assert "0.5 req/s" in tables.markdown_table(section_of("speed", with_rates(made.speed())).tables[0])
+
+
+def test_what_k_brings_is_one_without_drafts_and_told_at_each_k() -> None:
+    (drawn,) = [each for each in drawings_of("speed") if each.name == "speed-k-256x256"]
+    said = re.findall(r"<title>([^<]+)</title>", drawn.svg)
+    assert "k=0: TPOT speed-up 1.00" in said and "k=3: acceptance length 2.44, acceptance rate 48.0%" in said
+    assert any(re.fullmatch(r"k=3: throughput ratio 0\.\d\d", each) for each in said), "at the most at a time"
+    result = made.speed()
+    result["parts"] = {key: part for key, part in result["parts"].items() if not key.startswith("k0/")}
+    assert not [d for d in benches.Told("speed", result).drawn.drawings if d.name.startswith("speed-k-")]
+
+
+def test_throughput_is_per_gpu_and_pareto_s_frontier_is_what_nothing_beats() -> None:
+    speed = bench_speed.rows(with_rates(made.speed()))
+    assert (speed.gpus, speed.machine_gpus) == (2, 8)
+    some = [row for row in speed.points if row.shape == "256x256"]
+    best = speed_charts.frontier(some)
+    for row in some:
+        beats = [other for other in some if other.user_tok_s > row.user_tok_s and other.output_tok_s > row.output_tok_s]
+        assert (row in best) == (not beats), row.load
+    drawn = {each.name: each for each in benches.Told("speed", with_rates(made.speed())).drawn.drawings}
+    text = drawn["speed-pareto-256x256"].svg
+    assert "k=0, 2 req/s: " in text and "tok/s per GPU, " in text and "at a rate" in text
+    tiny = bench_speed.rows(made.speed(tiny=True))
+    assert tiny.gpus is None, "a CPU has none"

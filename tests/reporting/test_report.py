@@ -22,6 +22,7 @@ from scripts import report as program
 from scripts import stage
 from v4forge import artifact_folder
 from v4forge.errors import UserError
+from v4forge.quantization import layer_reports
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import calibration_page, layer_charts, page, run_sections, svg
 from v4forge.reporting.inputs import Inputs
@@ -271,7 +272,7 @@ def test_the_page_of_calibration_shows_losses_tokens_seconds_and_memory() -> Non
     assert "3.000 1.700 1.500 -50%" in text, "of round-to-nearest, at the same scales, of GPTQ: means"
     assert "1 17 458 900 1 of 2 0 (17)" in text
     assert "0 2 2.50 0.75 0.50 3.00 5.00 1 2 2.50" in text, "each of the rank with the most"
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
 
 
 def test_the_pages_tell_how_much_of_what_gptq_saves_is_its_scales() -> None:
@@ -408,3 +409,43 @@ def test_charts_of_the_same_layers_have_the_same_bytes() -> None:
     rows = layer_rows([layer(i, blended=i == 1) for i in range(3)])
     assert layer_charts.loss_charts(rows) == layer_charts.loss_charts(rows)
     assert layer_charts.token_charts(rows) == layer_charts.token_charts(rows)
+
+
+def blocks_of(drawing: Drawing) -> list[tuple[str, float, bool]]:
+    """What is said when one points at each block of a heat map, how wide it is, whether it is red."""
+    found = re.findall(
+        r"<title>([^<]+)</title>\n<path d=\"M ([\d.]+) .*?\nL ([\d.]+) .*?fill: ([^;\"]+)", drawing.svg, re.DOTALL
+    )
+    return [(said, float(right) - float(left), "bad" in fill) for said, left, right, fill in found]
+
+
+def test_every_expert_of_every_layer_is_in_the_heat_map_and_the_starved_are_red_and_first() -> None:
+    tokens = [300, 17, 900, 300, 40, 4000, 310, 305]
+    starved = [{"expert": 1, "tokens": 17, "inputs": "w1, w3"}, {"expert": 4, "tokens": 40, "inputs": "w1, w3"}]
+    (drawn,) = layer_charts.heat_map(
+        layer_rows([{**layer(0), "tokens": tokens, "blended": starved}, {**layer(1), "tokens": [5] * 8}])
+    )
+    found = blocks_of(drawn)
+    assert found[0][0] == "layer 0: 2 of 8 experts, 17 to 40 tokens, starved" and found[0][2]
+    assert [said for said, *_ in found[1:]] == [
+        "layer 0: 4 of 8 experts, 300 to 310 tokens",
+        "layer 0: 1 of 8 experts, 900 tokens",
+        "layer 0: 1 of 8 experts, 4,000 tokens",
+        "layer 1: 8 of 8 experts, 5 tokens",
+    ]
+    assert sum(width for _, width, _ in found[:-1]) == pytest.approx(found[-1][1], rel=1e-3)
+    assert not any(bad for *_, bad in found[1:])
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=40))
+def test_runs_of_a_heat_map_hold_each_expert_once_by_its_tokens(tokens: list[int]) -> None:
+    (row,) = layer_rows([{**layer(0), "tokens": tokens}])
+    runs = layer_charts._runs(row, set())
+    order = [expert for _, run in runs for expert in run]
+    assert sorted(order) == list(range(len(tokens))) and [tokens[e] for e in order] == sorted(tokens)
+    assert [begin for begin, _ in runs] == list(itertools.accumulate((len(run) for _, run in runs[:-1]), initial=0))
+
+
+def test_the_median_of_a_layer_is_one_in_its_line_and_in_the_report() -> None:
+    even = {**layer(0), "tokens": [1, 2, 5, 9]}
+    assert layer_rows([even])[0].median == 3.5 and "median 3.5," in layer_reports.summary(even)

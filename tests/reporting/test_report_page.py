@@ -169,8 +169,9 @@ def luminance(colour: str) -> float:
 def test_every_figure_and_table_is_there(opened: Opened) -> None:
     shapes, metrics = ("256x256", "1024x1024"), ("tpot_ms", "output_tok_s")
     figures = [f"speed-{metric}-{shape}" for shape in shapes for metric in metrics]
+    speed = [f"speed-{name}-{shape}" for shape in shapes for name in ("k", "pareto")]
     layers = ("loss-w1", "loss-w2", "loss-w3", "tokens", "starved")
-    for name in (*figures, "draft-all", "draft-given", "quality-delta", *layers):
+    for name in (*figures, *speed, "draft-all", "draft-given", "quality-delta", *layers):
         assert opened.count(f"#figure-{name} svg[role=img] use") > 1, name
         assert opened.count(f"#figure-{name} svg > title") == 1 and opened.count(f"#figure-{name} svg > desc") == 1
     for name in ("glance", "headline", "prediction", "speed", "draft", "draft-given", "quality", "tools", "smoke"):

@@ -46,9 +46,13 @@ class LayerRow:
     fewest: int
     median: float
     most: int
-    experts: int
+    tokens: list[int]  # of each expert
     blended: list[Json]  # experts whose Hessian was blended with the layer's: {"expert", "tokens", "inputs"}
     fallback: list[str]  # matrices on which GPTQ gave way to round-to-nearest
+
+    @property
+    def experts(self) -> int:
+        return len(self.tokens)
 
     @property
     def blended_shown(self) -> str:
@@ -72,7 +76,7 @@ def layer_rows(layers: Sequence[Json]) -> list[LayerRow]:
                 fewest=min(tokens),
                 median=statistics.median(tokens),
                 most=max(tokens),
-                experts=len(tokens),
+                tokens=list(tokens),
                 blended=list(report["blended"]),
                 fallback=[str(matrix) for matrix in report["fallback"]],
             )
@@ -171,8 +175,8 @@ def summary(report: Json) -> str:
     line = f"layer {report['layer']}"
     tokens = sorted(report["tokens"])
     if tokens:
-        middle = tokens[len(tokens) // 2]
-        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle}, {len(report['blended'])} starved"
+        middle = statistics.median(tokens)
+        line += f": tokens per expert {tokens[0]} to {tokens[-1]}, median {middle:g}, {len(report['blended'])} starved"
     if report["error"]:
         lost = mean_losses(report)
         line += f"; lost {lost['gptq']:.3%}, round-to-nearest {lost['rtn']:.3%}"

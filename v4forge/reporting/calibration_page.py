@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from v4forge.quantization.layer_reports import KINDS, Json, cost_rows, layer_rows, means
-from v4forge.reporting.layer_charts import loss_charts, token_charts
+from v4forge.reporting.layer_charts import LOADS, heat_map, loss_charts, token_charts
 from v4forge.reporting.rendering import rendered
 
 
@@ -27,6 +27,8 @@ def shown(layers: Sequence[Json]) -> dict[str, Any]:
         "kinds": KINDS,
         "loss_charts": loss_charts(rows),
         "token_charts": token_charts(rows),
+        "heat_map": heat_map(rows),
+        "loads": LOADS,
         "means": found,
         "better": sum(loss.better for loss in losses),
         "better_at_same_scales": sum(loss.better_at_same_scales for loss in losses),

@@ -100,6 +100,16 @@ class Drawn:
         """An error bar between two points."""
         self.axes.plot(x, y, color=ink.colour, linewidth=1.4, zorder=2, clip_on=False)
 
+    def block(self, x: tuple[float, float], y: tuple[float, float], ink: Ink, opacity: float, tip: str) -> None:
+        """A rectangle from x[0] to x[1] and y[0] to y[1]."""
+        from matplotlib.patches import Rectangle
+
+        corner, size = (x[0], y[0]), (x[1] - x[0], y[1] - y[0])
+        self.axes.add_patch(
+            Rectangle(corner, *size, color=ink.colour, alpha=opacity, linewidth=0, gid=f"tip{len(self.tips)}")
+        )
+        self.tips.append(tip)
+
     def legend(self, entries: Sequence[tuple[str, Ink, bool]]) -> None:
         """entries: label, ink, hollow; in a line above the axes."""
         from matplotlib.lines import Line2D
