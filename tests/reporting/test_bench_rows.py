@@ -471,12 +471,14 @@ def test_tables_of_the_benches_are_made_without_matplotlib() -> None:
 def test_every_term_of_the_field_is_spelled_out_once_and_before_it_is_used() -> None:
     """On the page and in its Markdown."""
     inputs = Inputs(benches=benches.told(FLASH))
-    for text in (html.unescape(page.page(inputs)), page.markdown(inputs)):
+    for text, form in (
+        (html.unescape(page.page(inputs)), "<dt>{}</dt><dd>{}</dd>"),
+        (page.markdown(inputs), "{}: {}."),
+    ):
         text = text.replace("\\", "")
         for name, meaning in terms.TERMS.items():
-            said = f"{name}: {meaning}."
-            assert text.count(said) == 1, name
-        assert text.index(terms.spelled_out()) < text.index("TPOT speed-up")
+            assert text.count(form.format(name, meaning)) == 1, name
+        assert text.index(terms.TERMS["TPOT"]) < text.index("TPOT speed-up")
         assert "a token, against" not in text and "at once" not in text and "first draft" not in text
 
 

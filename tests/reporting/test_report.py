@@ -228,14 +228,15 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.loads: list[str] = []
+        self.links: list[str] = []
         self.tags: list[str] = []
         self.open: list[str] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.note(attrs)
         self.tags.append(tag)
+        self.note(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -244,10 +245,13 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.note(attrs)
         self.tags.append(tag)
+        self.note(attrs)
 
     def note(self, attrs: list[tuple[str, str | None]]) -> None:
+        if self.tags[-1:] == ["a"]:  # what one may click on is not loaded
+            self.links += [value or "" for name, value in attrs if name == "href"]
+            return
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
     def handle_data(self, data: str) -> None:
@@ -449,3 +453,65 @@ def test_runs_of_a_heat_map_hold_each_expert_once_by_its_tokens(tokens: list[int
 def test_the_median_of_a_layer_is_one_in_its_line_and_in_the_report() -> None:
     even = {**layer(0), "tokens": [1, 2, 5, 9]}
     assert layer_rows([even])[0].median == 3.5 and "median 3.5," in layer_reports.summary(even)
+
+
+def about(folder: Path) -> str:
+    text = (folder / "reports/index.html").read_text()
+    return " ".join(Page(text[text.index('<section id="part-about">') : text.index("<nav")]).text.split())
+
+
+def test_the_page_begins_with_what_it_is_of_and_links_what_there_is(run_folder: Path) -> None:
+    machine = {"gpus": ["NVIDIA H200"] * 2, "driver": "580", "cpu": "A CPU", "cores": 192, "memory_bytes": 2 << 40}
+    run = {name: {**stage, "machine": machine, "revision": "c" * 40} for name, stage in RUN.items()}
+    change(run_folder / "reports/run.json", **run)
+    (run_folder / "artifact/config.json").write_text(json.dumps(made.TINY_SIZE))
+    made.write(run_folder / "reports", made.tools())
+    measured = {**made.tools(), "target": {**made.tools()["target"]}}
+    measured["target"]["artifact"] = {**made.TINY_SIZE, "sums_sha256": hashlib.sha256(b"sums").hexdigest()}
+    made.write(run_folder / "reports", measured)
+    (run_folder / "reports/card.html").write_text("card")
+    call(run_folder)
+    said = about(run_folder)
+    assert "model DeepSeek-V4 of 4 layers, hidden size 256, 8 experts" in said
+    assert f"profile {run_folder.name} artifact SHA256SUMS {hashlib.sha256(b'sums').hexdigest()}" in said
+    assert f"made 2026-01-01; 2 x NVIDIA H200, driver 580; 192 CPUs (A CPU), 2048.0 GiB; commit {'c' * 40}" in said
+    assert f"measured 2026-11-26; 8 x NVIDIA H200, driver 580; 192 CPUs (A CPU), 2015.1 GiB; commit {'a' * 40}" in said
+    page = Page((run_folder / "reports/index.html").read_text())
+    files = [link for link in page.links if not link.startswith("#")]
+    assert {"card.html", "../artifact/certificate.json", "../artifact/manifest.json"} <= set(files)
+    assert all((run_folder / "reports" / link).is_file() for link in files)
+
+
+def test_contents_lead_to_each_part_and_every_part_is_in_them(run_folder: Path) -> None:
+    made.write(run_folder / "reports", *made.full())
+    call(run_folder)
+    text = (run_folder / "reports/index.html").read_text()
+    parts = re.findall(r'<section id="([\w-]+)"', text)
+    links = [link.removeprefix("#") for link in Page(text).links if link.startswith("#")]
+    assert links == [part for part in parts if part != "part-about"] and len(set(links)) == len(links)
+
+
+def test_results_of_another_artifact_are_never_shown_as_ours(run_folder: Path) -> None:
+    made.write(run_folder / "reports", *made.full())
+    call(run_folder)
+    page = Page((run_folder / "reports/index.html").read_text())
+    text = " ".join(page.text.split())
+    assert text.count("Not of this artifact but of another artifact, SHA256SUMS 555555555555….") == 4
+    assert "Quality not measured make bench-quality; here it is of another artifact" in text
+    whole = (run_folder / "reports/index.html").read_text()
+    published = whole[whole.index('<section id="published">') : whole.index('<section id="part-prediction">')]
+    headline = " ".join(Page(published).text.split())
+    assert "93.10%" not in headline and "GSM8K 8-shot, strict not comparable another artifact" in headline
+    assert "measured 2026" not in about(run_folder)
+    assert "p = 0.53" not in text and "Beyond noise at 5%" not in text
+    assert "<title>published" not in whole
+
+
+def test_of_two_results_the_one_of_this_artifact_counts_though_it_is_older(run_folder: Path) -> None:
+    ours = made.tools(lost=1)
+    ours["target"]["artifact"]["sums_sha256"] = hashlib.sha256(b"sums").hexdigest()
+    made.write(run_folder / "reports", ours, stamp="20261101T000000Z")
+    made.write(run_folder / "reports", made.tools(), stamp="20261126T010203Z")
+    call(run_folder)
+    text = (run_folder / "reports/index.html").read_text()
+    assert "29 of 30 points" in text and "another artifact" not in text

@@ -26,6 +26,8 @@ TOO_WIDE = """() => [...document.querySelectorAll('html, body, body *')].filter(
   !element.closest('svg') && !element.closest('.scroll') && element.clientWidth
   && element.scrollWidth > element.clientWidth + 1
 ).map(element => `${element.tagName} ${element.className}: ${element.textContent.trim().slice(0, 60)}`)"""
+SCROLLED = """() => [...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)
+  .map(each => `${each.scrollWidth} in ${each.clientWidth}: ${each.textContent.trim().slice(0, 60)}`)"""
 OUTSIDE = """() => [...document.querySelectorAll('svg text')].filter(text => {
   const a = text.getBoundingClientRect(), b = text.closest('svg').getBoundingClientRect();
   return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
@@ -134,6 +136,11 @@ def look(request: pytest.FixtureRequest, opened: Opened) -> Opened:
 def test_text_fits_its_place(look: Opened) -> None:
     assert look.evaluate(TOO_WIDE) == []
     assert look.cut_off() == []
+
+
+def test_on_a_telephone_no_table_has_a_part_outside(opened: Opened) -> None:
+    opened.page.set_viewport_size({"width": 400, "height": 900})
+    assert opened.evaluate(SCROLLED) == []
 
 
 def test_text_of_figures_is_inside_them_apart_and_large_enough(look: Opened) -> None:

@@ -170,6 +170,13 @@ class Result:
     def bench(self) -> str:
         return str(self.content["bench"])
 
+    @property
+    def sums(self) -> str | None:
+        """Of the artifact that was measured, where it is known."""
+        artifact = self.content["target"].get("artifact")
+        found: str | None = artifact.get("sums_sha256") if isinstance(artifact, Mapping) else None
+        return found
+
 
 def command_of(bench: str) -> str:
     """What makes a bench's result."""
@@ -206,9 +213,10 @@ def files(folder: Path, bench: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (found := NAME.fullmatch(path.name)) and found["bench"] == bench)
 
 
-def newest(folder: Path, benches: Collection[str]) -> dict[str, Result]:
+def newest(folder: Path, benches: Collection[str], sums: str | None = None) -> dict[str, Result]:
     """bench -> its result that counts, of those of these benches that have one in `folder`: the newest of whole
-    measurements, then of unfinished ones, then of trials, and only then of those without a part.
+    measurements, then of unfinished ones, then of trials, and only then of those without a part. sums: the SHA256SUMS
+    of the artifact that is asked about, whose results come before any of others.
 
     Raises UserError for a file that has such a name and cannot be read, rather than pass over what was measured.
     """
@@ -216,7 +224,7 @@ def newest(folder: Path, benches: Collection[str]) -> dict[str, Result]:
     for bench in benches:
         there = [each for path in files(folder, bench) if (each := load(path, benches)).bench == bench]
         if there:
-            found[bench] = max(there, key=_worth)
+            found[bench] = max(there, key=lambda each: (sums is not None and each.sums == sums, *_worth(each)))
     return found
 
 

@@ -21,20 +21,21 @@ class Worth:
     model: str  # what is measured, '' where it is Flash
     machine: str  # on what, '' where it is H200
     complete: bool
+    other: str = ""  # of which artifact, '' where it is the one that is reported on
 
     @property
     def comparable(self) -> bool:
         """Whether a test against the published figures says something."""
-        return self.trial is None and not self.model and not self.machine
+        return self.trial is None and self.published_model
 
     @property
     def published_model(self) -> bool:
         """Whether the figures may stand beside the published ones at all, a trial marked as one."""
-        return not self.model and not self.machine
+        return not (self.model or self.machine or self.other)
 
     @property
     def marks(self) -> list[str]:
-        marks = []
+        marks = [f"not of this artifact but of {self.other}"] if self.other else []
         if self.model and self.machine:
             marks.append(f"{self.model} on {self.machine}: a test of the bench, not a result")
         elif self.model:
@@ -50,7 +51,7 @@ class Worth:
         """The marks for a table's cell."""
         where = " on ".join(part for part in (self.model, self.machine) if part)
         trial = f"a trial of {self.trial}" if self.trial is not None else ""
-        return "; ".join(part for part in (where, trial) if part)
+        return "; ".join(part for part in (self.other, where, trial) if part)
 
 
 def worth_of(result: Mapping[str, Any]) -> Worth:

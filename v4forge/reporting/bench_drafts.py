@@ -156,8 +156,8 @@ def overview(found: Drafts, worth: Worth) -> Cell:
     ordered = sorted(made, key=lambda row: row.by_position[0].value)
     least, most = (f"{100 * row.by_position[0].value:.1f}% ({row.title})" for row in (ordered[0], ordered[-1]))
     k = len(made[0].by_position)
-    overall = f"k={k}, of all positions and acceptance length: " + ", ".join(
-        f"{row.title} {100 * row.acceptance.value:.1f}%, {row.length:.2f}" for row in made
+    overall = f"k={k}, of all positions, and acceptance length: " + ", ".join(
+        f"{row.title} {100 * row.acceptance.value:.1f}% ({row.length:.2f})" for row in made
     )
     text = f"acceptance rate at position 1: {least}" + (f" to {most}" if len(made) > 1 else "")
     return Cell(text, overall)

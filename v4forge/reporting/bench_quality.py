@@ -99,7 +99,7 @@ def tables(found: list[QualityRow], worth: Worth) -> tuple[list[Table], list[str
         "± is the standard error. The difference is tested two-sided: p is how often chance alone makes one as large."
     )
     sure = [row for row in found if row.p is not None and row.p < SURE]
-    tested = sum(row.p is not None for row in found)
+    tested = sum(row.p is not None for row in found) if worth.comparable else 0
     said = []
     if tested:
         names = ", ".join(f"{row.title} ({row.delta:+.2f})" for row in sure) or "none"
@@ -148,7 +148,7 @@ def published(found: list[QualityRow]) -> dict[str, Found]:
 def drawings(found: list[QualityRow], worth: Worth) -> list[Drawing]:
     """Differences from the published figures with 95% intervals; nothing where none was tested."""
     tested = [(row, row.delta, NORMAL * row.delta_se) for row in found if row.delta is not None and row.delta_se]
-    if not tested:
+    if not tested or not worth.comparable:
         return []
     name, title = "quality-delta", "Ours minus the published, points"
     with svg.drawing(height=44 + ROW * len(tested)) as drawn:

@@ -55,6 +55,7 @@ class Told:
 
     name: str
     result: Json
+    other: str = ""  # of which artifact it is, '' where of the one that is reported on
 
     @property
     def bench(self) -> Bench:
@@ -62,7 +63,7 @@ class Told:
 
     @cached_property
     def worth(self) -> Worth:
-        return worth_of(self.result)
+        return replace(worth_of(self.result), other=self.other)
 
     @cached_property
     def rows(self) -> Any:
@@ -109,9 +110,20 @@ class Told:
         return f"{title} ({self.worth.short})" if self.worth.short else title
 
 
-def told(results: Mapping[str, Json]) -> dict[str, Told]:
-    """results: of each bench its file's content."""
-    return {name: Told(name, results[name]) for name in BENCHES if name in results}
+def told(results: Mapping[str, Json], sums: str | None = None) -> dict[str, Told]:
+    """results: of each bench its file's content; sums: the artifact that is reported on, where there is one."""
+    return {name: Told(name, results[name], other_than(sums, results[name])) for name in BENCHES if name in results}
+
+
+def other_than(sums: str | None, result: Json) -> str:
+    """Of which artifact a result is, where it is of another one than `sums`; '' where it is of that, or there is none.
+
+    sums: the digest of its SHA256SUMS.
+    """
+    whose = (result["target"].get("artifact") or {}).get("sums_sha256")
+    if sums is None or whose == sums:
+        return ""
+    return f"another artifact, SHA256SUMS {str(whose)[:12]}…" if whose else "an artifact that nobody told"
 
 
 def not_measured(name: str) -> Section:
@@ -134,11 +146,7 @@ def provenance(result: Json) -> Iterator[tuple[str, str]]:
         yield "image", ", ".join(str(part) for part in (image.get("reference"), image.get("id"), *digests) if part)
     served = {name: target.get(name) for name in ("backend", "profile", "replicas", "tensor_parallel", "drafts")}
     yield "served", _listed(served | {"max_model_len": target.get("max_model_len")} | (target.get("options") or {}))
-    gpus = machine.get("gpus") or []
-    names = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
-    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    memory = f"{machine.get('memory_gib')} GiB"
-    yield "machine", f"{names}{driver}; {machine.get('cpus')} CPUs ({machine.get('cpu')}), {memory}"
+    yield "machine", machine_line(machine)
     yield "versions", _listed(result["versions"])
     yield "settings", _listed(result["settings"])
     yield "sampling", _listed(result["sampling"])
@@ -148,6 +156,15 @@ def provenance(result: Json) -> Iterator[tuple[str, str]]:
     yield "from, to", f"{result['started']}, {result.get('ended')}"
     for run, command in enumerate(result["commands"], start=1):
         yield "command" if run == 1 else f"command {run}", str(command)
+
+
+def machine_line(machine: Json) -> str:
+    """GPUs with their driver, processors, memory."""
+    gpus = machine.get("gpus") or []
+    names = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)) or "no GPU"
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    memory = f"{machine.get('memory_gib')} GiB"
+    return f"{names}{driver}; {machine.get('cpus')} CPUs ({machine.get('cpu')}), {memory}"
 
 
 def _listed(values: Json) -> str:

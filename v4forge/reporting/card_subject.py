@@ -80,8 +80,8 @@ def gathered(work: Path, artifact: Path) -> Subject:
     sums = artifact_folder.sums_sha256(artifact)
     measured: dict[str, Json] = {}
     others: dict[str, str] = {}
-    for bench, result in results.newest(work / "reports", BENCHES).items():
-        whose = (result.content["target"].get("artifact") or {}).get("sums_sha256")
+    for bench, result in results.newest(work / "reports", BENCHES, sums).items():
+        whose = result.sums
         if whose == sums:
             measured[bench] = _without_place(result.content)
         else:

@@ -11,9 +11,9 @@ from v4forge import artifact_folder
 from v4forge.bench import results
 from v4forge.bench.results import Result
 from v4forge.errors import UserError
-from v4forge.files import read, understood
+from v4forge.files import read, read_json, understood
 from v4forge.quantization.layer_reports import layer_rows
-from v4forge.reporting import page, prediction, published_comparison, run_sections, two_engines
+from v4forge.reporting import header, page, prediction, published_comparison, run_sections, two_engines
 from v4forge.reporting.benches import BENCHES, told
 from v4forge.reporting.inputs import Inputs
 from v4forge.verification import engines
@@ -33,21 +33,26 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
     }
     found = {name: read(path, hint) for name, (path, hint) in files.items() if path.exists()}
     layer_files = sorted((work / "layers").glob("layer-*.json"))
-    measured = results.newest(work / "reports", BENCHES)
+    sums = artifact_folder.sums_sha256(work / "artifact")
+    measured = results.newest(work / "reports", BENCHES, sums)
     beside = engines.kept(work)
     inputs = Inputs(
         certificate=found.get("certificate"),
         layers=[read(path, "make calibrate") for path in layer_files],
         run=found.get("run", {}),
         manifest=found.get("manifest"),
-        benches=told({bench: result.content for bench, result in measured.items()}),
+        benches=told({bench: result.content for bench, result in measured.items()}, sums),
         engines=beside,
+        profile=work.absolute().name,
+        sums=sums,
+        config=read_json(work / "artifact/config.json"),
+        pages=[name for name in header.PAGES.values() if (work / name).exists()],
     )
     if not (found.keys() - {"run"} or inputs.layers or inputs.benches):
         raise UserError(f"{work} holds nothing to report on", "make demo, or make bench")
 
     checks: dict[str, tuple[Callable[[dict[str, Any]], object], ...]] = {
-        "run": (run_sections.stage_rows, run_sections.image_rows),
+        "run": (run_sections.stage_rows, run_sections.image_rows, lambda each: header.rows(Inputs(run=each))),
         "certificate": (
             artifact_folder.verdict,
             lambda each: artifact_folder.check_certificate(work / "artifact", each),

@@ -19,6 +19,15 @@ class Inputs:
     manifest: Json | None = None
     benches: Mapping[str, Told] = field(default_factory=dict)
     engines: Json | None = None  # another implementation of GPTQ beside this one
+    profile: str = ""  # what the work folder is called
+    sums: str | None = None  # sha256 of the artifact's SHA256SUMS
+    config: Json = field(default_factory=dict)  # the artifact's config.json
+    pages: Sequence[str] = ()  # the files of header.PAGES that there are
+
+    @property
+    def ours(self) -> dict[str, Told]:
+        """The benches of the artifact that is reported on."""
+        return {name: told for name, told in self.benches.items() if not told.other}
 
     @property
     def deep(self) -> Json | None:

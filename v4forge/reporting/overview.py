@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from v4forge import artifact_folder
 from v4forge.bench.results import command_of
-from v4forge.bench.terms import spelled_out
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import prediction
 from v4forge.reporting.benches import BENCHES, Told
@@ -24,12 +23,16 @@ def table(inputs: Inputs) -> Table:
         content = getattr(inputs, name)
         rows.append([Cell(title), said(content) if content else Cell(NOT_MEASURED, command, "dim")])
     for name, bench in BENCHES.items():
-        if name in inputs.benches:
-            told = inputs.benches[name]
+        told = inputs.benches.get(name)
+        if told and told.other:
+            rows.append(
+                [Cell(bench.TITLE), Cell(NOT_MEASURED, f"{command_of(name)}; here it is of {told.other}", "dim")]
+            )
+        elif told:
             rows.append([Cell(bench.TITLE, _marks(told)), told.overview])
         else:
             rows.append([Cell(bench.TITLE), Cell(NOT_MEASURED, command_of(name), "dim")])
-    return Table("glance", "At a glance", columns("<", "<"), rows, note=spelled_out())
+    return Table("glance", "At a glance", columns("<", "<"), rows)
 
 
 def _marks(told: Told) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from v4forge import artifact_folder
+from v4forge.bench.terms import TERMS, spelled_out
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import (
     calibration_page,
+    header,
     overview,
     prediction,
     published_comparison,
@@ -24,9 +29,11 @@ def page(inputs: Inputs) -> str:
     """The report as one HTML document that needs no other file."""
     made = published_comparison.pipeline(inputs.run, inputs.manifest)
     judged = artifact_folder.verdict(inputs.certificate) if inputs.certificate is not None else None
-    return rendered(
-        "report.html.j2",
+    values = dict(
         **calibration_page.shown(inputs.layers),
+        about=header.rows(inputs),
+        links=header.links(inputs),
+        terms=TERMS,
         glance=overview.table(inputs),
         headline=published_comparison.table(inputs.benches, made),
         compared=published_comparison.measures_published(inputs.benches, made),
@@ -42,6 +49,24 @@ def page(inputs: Inputs) -> str:
         certificate=run_sections.certificate_table(judged) if judged else None,
         provenance=run_sections.provenance(inputs.manifest) if inputs.manifest is not None else [],
     )
+    return rendered("report.html.j2", **values, contents=_contents(inputs, values))
+
+
+def _contents(inputs: Inputs, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(place, title) of the parts that there are, in their order."""
+    parts = [
+        ("part-glance", values["glance"].title, True),
+        ("published", values["headline"].title, True),
+        ("part-prediction", "Prediction beside the source", values["models"]),
+        *((f"bench-{name}", told.bench.TITLE, True) for name, told in inputs.benches.items()),
+        ("part-losses", "Losses by layer", values["layers"]),
+        ("part-tokens", "Tokens per expert", values["layers"]),
+        ("part-engines", "Two implementations of GPTQ", values["engines"]),
+        ("part-stages", "Seconds per stage", values["stages"]),
+        ("part-certificate", "Certificate", values["certificate"]),
+        ("part-provenance", "Provenance", values["provenance"]),
+    ]
+    return [(place, title) for place, title, there in parts if there]
 
 
 def markdown(inputs: Inputs, level: int = 2) -> str:
@@ -57,7 +82,9 @@ def markdown(inputs: Inputs, level: int = 2) -> str:
     benches = [inputs.benches[name].section if name in inputs.benches else not_measured(name) for name in BENCHES]
     return "\n".join(
         [
-            *(tables.markdown_titled(table, level) for table in first),
+            tables.markdown_titled(first[0], level),
+            f"{tables.plain(spelled_out())}\n",
+            *(tables.markdown_titled(table, level) for table in first[1:]),
             *(tables.markdown_section(section, level) for section in benches),
             *(tables.markdown_titled(table, level) for table in last),
         ]
