@@ -1,4 +1,4 @@
-"""Compares two runs of the benches, figure by figure, and says which differences are beyond noise.
+"""Compares two runs of the benches, figure by figure, and says which differences are beyond noise, in one line first.
 
     python -m scripts.compare A B [--json]
 
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from v4forge.bench import results
-from v4forge.bench.comparison import READERS, Comparison, Delta, compare
+from v4forge.bench.comparison import READERS, Comparison, Delta, compare, verdict
 from v4forge.bench.results import Result
 from v4forge.errors import UserError, run_main
 from v4forge.files import understood
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([each.json() for each in compared], indent=1))
         return 0
     console = Console(highlight=False)
+    console.print(f"verdict: {verdict(compared)}", markup=False, style="bold", soft_wrap=True)
     for comparison in compared:
         show(comparison, console)
     conclude(compared, console)

@@ -186,6 +186,27 @@ def test_what_cannot_be_compared_is_named_with_a_hint(
         assert raised.value.hint and str(path) in raised.value.fact
 
 
+def test_a_comparison_begins_with_its_verdict_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.write(tmp_path / "a", made.quality(), made.tools())
+    made.write(tmp_path / "same", made.quality(), made.tools())
+    made.write(tmp_path / "worse", made.quality(better=-0.05), made.tools())
+    made.write(tmp_path / "both", made.quality(better=0.05), made.tools(lost=14))
+    for name, said in (
+        ("same", "no difference between A and B beyond noise, in 8 tested figures"),
+        ("worse", "of 8 tested figures B is beyond noise worse in 4 (quality 4)"),
+        (
+            "both",
+            "of 8 tested figures B is beyond noise better in 4 (quality 4) and worse in 1 (tools 1)",
+        ),
+    ):
+        program.main([str(tmp_path / "a"), str(tmp_path / name)])
+        assert capsys.readouterr().out.splitlines()[0].startswith(f"verdict: {said}")
+    one = made.tools()
+    one["parts"] = {"selection/s0": one["parts"]["selection/s0"]}
+    found = compare(result(one), result(one, "b"))
+    assert comparison.verdict(found, "the baseline", "ours").startswith("not known: no figure of the baseline and ours")
+
+
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no result of a bench"):
         program.main([str(tmp_path), str(tmp_path)])

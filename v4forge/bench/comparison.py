@@ -88,6 +88,29 @@ def _judged(delta: Delta, limit: float) -> Delta:
     return replace(delta, beyond_noise=beyond)
 
 
+def verdict(compared: Sequence[Comparison], a: str = "A", b: str = "B") -> str:
+    """All of it in one line: whether b is better or worse than a beyond noise, in how many figures of which benches.
+
+    a, b: what the runs are called.
+    """
+    tested = sum(delta.p is not None for each in compared for delta in each.deltas)
+    if not tested:
+        return f"not known: no figure of {a} and {b} can be tested"
+    found = []
+    for better, word in ((True, "better"), (False, "worse")):
+        counts = {
+            each.bench: sum(delta.beyond_noise and delta.better == better for delta in each.deltas) for each in compared
+        }
+        if total := sum(counts.values()):
+            where = ", ".join(f"{bench} {count}" for bench, count in counts.items() if count)
+            found.append(f"{word} in {total} ({where})")
+    careful = sum(len(each.warnings) for each in compared)
+    care = f"; with {careful} warning{'s' * (careful > 1)}" if careful else ""
+    if not found:
+        return f"no difference between {a} and {b} beyond noise, in {tested} tested figures{care}"
+    return f"of {tested} tested figures {b} is beyond noise {' and '.join(found)}{care}"
+
+
 def _compared(a: Result, b: Result) -> Comparison:
     keys = [key for key in a.content["parts"] if key in b.content["parts"]]
     if not keys:
