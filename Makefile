@@ -396,8 +396,8 @@ bench-tools: env ## Tool calls in 15 scenarios, and short chats with known outco
 	@$(bench) tools $(bench_options)
 
 .PHONY: report
-report: env ## The page of PROFILE's reports: index.html, and its tables as benchmarks.md
-	@.venv/bin/python -m scripts.report --work $(call quoted,$(value SCRATCH)/$(value PROFILE))
+report: env ## The page of PROFILE's reports: index.html, its tables as benchmarks.md, figures.csv; PRICE=30
+	@.venv/bin/python -m scripts.report --work $(call quoted,$(value SCRATCH)/$(value PROFILE)) $(if $(value PRICE),--price $(call q,PRICE))
 
 .PHONY: compare
 compare: env ## Two runs of the benches beside each other; A=<reports or result file> B=<the other>
@@ -483,6 +483,6 @@ image-lock: ## Set pins (SET="KEY=VALUE …"), resolve every lock, say what chan
 clean: ## Remove what stages wrote for PROFILE; keeps the download, what benches measured, and .venv
 	@folder=$(call quoted,$(or $(value SCRATCH),$(error SCRATCH is empty))/$(or $(value PROFILE),$(error PROFILE is empty))); \
 	rm -rf -- "$$folder"/{dequant,layers,layers-rtn,layers-peer,artifact,artifact-rtn,logs} "$$folder"/layers*.old-* $(call q,SCRATCH)/replay-*/$(call q,PROFILE) \
-		"$$folder"/reports/{run.json,engines.json,index.html,benchmarks.md,card.html} "$$folder"/.cache/bytecode; \
+		"$$folder"/reports/{run.json,engines.json,index.html,benchmarks.md,figures.csv,card.html} "$$folder"/.cache/bytecode; \
 	if [ -d "$$folder/.stamps" ]; then \
 	find "$$folder/.stamps" -name '*.json' ! -name fetch.json ! -name digests.json ! -name disk.json -delete; fi

@@ -4,13 +4,16 @@
     python -m scripts.report --work scratch/tiny --peer scratch/by-hand/artifact
 
 Takes what is in the folder: reports/run.json, layers/, the artifact's certificate and manifest, and the newest result
-of each bench; says which command makes what is not there. Writes reports/index.html and reports/benchmarks.md. Ends
+of each bench; says which command makes what is not there. Writes reports/index.html, its tables as
+reports/benchmarks.md, and every figure as a line of reports/figures.csv. Ends
 with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a calibration of the same source by another engine, its layers or its artifact, to be set beside this "
         "one (default: one that lies in --work)",
     )
+    parser.add_argument(
+        "--price",
+        type=float,
+        metavar="X",
+        help="of an hour of the machine, in any currency: what a million tokens cost",
+    )
     parser.add_argument("--device", help=f"that compares codes; {DEVICE}")
     args = parser.parse_args(argv)
 
-    from v4forge.reporting import page
-    from v4forge.reporting.gather import MARKDOWN, PAGE, gathered, markdown
+    if args.price is not None and not 0 < args.price < math.inf:
+        raise UserError(f"a price of {args.price:g} an hour is none", "make report PRICE=30")
+    from v4forge.reporting import figures_csv, page
+    from v4forge.reporting.gather import CSV, MARKDOWN, PAGE, gathered, markdown
 
     compare_engines(args.work, args.peer, args.device)
-    inputs, measured = gathered(args.work)
+    inputs, measured = gathered(args.work, args.price)
+    write_text(args.work / CSV, figures_csv.text(inputs))
+    inputs = replace(inputs, pages=[*inputs.pages, *([] if CSV in inputs.pages else [CSV])])
     write_text(args.work / MARKDOWN, markdown(inputs))
     write_text(args.work / PAGE, page.page(inputs))
     show(inputs, measured, args.work / PAGE)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import math
 import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from v4forge.reporting import (
     bench_quality,
     bench_speed,
     benches,
+    cost,
+    figures_csv,
     layer_charts,
     overview,
     page,
@@ -411,7 +416,7 @@ def test_rows_are_made_once_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyP
 FIFTH = '''"""A bench of how long a nap takes."""
 
 from v4forge.reporting import svg
-from v4forge.reporting.tables import Cell, Drawing, Found, Table, columns, number
+from v4forge.reporting.tables import Cell, Drawing, Figure, Found, Table, columns, number
 
 TITLE, SAID = "Naps by place", "On naps"
 
@@ -431,6 +436,10 @@ def overview(found, worth):
 
 def published(found):
     return {f"nap/{place}": Found(minutes) for place, minutes in found.items()}
+
+
+def figures(found):
+    return [Figure(place, "minutes", minutes, "min") for place, minutes in found.items()]
 
 
 def drawings(found, worth):
@@ -455,6 +464,7 @@ def test_a_fifth_bench_is_one_module_and_one_line(tmp_path: Path, monkeypatch: p
     assert '<table id="naps"' in page and "20.50" in page and "<li>a nap is short</li>" in page
     assert re.search(r'<figure id="figure-naps-drawn">.*?<svg class="figure"', page, re.DOTALL)
     text = (tmp_path / "reports/benchmarks.md").read_text()
+    assert "this artifact,nap,sofa,minutes,20.5,,,min\n" in (tmp_path / "reports/figures.csv").read_text()
     assert "## Naps by place\n" in text and "| sofa | 20.50 |" in text
     (tmp_path / "reports" / f"nap-{made.STAMP}.json").unlink()
     made.write(tmp_path / "reports", made.tools())
@@ -541,3 +551,51 @@ def test_throughput_is_per_gpu_and_pareto_s_frontier_is_what_nothing_beats() -> 
     assert "k=0, 2 req/s: " in text and "tok/s per GPU, " in text and "at a rate" in text
     tiny = bench_speed.rows(made.speed(tiny=True))
     assert tiny.gpus is None, "a CPU has none"
+
+
+def csv_of(inputs: Inputs) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(figures_csv.text(inputs))))
+
+
+def test_the_csv_has_a_line_a_figure_of_every_bench_layer_and_model() -> None:
+    certificate = {"ok": True, "checks": CHECKS, "deep": DEEP}
+    inputs = Inputs(certificate, [layer(0), layer(1, True)], RUN, MANIFEST, benches.told(FLASH), price=40)
+    lines = csv_of(inputs)
+    found = {(each["about"], each["part"], each["figure"]): each for each in lines}
+    assert len(found) == len(lines) and {each["of"] for each in lines} == {"this artifact"}
+    part = FLASH["speed"]["parts"]["k3/256x256/c1"]
+    assert float(found["speed", "k3/256x256/c1", "TPOT, median"]["value"]) == part["tpot_ms"]["median"]
+    per_gpu = float(found["speed", "k3/256x256/c1", "output throughput per GPU"]["value"])
+    assert per_gpu == pytest.approx(part["output_tok_s"] / 2)
+    cost = float(found["speed", "k3/256x256/c1", "cost per million output tokens"]["value"])
+    assert cost == pytest.approx(40 * (2 / 8) / 3600 / part["output_tok_s"] * 1e6)
+    speedup = found["speed", "k3/256x256/c1", "TPOT speed-up"]
+    assert float(speedup["low"]) < float(speedup["value"]) < float(speedup["high"])
+    assert ("draft", "code", "acceptance rate at position 2, where all earlier were accepted") in found
+    assert found["quality", "gsm8k", "strict"]["unit"] == "%" and found["tools", "recovery", "points for tool calls"]
+    assert ("prediction", "GPTQ", "KL divergence a token") in found
+    assert found["calibration", "layer 1", "starved experts"]["value"] == "1"
+
+
+def test_in_the_csv_what_is_of_another_artifact_says_so() -> None:
+    inputs = Inputs(benches=benches.told(FLASH, "1" * 64))
+    assert {each["of"] for each in csv_of(inputs)} == {"another artifact, SHA256SUMS 555555555555…"}
+    assert csv_of(Inputs()) == []
+
+
+def test_a_price_says_what_tokens_cost_on_the_page_and_not_in_the_markdown() -> None:
+    inputs = Inputs(benches=benches.told({"speed": TINY["speed"]}), price=40)
+    assert "At 40 an hour of the machine, all of which is charged" in page.page(inputs)
+    assert page.markdown(inputs) == page.markdown(replace(inputs, price=None)), "which a release is checked by"
+    assert page._priced(inputs.benches["speed"], None) == inputs.benches["speed"].drawn
+    found = cost.table(bench_speed.rows(FLASH["speed"]), 40)
+    assert "of whose 8 GPUs the 2 that served are charged" in found.note
+    least = [cell for row in found.rows for cell in row if cell.mark == "good"]
+    assert len(least) == 2, "one a shape"
+
+
+@pytest.mark.parametrize("price", ["0", "-3", "nan", "inf"])
+def test_a_price_that_is_none_is_refused(tmp_path: Path, price: str) -> None:
+    made.write(tmp_path / "reports", made.tools())
+    with pytest.raises(UserError, match="an hour is none"):
+        program.main(["--work", str(tmp_path), "--price", price])

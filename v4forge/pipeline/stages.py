@@ -74,9 +74,13 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "page templates": ("v4forge/reporting/templates", ("model_card.md.j2", "card.html.j2", "calibration.html.j2")),
     "serving settings": ("docker/serve/settings.toml", ()),
     # What was measured, each as it was when the report was made.
-    "reports": ("{work}/reports", ("index.html", "benchmarks.md", "card.html", "run.json", "engines.json")),
+    "reports": (
+        "{work}/reports",
+        ("index.html", "benchmarks.md", "figures.csv", "card.html", "run.json", "engines.json"),
+    ),
     "reports/index.html": ("{work}/reports/index.html", ()),
     "reports/benchmarks.md": ("{work}/reports/benchmarks.md", ()),
+    "reports/figures.csv": ("{work}/reports/figures.csv", ()),
     "published figures": ("v4forge/bench/data/published.toml", ()),
 }
 
@@ -218,7 +222,7 @@ STAGES: dict[str, Stage] = {
             *("published figures", "page templates"),
         ),
         optional=("reports", "layers-peer"),
-        outputs=("reports/index.html", "reports/benchmarks.md"),
+        outputs=("reports/index.html", "reports/benchmarks.md", "reports/figures.csv"),
         pins=("JINJA2_VERSION", "RICH_VERSION", "MATPLOTLIB_VERSION"),
         after=("verify-deep",),
         concludes=True,

@@ -16,7 +16,20 @@ from v4forge.bench.terms import acceptance_length
 from v4forge.bench.workloads import TITLES
 from v4forge.intervals import Estimate
 from v4forge.reporting import svg
-from v4forge.reporting.tables import Cell, Drawing, Found, Json, Table, columns, ends, number, percent, points
+from v4forge.reporting.tables import (
+    Cell,
+    Drawing,
+    Figure,
+    Found,
+    Json,
+    Table,
+    columns,
+    ends,
+    estimated,
+    number,
+    percent,
+    points,
+)
 
 TITLE = "Acceptance by workload"
 SAID = ""
@@ -171,6 +184,20 @@ def published(found: Drafts) -> dict[str, Found]:
         if not math.isnan(first.value):
             ours[f"draft/{row.workload}"] = Found(100 * first.value, ends(first, ".1f", 100))
     return ours
+
+
+def figures(found: Drafts) -> list[Figure]:
+    """Of every workload, and of verify --deep."""
+    made = []
+    for row in found.workloads:
+        made.append(estimated(row.workload, "acceptance rate", row.acceptance, ""))
+        made.append(Figure(row.workload, "acceptance length", row.length, "tokens"))
+        for name, values in (("", row.by_position), (", where all earlier were accepted", row.given_earlier)):
+            places = enumerate(values, start=1)
+            made += [estimated(row.workload, f"acceptance rate at position {i}{name}", each, "") for i, each in places]
+    if found.offline:
+        made.append(estimated("offline", "acceptance rate", found.offline.acceptance, ""))
+    return made
 
 
 def drawings(found: Drafts, worth: Worth) -> list[Drawing]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, replace
 
-from v4forge.bench.published_figures import Figure, by_key
+from v4forge.bench.published_figures import Figure as Published
+from v4forge.bench.published_figures import by_key
 from v4forge.bench.standing import Worth, worth_of
 from v4forge.bench.statistics import SURE, z_test
 from v4forge.intervals import NORMAL
 from v4forge.reporting import svg
 from v4forge.reporting.svg import CARD, LINE, TEXT, Drawn
-from v4forge.reporting.tables import NONE, NOTHING, Cell, Drawing, Found, Json, Table, columns, p_value
+from v4forge.reporting.tables import NONE, NOTHING, Cell, Drawing, Figure, Found, Json, Table, columns, p_value
 
 TITLE = "Quality"
 SAID = ""
@@ -34,7 +35,7 @@ class QualityRow:
     invalid: int
     value: float
     se: float | None
-    figure: Figure | None  # that it is compared with
+    figure: Published | None  # that it is compared with
     differs: list[str]  # in what the task was run otherwise than the published one
     delta: float | None = None
     delta_se: float | None = None
@@ -143,6 +144,15 @@ def published(found: list[QualityRow]) -> dict[str, Found]:
         for row in found
         if row.figure is not None
     }
+
+
+def figures(found: list[QualityRow]) -> list[Figure]:
+    """Of every metric, in percent."""
+    made = []
+    for row in found:
+        ends = () if row.se is None else (row.value - NORMAL * row.se, row.value + NORMAL * row.se)
+        made.append(Figure(row.task, row.metric, row.value, "%", *ends))
+    return made
 
 
 def drawings(found: list[QualityRow], worth: Worth) -> list[Drawing]:

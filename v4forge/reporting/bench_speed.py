@@ -19,14 +19,16 @@ from v4forge.reporting.tables import (
     NOTHING,
     Cell,
     Drawing,
+    Figure,
     Found,
     Table,
     columns,
     ends,
+    estimated,
     number,
 )
 
-__all__ = ["SAID", "TITLE", "drawings", "overview", "published", "rows", "tables"]
+__all__ = ["SAID", "TITLE", "drawings", "figures", "overview", "published", "rows", "tables"]
 
 TITLE = "Speed by concurrency"
 SAID = "Where drafts stop paying, by output throughput"
@@ -133,6 +135,31 @@ def published(found: Speed) -> dict[str, Found]:
             said = "; ".join(part for part in (ends(speedup, ".2f"), found.conditions) if part)
             ours[f"speedup/{at}/tpot_ms"] = Found(speedup.value, said, against=against)
     return ours
+
+
+def figures(found: Speed) -> list[Figure]:
+    """Of every point."""
+    made = []
+    for row in found.points:
+        for name, pair in (("TTFT", row.ttft_ms), ("TPOT", row.tpot_ms), ("ITL", row.itl_ms)):
+            if pair:
+                made.append(Figure(row.key, f"{name}, median", pair[0], "ms"))
+                made.append(Figure(row.key, f"{name}, p99", pair[1], "ms"))
+        made.append(Figure(row.key, "output throughput", row.output_tok_s, "tok/s"))
+        if found.gpus:
+            made.append(Figure(row.key, "output throughput per GPU", row.output_tok_s / found.gpus, "tok/s"))
+        made.append(Figure(row.key, "tokens a second per user", row.user_tok_s, "tok/s"))
+        for name, value, unit in (
+            ("goodput", row.goodput_request_s, "req/s"),
+            ("acceptance rate", row.acceptance, ""),
+            ("acceptance length", row.acceptance_length, "tokens"),
+        ):
+            if value is not None:
+                made.append(Figure(row.key, name, value, unit))
+        if row.gain:
+            made.append(estimated(row.key, "TPOT speed-up", row.gain.tpot_speedup, "x"))
+            made.append(estimated(row.key, "throughput ratio", row.gain.throughput_ratio, "x"))
+    return made
 
 
 def drawings(found: Speed, worth: Worth) -> list[Drawing]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from v4forge.bench.standing import Worth
-from v4forge.reporting.tables import NOTHING, Cell, Drawing, Found, Json, Table, columns
+from v4forge.reporting.tables import NOTHING, Cell, Drawing, Figure, Found, Json, Table, columns
 
 TITLE = "Tool calls and conversations"
 SAID = "What was lost"
@@ -140,6 +140,12 @@ def published(found: Conversations) -> dict[str, Found]:
 
 def _counted(value: int, of: int, whole: int) -> Found:
     return Found(value) if of == whole else Found(value, f"of {of}, not all were run", against=NOTHING)
+
+
+def figures(found: Conversations) -> list[Figure]:
+    """Points by category, of how many; conversations by group."""
+    made = [Figure(row.category, "points for tool calls", row.score, f"of {row.most}") for row in found.tools]
+    return made + [Figure(row.group, "conversations passed", row.passed, f"of {row.of}") for row in found.smoke]
 
 
 def drawings(found: Conversations, worth: Worth) -> list[Drawing]:

@@ -1,6 +1,6 @@
 """The benches that the report tells of, in its order, and what each says of its result file.
 
-A bench is a module of five functions and one line of BENCHES.
+A bench is a module of six functions and one line of BENCHES.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from v4forge.bench.results import command_of
 from v4forge.bench.standing import Worth, worth_of
 from v4forge.reporting import bench_drafts, bench_quality, bench_speed, bench_tools
-from v4forge.reporting.tables import Cell, Drawing, Found, Json, Section, Table
+from v4forge.reporting.tables import Cell, Drawing, Figure, Found, Json, Section, Table
 
 SETTINGS_SHOWN = 200  # characters of a line of settings; the result file has them all
 
@@ -35,6 +35,9 @@ class Bench(Protocol):
 
     def published(self, found: Any) -> dict[str, Found]:
         """Ours by the key of each published figure."""
+
+    def figures(self, found: Any) -> list[Figure]:
+        """All of them, for programs."""
 
     def drawings(self, found: Any, worth: Worth) -> list[Drawing]:
         """With the published figures in them where those may stand beside ours."""
@@ -103,7 +106,7 @@ class Told:
 
     def make(self) -> None:
         """All of it at once, so that a file of another form is noticed here."""
-        _ = self.drawn, self.overview, self.published
+        _ = self.drawn, self.overview, self.published, self.bench.figures(self.rows)
 
     def _marked(self, title: str) -> str:
         """A title that says so where its figures are no result."""

@@ -18,11 +18,12 @@ from v4forge.reporting.benches import BENCHES, told
 from v4forge.reporting.inputs import Inputs
 from v4forge.verification import engines
 
-PAGE, MARKDOWN = "reports/index.html", "reports/benchmarks.md"
+PAGE, MARKDOWN, CSV = "reports/index.html", "reports/benchmarks.md", "reports/figures.csv"
 
 
-def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
-    """What is in the folder, each file looked at once by itself, so that an error names it.
+def gathered(work: Path, price: float | None = None) -> tuple[Inputs, dict[str, Result]]:
+    """What is in the folder, each file looked at once by itself, so that an error names it. price: of an hour of the
+    machine.
 
     Raises UserError for a file of another form, and where there is none at all.
     """
@@ -43,6 +44,7 @@ def gathered(work: Path) -> tuple[Inputs, dict[str, Result]]:
         manifest=found.get("manifest"),
         benches=told({bench: result.content for bench, result in measured.items()}, sums),
         engines=beside,
+        price=price,
         profile=work.absolute().name,
         sums=sums,
         config=read_json(work / "artifact/config.json"),

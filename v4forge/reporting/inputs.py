@@ -19,6 +19,7 @@ class Inputs:
     manifest: Json | None = None
     benches: Mapping[str, Told] = field(default_factory=dict)
     engines: Json | None = None  # another implementation of GPTQ beside this one
+    price: float | None = None  # of an hour of the machine, in any currency
     profile: str = ""  # what the work folder is called
     sums: str | None = None  # sha256 of the artifact's SHA256SUMS
     config: Json = field(default_factory=dict)  # the artifact's config.json

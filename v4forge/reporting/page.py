@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from v4forge import artifact_folder
@@ -10,6 +11,7 @@ from v4forge.bench.terms import TERMS, spelled_out
 from v4forge.quantization.layer_reports import layer_rows
 from v4forge.reporting import (
     calibration_page,
+    cost,
     header,
     overview,
     prediction,
@@ -18,9 +20,10 @@ from v4forge.reporting import (
     tables,
     two_engines,
 )
-from v4forge.reporting.benches import BENCHES, not_measured
+from v4forge.reporting.benches import BENCHES, Told, not_measured
 from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.rendering import rendered
+from v4forge.reporting.tables import Section
 
 NO_CERTIFICATE = "certificate: not there"
 
@@ -37,7 +40,7 @@ def page(inputs: Inputs) -> str:
         glance=overview.table(inputs),
         headline=published_comparison.table(inputs.benches, made),
         compared=published_comparison.measures_published(inputs.benches, made),
-        sections=[inputs.benches[name].drawn for name in BENCHES if name in inputs.benches],
+        sections=[_priced(inputs.benches[name], inputs.price) for name in BENCHES if name in inputs.benches],
         engines=two_engines.table(inputs.engines) if inputs.engines else None,
         engines_said=two_engines.said(inputs.engines) if inputs.engines else (),
         models=prediction.table(inputs.deep) if inputs.deep else None,
@@ -50,6 +53,13 @@ def page(inputs: Inputs) -> str:
         provenance=run_sections.provenance(inputs.manifest) if inputs.manifest is not None else [],
     )
     return rendered("report.html.j2", **values, contents=_contents(inputs, values))
+
+
+def _priced(told: Told, price: float | None) -> Section:
+    """The section of a bench; of speed with what tokens cost, at a price that the Markdown does not know."""
+    if told.name != "speed" or not price or not told.rows.points:
+        return told.drawn
+    return replace(told.drawn, tables=[*told.drawn.tables, cost.table(told.rows, price)])
 
 
 def _contents(inputs: Inputs, values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from v4forge.intervals import Estimate
-from v4forge.reporting.tables import NONE, Cell, Json, Table, columns, ends, number, percent
+from v4forge.reporting.tables import NONE, Cell, Figure, Json, Table, columns, ends, estimated, number, percent
 from v4forge.units import MB
 
 COMMAND = "python -m scripts.verify … --deep N"
@@ -46,6 +46,21 @@ def _row(key: str, model: Json) -> ModelRow:
     return ModelRow(*row, *(Estimate.of(each) for each in told))
 
 
+def figures(deep: Json) -> list[Figure]:
+    """Of every model, for programs."""
+    made = []
+    for row in model_rows(deep):
+        told = [
+            ("perplexity", row.perplexity, ""),
+            ("change of perplexity", row.perplexity_change, "%"),
+            ("same most likely token", row.agreement, ""),
+            ("KL divergence a token", row.kl, "nats"),
+            *((f"acceptance rate, {_draft(i)}", each, "") for i, each in enumerate(row.drafts)),
+        ]
+        made += [estimated(row.name, name, value, unit) for name, value, unit in told if value is not None]
+    return made
+
+
 def text_line(deep: Json) -> str:
     """Of which text, and how many tokens of it."""
     text = deep.get("text")
@@ -60,7 +75,7 @@ def _figure(value: Estimate | None, form: str, unit: str = "") -> Cell:
 
 
 def _draft(i: int) -> str:
-    return "acceptance rate, draft 1" if i == 0 else f"draft {i + 1}, where all before it were accepted"
+    return "draft 1" if i == 0 else f"draft {i + 1}, where all before it were accepted"
 
 
 def table(deep: Json) -> Table:
@@ -71,7 +86,10 @@ def table(deep: Json) -> Table:
         [Cell("change of perplexity"), *(_figure(each.perplexity_change, "+.2f", "%") for each in models)],
         [Cell("same most likely token"), *(percent(each.agreement) if each.agreement else NONE for each in models)],
         [Cell("KL divergence a token, nats"), *(_figure(each.kl, ".4f") for each in models)],
-        *([Cell(_draft(i)), *(percent(each.drafts[i]) for each in models)] for i in range(len(models[-1].drafts))),
+        *(
+            [Cell(f"acceptance rate, {_draft(i)}"), *(percent(each.drafts[i]) for each in models)]
+            for i in range(len(models[-1].drafts))
+        ),
     ]
     if all(each.megabytes is not None for each in models):
         rows.append([Cell("size, MB"), *(number(each.megabytes, 1) for each in models)])

@@ -43,6 +43,12 @@ class SpeedRow:
         return f"concurrency {self.concurrency}" if self.request_rate is None else f"{self.request_rate:g} req/s"
 
     @property
+    def key(self) -> str:
+        """As in the result file."""
+        load = f"c{self.concurrency}" if self.request_rate is None else f"r{self.request_rate:g}"
+        return f"k{self.drafts}/{self.shape}/{load}"
+
+    @property
     def user_tok_s(self) -> float:
         """Tokens a second that one user sees after the first: of the median TPOT."""
         return 1e3 / self.tpot_ms[0]

@@ -42,6 +42,18 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One figure for programs: of which part of a bench, what, in which unit, with the ends of its 95% interval."""
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class Column:
     title: str
     numeric: bool = True
@@ -99,6 +111,11 @@ def plus_minus(value: Estimate, form: str, unit: str = "") -> str:
     """A figure with half the width of its interval, in a line of text."""
     half = (value.high - value.low) / 2
     return f"{value.value:{form}}±{half:{form.removeprefix('+')}}{unit}"
+
+
+def estimated(part: str, name: str, value: Estimate, unit: str) -> Figure:
+    """A figure with its interval."""
+    return Figure(part, name, value.value, unit, value.low, value.high)
 
 
 def percent(value: Estimate) -> Cell:
