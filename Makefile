@@ -130,6 +130,8 @@ MODEL :=
 LIMIT :=
 ## FRESH=1: do not continue an interrupted run
 FRESH :=
+## BASELINE=<folder>: another checkpoint, served alike and measured after ARTIFACT
+BASELINE :=
 ## DATASETS=<folder>: local copies of the data sets
 DATASETS :=
 ## WITH="--option …": further options of the program
@@ -189,8 +191,10 @@ serve_start = $(proof) $(if $(value ALLOW),--allow $(ALLOW)) $(if $(value KEEP),
 bench = .venv/bin/python -m scripts.bench
 # What the longest task of bench-quality asks for: aime24's answers have up to 32,768 tokens.
 longest = max-model-len=40960
-bench_options = --reports $(call quoted,$(value SCRATCH)/$(value PROFILE)/reports) $(serve_options) $(serve_start) --seed $(call q,SEED) \
-	$(if $(value URL),--url $(call q,URL)) $(if $(value MODEL),--model $(call q,MODEL)) $(if $(value LIMIT),--limit $(call q,LIMIT)) $(if $(value FRESH),--fresh) $(WITH)
+bench_options = --reports $(call quoted,$(value SCRATCH)/$(value PROFILE)/reports$(baseline_results)) $(serve_options) $(serve_start) --seed $(call q,SEED) \
+	$(if $(value URL),--url $(call q,URL)) $(if $(value MODEL),--model $(call q,MODEL)) $(if $(value LIMIT),--limit $(call q,LIMIT)) $(if $(value FRESH),--fresh) $(if $(value BASELINE),--baseline $(call q,BASELINE)) $(WITH)
+# Of the benches that `make bench` calls for the baseline: where its results go.
+baseline_results :=
 
 # Stops with a fact and a hint when there is no Python to build the environment with.
 need_python = if [ -z "$(PYTHON)" ]; then \
@@ -367,15 +371,23 @@ env-serve-cpu: ## The environment of BACKEND=cpu: vLLM for the CPU with our plug
 ##@ Bench: bench report compare
 
 .PHONY: bench
-bench: env ## All benches of ARTIFACT, then the report; serves it by itself; resumable; LIMIT=2 tries it out
+bench: env ## All benches of ARTIFACT, then the report; serves by itself; BASELINE=<folder> beside it; resumable; LIMIT=2 tries it
 	@if [ -z $(call q,URL) ] && [ -e $(call quoted,$(value SCRATCH)/$(value PROFILE)/serve/serving.json) ]; then \
 	$(goals) error 'replicas of $(PROFILE) are served already, where bench starts its own' \
 	'make serve-stop, or measure them as they are: make bench URL=http://$(BIND):$(PORT)'; fi
+	@if [ -n $(call q,BASELINE) ]; then \
+	if [ ! -e $(call quoted,$(value BASELINE)/config.json) ]; then \
+	$(goals) error 'there is no checkpoint in BASELINE=$(BASELINE): no config.json' 'make bench BASELINE=<folder of a checkpoint>'; fi; \
+	if [ -n $(call q,URL) ]; then \
+	$(goals) error 'a baseline is served here, and URL says that something is served already' 'leave one of them out'; fi; fi
 	@failed=; try() { $(MAKE) "$$@" || failed="$$failed $$1"; }; \
 	trap 'exit 130' INT TERM; $(if $(value URL),,trap '$(MAKE) serve-stop' EXIT;) \
-	try bench-speed; \
-	if $(if $(value URL),true,$(MAKE) serve SERVE_PROFILE=$(or $(SERVE_PROFILE),published) DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))'); \
-	then try bench-draft DRAFTS=; try bench-quality DRAFTS=; try bench-tools DRAFTS=; else failed="$$failed serve"; fi; \
+	all() { try bench-speed BASELINE= "$$@"; \
+	if $(if $(value URL),true,$(MAKE) serve SERVE_PROFILE=$(or $(SERVE_PROFILE),published) DRAFTS='$(lastword $(DRAFTS))' SET='$(or $(SET),$(longest))' "$$@"); \
+	then try bench-draft DRAFTS= BASELINE= "$$@"; try bench-quality DRAFTS= BASELINE= "$$@"; try bench-tools DRAFTS= BASELINE= "$$@"; \
+	else failed="$$failed serve"; fi; }; \
+	all; \
+	$(if $(value BASELINE),$(MAKE) serve-stop; all ARTIFACT=$(call q,BASELINE) baseline_results=/baseline ALLOW='$(ALLOW) certificate';) \
 	try report; \
 	[ -z "$$failed" ] || $(goals) error "not finished:$$failed" 'make bench goes on from there'
 

@@ -8,6 +8,7 @@ python -m scripts.bench tools   --artifact DIR     tool calls and short conversa
 Each serves the artifact by itself and stops it in the end. What is served already is measured as it is: what --url
 names, with speed comparing nothing then, or else, but not by speed, the deployment in --folder. A run that was
 interrupted goes on where it stopped: the same command again. --limit N is a short trial, --dry-run says what it takes.
+--baseline DIR measures another checkpoint after it, served alike, for the report to set beside it.
 """
 
 from __future__ import annotations
@@ -61,8 +62,14 @@ def _doc(bench: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from . import benching
+
     arguments = parse(argv)
+    benching.check_baseline(arguments)
     code: int = arguments.run(arguments)
+    if arguments.baseline:
+        print(f"{arguments.bench}: baseline {arguments.baseline}", flush=True)
+        code = max(code, arguments.run(benching.of_baseline(arguments)))
     return code
 
 

@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from v4forge.bench.results import BASELINE
 from v4forge.bench.session import Session
 from v4forge.errors import UserError
 from v4forge.serving import keys, settings
+from v4forge.serving.deployment import Deployment
 
 from . import serve_options
 from .cli import steps
@@ -21,6 +23,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The options of every bench."""
     add = command.add_argument
     add("--reports", type=Path, default=Path("scratch/tiny/reports"), metavar="DIR", help="default: %(default)s")
+    add("--baseline", type=Path, metavar="DIR",
+        help="then the same of this checkpoint, served alike; its results go to baseline/ in the reports")  # fmt: skip
     add("--limit", type=int, metavar="N", help="a trial with N of each kind of request, no result")
     add("--fresh", action="store_true", help="do not continue an interrupted run")
     add("--dry-run", action="store_true", help="say what would be measured and stop")
@@ -34,6 +38,33 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     serving = command.add_argument_group("how it is served, unless it is already (as make serve)")
     serve_options.add_wanted(serving, settings.PUBLISHED)
     serve_options.add_start(serving)
+
+
+def check_baseline(arguments: argparse.Namespace) -> None:
+    """Raises UserError where the baseline cannot be served after the artifact, before anything is measured."""
+    if arguments.baseline is None:
+        return
+    if not (arguments.baseline / "config.json").is_file():
+        fact = f"there is no checkpoint in {arguments.baseline}: no config.json"
+        raise UserError(fact, f"make bench-{arguments.bench} BASELINE=<folder of a checkpoint>")
+    if arguments.url:
+        fact = "a baseline is served here, and --url says that something is served already"
+        raise UserError(fact, "leave one of them out")
+    if Deployment.load(arguments.folder):
+        fact = f"a deployment runs from {arguments.folder}, and the baseline is served in its place"
+        raise UserError(fact, "make serve-stop, then again")
+
+
+def of_baseline(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What measures the baseline: the same, but for its folder and where results go. Nobody has certified it."""
+    changed = {
+        "artifact": str(arguments.baseline),
+        "reports": arguments.reports / BASELINE,
+        "allow": [*arguments.allow, "certificate"],
+        "verify_key": None,
+        "baseline": None,
+    }
+    return argparse.Namespace(**{**vars(arguments), **changed})
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from v4forge.errors import UserError
 from v4forge.files import read, read_json, write_json
 
 FORM = 1
+BASELINE = "baseline"  # the folder in reports of what was measured beside them
 NAME = re.compile(r"(?P<bench>[a-z]+)-\d{8}T\d{6}Z\.json")
 # Failures in a row after which no server is there to answer the next part.
 GIVE_UP = 3

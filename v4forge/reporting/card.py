@@ -149,6 +149,10 @@ def _sections(subject: Subject) -> list[str]:
     if deep and subject.standing.verdict in ("ok", "failed"):
         found.append(tables.markdown_titled(prediction.table(deep), 3))
     benches = [subject.benches[name].section for name in BENCHES if name in subject.benches]
+    if subject.beside:
+        said = [f"{plain(subject.beside.verdict)}.\n", *(f"- {plain(line)}" for line in subject.beside.said), ""]
+        shown = tables.markdown_titled(replace(subject.beside.table, title=subject.beside.title), 3)
+        found = [shown, "\n".join(said), *found]
     if found or benches:
         found.insert(0, f"{plain(spelled_out())}\n")
     return found + [tables.markdown_section(section, 3) for section in benches]

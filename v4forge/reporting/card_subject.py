@@ -18,6 +18,7 @@ from v4forge.checkpoint.layout import Config
 from v4forge.errors import UserError
 from v4forge.reporting import run_record
 from v4forge.reporting.benches import BENCHES, Told, told
+from v4forge.reporting.beside import Beside, beside
 from v4forge.reporting.tables import Json
 
 # What a licence file begins with -> the hub's identifier.
@@ -35,6 +36,7 @@ class Subject:
     certificate: Json | None
     standing: artifact_folder.CertificateState
     benches: dict[str, Told]  # measured on this artifact
+    beside: Beside | None  # what was measured beside another checkpoint
     others: dict[str, str]  # bench -> why its newest result is not of this artifact
     license: str
 
@@ -86,11 +88,14 @@ def gathered(work: Path, artifact: Path) -> Subject:
             measured[bench] = _without_place(result.content)
         else:
             others[bench] = f"{result.path.name} is of {'another artifact' if whose else 'an unknown artifact'}"
+    benches = told(measured)
+    baseline = results.newest(work / "reports" / results.BASELINE, BENCHES)
     run = files.read(artifact / RUN, "make card") if (artifact / RUN).is_file() else {}
     stands, config = artifact_folder.certificate_state(artifact), layout.load_config(artifact, "artifact")
     return Subject(
         *(artifact, manifest, config, run, certificate, stands),
-        benches=told(measured),
+        benches=benches,
+        beside=beside(benches, told({bench: each.content for bench, each in baseline.items()})),
         others=others,
         license=license_of(artifact),
     )

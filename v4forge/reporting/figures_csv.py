@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 
+from v4forge.bench.results import BASELINE
 from v4forge.quantization.layer_reports import KINDS, layer_rows
 from v4forge.reporting import cost, prediction
 from v4forge.reporting.inputs import Inputs
@@ -35,6 +36,9 @@ def _figures(inputs: Inputs) -> Iterator[tuple[str, str, Figure]]:
     for name, told in inputs.benches.items():
         for figure in told.bench.figures(told.rows):
             yield told.other or OURS, name, figure
+    for name, told in inputs.baseline.items():
+        for figure in told.bench.figures(told.rows):
+            yield BASELINE, name, figure
     if "speed" in inputs.benches and inputs.price:
         told = inputs.benches["speed"]
         for figure in cost.figures(told.rows, inputs.price):

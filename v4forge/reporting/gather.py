@@ -36,6 +36,7 @@ def gathered(work: Path, price: float | None = None) -> tuple[Inputs, dict[str, 
     layer_files = sorted((work / "layers").glob("layer-*.json"))
     sums = artifact_folder.sums_sha256(work / "artifact")
     measured = results.newest(work / "reports", BENCHES, sums)
+    baseline = results.newest(work / "reports" / results.BASELINE, BENCHES)
     beside = engines.kept(work)
     inputs = Inputs(
         certificate=found.get("certificate"),
@@ -43,6 +44,7 @@ def gathered(work: Path, price: float | None = None) -> tuple[Inputs, dict[str, 
         run=found.get("run", {}),
         manifest=found.get("manifest"),
         benches=told({bench: result.content for bench, result in measured.items()}, sums),
+        baseline=told({bench: result.content for bench, result in baseline.items()}),
         engines=beside,
         price=price,
         profile=work.absolute().name,
@@ -71,6 +73,11 @@ def gathered(work: Path, price: float | None = None) -> tuple[Inputs, dict[str, 
         understood(path, "make calibrate", partial(layer_rows, [layer]))
     for bench, each in measured.items():
         understood(each.path, results.again(each.path, bench), inputs.benches[bench].make)
+    for bench, each in baseline.items():
+        understood(each.path, results.again(each.path, bench), inputs.baseline[bench].make)
+    for bench, each in baseline.items():
+        if bench in inputs.ours:
+            understood(each.path, results.again(each.path, bench), lambda: inputs.beside)
     return inputs, measured
 
 

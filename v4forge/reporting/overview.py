@@ -32,6 +32,9 @@ def table(inputs: Inputs) -> Table:
             rows.append([Cell(bench.TITLE, _marks(told)), told.overview])
         else:
             rows.append([Cell(bench.TITLE), Cell(NOT_MEASURED, command_of(name), "dim")])
+    if inputs.baseline:
+        verdict = inputs.beside.verdict if inputs.beside else "no bench was run on both"
+        rows.append([Cell("Beside the baseline"), Cell(verdict, mark="" if inputs.beside else "dim")])
     return Table("glance", "At a glance", columns("<", "<"), rows)
 
 

@@ -38,6 +38,7 @@ def page(inputs: Inputs) -> str:
         links=header.links(inputs),
         terms=TERMS,
         glance=overview.table(inputs),
+        beside=inputs.beside,
         headline=published_comparison.table(inputs.benches, made),
         compared=published_comparison.measures_published(inputs.benches, made),
         sections=[_priced(inputs.benches[name], inputs.price) for name in BENCHES if name in inputs.benches],
@@ -66,6 +67,7 @@ def _contents(inputs: Inputs, values: Mapping[str, Any]) -> list[tuple[str, str]
     """(place, title) of the parts that there are, in their order."""
     parts = [
         ("part-glance", values["glance"].title, True),
+        ("part-baseline", "Beside the baseline", values["beside"]),
         ("published", values["headline"].title, True),
         ("part-prediction", "Prediction beside the source", values["models"]),
         *((f"bench-{name}", told.bench.TITLE, True) for name, told in inputs.benches.items()),
@@ -82,7 +84,9 @@ def _contents(inputs: Inputs, values: Mapping[str, Any]) -> list[tuple[str, str]
 def markdown(inputs: Inputs, level: int = 2) -> str:
     """The tables of the page as Markdown, under headings of this level, for a model card."""
     made = published_comparison.pipeline(inputs.run, inputs.manifest)
-    first = [overview.table(inputs), published_comparison.table(inputs.benches, made)]
+    first = [overview.table(inputs)]
+    first += [inputs.beside.table] if inputs.beside else []
+    first.append(published_comparison.table(inputs.benches, made))
     if inputs.deep:
         first.append(prediction.table(inputs.deep))
     last = [run_sections.losses_table(layer_rows(inputs.layers))] if inputs.layers else []
