@@ -213,7 +213,7 @@ def test_a_trial_of_flash_is_beside_the_published_but_marked_and_not_tested() ->
 def test_several_replicas_are_other_conditions_than_the_published_one() -> None:
     result = made.speed()
     result["target"]["replicas"] = 4
-    row = headline_of({"speed": result})["output throughput, k=1, concurrency 1"]
+    row = headline_of({"speed": result})["throughput, k=1, concurrency 1"]
     assert row[1].note == "other conditions: 4 replicas of TP=2" and row[3].text == ""
 
 
@@ -508,7 +508,7 @@ def test_itl_is_shown_where_a_file_has_it() -> None:
     result["parts"]["k0/256x256/c1"]["itl_ms"] = {"median": 9.0, "p99": 12.5}
     table = section_of("speed", result).tables[0]
     at = [column.title for column in table.columns].index("ITL, ms")
-    assert table.rows[1][at] == Cell("9.00", "p99 12.50") and table.rows[2][at] == tables.NONE
+    assert table.rows[1][at] == Cell("9.00", "p99 12.5") and table.rows[2][at] == tables.NONE
 
 
 def with_rates(result: dict[str, Any]) -> dict[str, Any]:

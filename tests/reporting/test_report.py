@@ -515,3 +515,10 @@ def test_of_two_results_the_one_of_this_artifact_counts_though_it_is_older(run_f
     call(run_folder)
     text = (run_folder / "reports/index.html").read_text()
     assert "29 of 30 points" in text and "another artifact" not in text
+
+
+def test_without_a_bench_the_terms_stand_with_the_published_figures(run_folder: Path) -> None:
+    call(run_folder)
+    text = (run_folder / "reports/index.html").read_text()
+    assert text.count("<dt>TPOT</dt>") == 1
+    assert text.index("The published figures</summary>") < text.index("<dt>TPOT</dt>") < text.index("TPOT, k=0")

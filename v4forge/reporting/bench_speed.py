@@ -46,7 +46,7 @@ def tables(found: Speed, worth: Worth) -> tuple[list[Table], list[str]]:
             Cell(row.load),
             Cell(f"{row.drafts}"),
             Cell(f"{row.ttft_ms[0]:,.0f}", f"p99 {row.ttft_ms[1]:,.0f}"),
-            Cell(f"{row.tpot_ms[0]:,.2f}", f"p99 {row.tpot_ms[1]:,.2f}"),
+            Cell(f"{row.tpot_ms[0]:,.2f}", f"p99 {row.tpot_ms[1]:,.1f}"),
             *([] if without_itl else [_itl(row)]),
             Cell(f"{row.output_tok_s:,.1f}", f"{row.output_tok_s / found.gpus:,.1f} per GPU" if found.gpus else ""),
             number(row.goodput_request_s),
@@ -104,7 +104,7 @@ def overview(found: Speed, worth: Worth) -> Cell:
 
 
 def _itl(row: SpeedRow) -> Cell:
-    return Cell(f"{row.itl_ms[0]:,.2f}", f"p99 {row.itl_ms[1]:,.2f}") if row.itl_ms else NONE
+    return Cell(f"{row.itl_ms[0]:,.2f}", f"p99 {row.itl_ms[1]:,.1f}") if row.itl_ms else NONE
 
 
 def _acceptance(row: SpeedRow) -> Cell:
