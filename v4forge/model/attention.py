@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HIDDEN = torch.finfo(torch.bfloat16).min  # in a mask, or less
 LOGITS = 1 << 24  # at a time: 64 MiB in f32; 128 queries of DeepSeek-V4-Flash with 383 keys have 3 million
 
 
@@ -37,6 +38,8 @@ def attention(
     probabilities are rounded to value's dtype before they meet it, as there. What a sample gets does not depend on the
     others of its batch.
     """
+    if mask is not None and not mask.is_cuda:  # exp(-inf) is the same zero, found five times faster on a CPU
+        mask = mask.masked_fill(mask <= HIDDEN, -torch.inf)
     compressed = key.shape[2] - query.shape[2]
     ratio = getattr(getattr(module, "compressor", None), "compress_rate", 0)
     if sliding_window is None or compressed < 0 or (compressed and not ratio):
