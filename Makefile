@@ -151,9 +151,10 @@ served := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_p
 soaked := soak or (hypothesis and not images and not gpu and not serve)
 
 ## PYTHON=<python>: 3.11 or 3.12, with which the environment is built
-# A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once.
+# A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once. The first
+# is the one of the environment that is there, which another one would build anew, and which starts as no shim does.
 PYTHON = $(eval PYTHON := $(found_python))$(PYTHON)
-found_python = $(shell for python in python3.12 python3.11 python3; do \
+found_python = $(shell for python in $$(test -L .venv/bin/python && readlink -f .venv/bin/python) python3.12 python3.11 python3; do \
 	if $$python -E -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
 	then echo $$python; break; fi; done)
 
