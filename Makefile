@@ -38,6 +38,8 @@ RECIPE :=
 SAMPLES :=
 ## SEQ_LEN=512: tokens of a sample, else the profile's
 SEQ_LEN :=
+## DEEP=1024: tokens of held-out text that demo compares on, else 8192
+DEEP :=
 ## SEED=42: of everything that is drawn
 SEED := 42
 ## STAGE=<stage>: about which make why is asked
@@ -245,7 +247,7 @@ $(folders):
 .PHONY: demo
 demo: env ## The whole pipeline on models/tiny, without a GPU; ends with a table
 	@$(run) fetch calibrate postprocess rtn postprocess-rtn verify-deep card report --title demo \
-		--next 'make plan PROFILE=flash ON=8xH200' --profile tiny $(settings)
+		--next 'make plan PROFILE=flash ON=8xH200' --profile tiny $(settings) $(if $(value DEEP),--deep $(call q,DEEP))
 
 .PHONY: artifact
 artifact: env ## The verified artifact of PROFILE: fetch, calibrate, postprocess, verify, card

@@ -105,6 +105,7 @@ STAGES = "demo|artifact|fetch|dequant|calibrate|postprocess|verify|card|peer"
 ELSEWHERE = r"(?=.*(?:PROFILE=flash|RUNTIME=docker|GPUS=|DEVICES=|CORPUS=|RECIPE=))"
 AGAIN = r"(?=.*SCRATCH=scratch/(?:changed|other))"
 TINY = (r" PROFILE=flash\b", "")  # the same about what is here
+SHORT = (r"^(make demo(?!.* DEEP=).*)$", r"\1 DEEP=1024")  # soak has the demo's own, in the image
 FEW = (r"^(?!.*SAMPLES=)(.*)$", r"\1 SAMPLES=8")  # the same in less time: make test has the demo's 64
 PRINTED = (r"^make serve(?:-print)?(?= |$)", "make serve-print")
 MADE = makefile.read()
@@ -117,7 +118,7 @@ RULES = (
     Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker, a download or another text", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, rf"make (?:{STAGES}){AGAIN} .*", "the same work in another folder", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, r"make verify SIGN_KEY=\S+", "a key", ((r"SIGN_KEY=\S+", "SAMPLES=8"),)),
-    Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (FEW,)),
+    Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (SHORT, FEW)),
     Rule(DRY, r"make certified(?: .*)?", "an artifact or a key of others", ((r" (?:ARTIFACT|VERIFY_KEY)=\S+", ""),)),
     Rule(RUN, r"make reproduce(?: .*)?"),
     Rule(RUN, r"make (?:help(?:-[a-z]+)?|lock-check)", beside=True),

@@ -27,7 +27,7 @@ from v4forge.model import corpus_rows, hub_rows
 from v4forge.pipeline import estimate, events, explain, run_state
 from v4forge.pipeline.run_state import lock_file
 from v4forge.pipeline.runner import READ_ONLY, Runner, StageFailed, say
-from v4forge.pipeline.stages import PROFILES, STAGES, Stage
+from v4forge.pipeline.stages import DEEP, PROFILES, STAGES, Stage
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, key) not in (None, ""):
             values[key] = getattr(args, key)
     values |= {"profile": args.profile, "seed": args.seed, "gpus": args.gpus, "from": args.from_ or ""}
-    values |= {"recipe": args.recipe, "data_set": "", "bad_text": args.bad_text or ""}
+    values |= {"recipe": args.recipe, "data_set": "", "bad_text": args.bad_text or "", "deep": args.deep}
     if values["corpus"].startswith(hub_rows.PREFIX):  # said to be wrong before anything is downloaded
         values |= {"data_set": hub_rows.parsed(values["corpus"]).argument, "corpus": ""}
     values["work"] = f"{args.scratch.rstrip('/')}/{args.profile}"
@@ -67,6 +67,7 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     )
     parser.add_argument("--bad-text", choices=corpus_rows.BAD_TEXT, help="what becomes of what is no text in it")
     parser.add_argument("--heldout", help="another text to evaluate on than the profile's")
+    parser.add_argument("--deep", type=int, default=DEEP, help="tokens of it (default: %(default)s)")
     parser.add_argument("--samples", type=int, help="calibration samples")
     parser.add_argument("--seq-len", type=int, help="tokens in a sample")
     parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")

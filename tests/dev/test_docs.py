@@ -150,7 +150,7 @@ def test_a_line_of_several_commands_is_taken_apart() -> None:
 @pytest.mark.parametrize(
     ("command", "how", "run"),
     [
-        ("make demo", RUN, "make demo SAMPLES=8"),
+        ("make demo", RUN, "make demo DEEP=1024 SAMPLES=8"),
         ("make artifact PROFILE=flash GPUS=8", DRY, "make artifact PROFILE=flash GPUS=8 DRY_RUN=1"),
         ("make serve PROFILE=flash", DRY, "make serve-print DEVICES=0,1,2,3"),
         ("make serve-print BACKEND=cpu", DRY, "make serve-print BACKEND=cpu"),

@@ -87,7 +87,7 @@ FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 NUMERICS = ("TORCH_VERSION", "TRITON_VERSION", "TRANSFORMERS_VERSION", "COMPRESSED_TENSORS_VERSION")
 STORAGE = ("TORCH_VERSION", "COMPRESSED_TENSORS_VERSION", "SAFETENSORS_VERSION")
 CORPUS = ("CORPUS_REPO", "CORPUS_SPLIT", "CORPUS_REVISION", "TOKENIZERS_VERSION", "DATASETS_VERSION")
-DEEP = "8192"  # tokens that models/tiny's artifacts are compared on
+DEEP = 8192  # tokens that models/tiny's artifacts are compared on
 CALIBRATE = (
     *("--source", "{source}", ("--corpus", "corpus"), ("--corpus", "data_set"), ("--bad-text", "bad_text")),
     *("--samples", "{samples}", "--seq-len", "{seq_len}", "--seed", "{seed}"),
@@ -202,12 +202,12 @@ STAGES: dict[str, Stage] = {
         program="scripts.verify",
         does="checking every tensor of the artifact, and how it and round-to-nearest predict beside the source",
         arguments=(
-            *("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq", "--deep", DEEP),
+            *("--artifact", "{work}/artifact", "--source", "{source}", "--expect", "gptq", "--deep", "{deep}"),
             *("--recipe", "{recipe}", ("--heldout", "heldout"), "--beside", "{work}/artifact-rtn", "--threads", "2"),
         ),
         inputs=("source", "artifact", "artifact-rtn", "heldout"),
         outputs=("artifact/certificate.json",),
-        settings=("recipe",),
+        settings=("recipe", "deep"),
         pins=(*NUMERICS, *STORAGE),
         after=("postprocess", "postprocess-rtn"),
         gpu=True,
