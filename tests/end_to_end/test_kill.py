@@ -154,7 +154,8 @@ def test_a_stage_killed_from_outside_when_a_file_appears_gives_the_same_bytes(
     assert without_certificate(contents(found)) == without_certificate(contents(calm))
 
 
-@pytest.mark.parametrize("stage", DEATHS)
+# Of calibration: at random moments, below.
+@pytest.mark.parametrize("stage", ["postprocess", "dequant"])
 def test_a_stage_killed_at_growing_delays_gives_the_same_bytes(workshop: Workshop, tmp_path: Path, stage: str) -> None:
     found, calm = tmp_path / OUTPUT[stage], workshop.calm / OUTPUT[stage]
     for delay_s in (0.02, 0.06, 0.15, 0.4):
@@ -234,8 +235,8 @@ def calibrate(workshop: Workshop, folder: Path, size: int = 0, delay_s: float | 
 @pytest.mark.parametrize(
     ("size", "moments"),
     [
-        pytest.param(0, 6, id="one process"),
-        pytest.param(2, 3, id="two ranks"),
+        pytest.param(0, 3, id="one process"),
+        pytest.param(2, 2, id="two ranks"),
         pytest.param(0, 20, id="one process, soak", marks=pytest.mark.soak),
         pytest.param(2, 8, id="two ranks, soak", marks=pytest.mark.soak),
     ],

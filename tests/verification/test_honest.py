@@ -22,7 +22,7 @@ from v4forge.outcomes import FAILED, WARNING, Outcome
 from v4forge.quantization import gptq
 from v4forge.verification import certificate, reference, scan, tolerances
 
-DRAWS = [pytest.param(2, id="2"), pytest.param(50, id="50", marks=pytest.mark.soak)]
+DRAWS = [pytest.param(1, id="1"), pytest.param(50, id="50", marks=pytest.mark.soak)]
 
 
 @pytest.mark.parametrize("draws", DRAWS)
