@@ -117,6 +117,7 @@ TOO_SMALL = r"(?m)^error: .* are missing$"
 RULES = (
     Rule(DRY, rf"make (?:{STAGES}){ELSEWHERE} .*", "GPUs, docker, a download or another text", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, rf"make (?:{STAGES}){AGAIN} .*", "the same work in another folder", ((r"$", " DRY_RUN=1"),)),
+    Rule(DRY, r"make peer", "tests/verification/test_engines.py runs it", ((r"$", " DRY_RUN=1"),)),
     Rule(DRY, r"make verify SIGN_KEY=\S+", "a key", ((r"SIGN_KEY=\S+", "SAMPLES=8"),)),
     Rule(RUN, rf"make (?:{STAGES}|why)(?: .*)?", "with few samples", (SHORT, FEW)),
     Rule(DRY, r"make certified(?: .*)?", "an artifact or a key of others", ((r" (?:ARTIFACT|VERIFY_KEY)=\S+", ""),)),
@@ -137,9 +138,6 @@ RULES = (
     Rule(DRY, r"make serve(?:-print)?(?: .*)?", "GPUs, or a vLLM", (PRINTED, UNREAD, TINY, CHOSEN)),
     Rule(DRY, r'make bench-\w+ .*WITH="[^"]*".*', "a server", ((r'WITH="', 'WITH="--dry-run '), TINY)),
     Rule(DRY, r"make bench-\w+(?: .*)?", "a server", ((r"( WITH=--dry-run)?$", " WITH=--dry-run"), TINY)),
-    Rule(
-        DRY, r"make test TESTS=.*", "minutes", ((r'TESTS="?([^"]*)"?', r'TESTS="--collect-only -q \1"'),), beside=True
-    ),
     Rule(USAGE, r"make (?:images|pull|push|shell|image-reproduce|test-images)(?: .*)?", "docker, a registry"),
     Rule(
         USAGE,

@@ -50,6 +50,12 @@ def test_every_target_and_variable_named_is_in_the_makefile() -> None:
             assert doc_commands.variables(step.run) <= VARIABLES, step.command
 
 
+def test_the_tests_that_a_command_names_are_there() -> None:
+    named = [path for step in STEPS for path in re.findall(r"\bTESTS=\"?([^\"\s]+)", step.run)]
+    assert len(named) > 2
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_make_understands_every_command_that_is_run() -> None:
     for step in STEPS:
         if step.run.startswith("make ") and step.how in (RUN, DRY):

@@ -63,6 +63,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "calib"
 
 
+@pytest.mark.soak  # as below; of the context, which all follows from: tests/images/test_build.py
 def test_a_build_from_another_checkout_is_that_image_too(documents: Path, tmp_path: Path) -> None:
     """Of other times, umask, time zone and order of files. From the cache, but for the steps that this is news to."""
     client = docker.from_env()
