@@ -154,14 +154,15 @@ FAULTS = {
 }
 
 
-def test_a_server_that_fails_is_told_in_time(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("500", "stall"), pytest.param(("garbage",), marks=pytest.mark.soak)], ids=" ".join)
+def test_a_server_that_fails_is_told_in_time(data: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     def run(name: str) -> tuple[subprocess.CompletedProcess[str], int]:
         with stand_in.serving(FAULTS[name][0]) as server:
             options = ("--datasets", data, *GSM8K, *TRIAL, "--request-timeout", 2)
             return bench(tmp_path / name, "--url", server.url, *options), len(server.asked)
 
     with ThreadPoolExecutor() as pool:  # mostly they wait before they ask again
-        runs = dict(zip(FAULTS, pool.map(run, FAULTS), strict=True))
+        runs = dict(zip(names, pool.map(run, names), strict=True))
     for name, (done, asked) in runs.items():
         assert done.returncode == 1, name
         failure = result(tmp_path / name)["failures"]["gsm8k"]
