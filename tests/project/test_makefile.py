@@ -187,7 +187,7 @@ def test_a_machine_without_a_usable_python_gets_a_hint(target: str) -> None:
 
 
 def test_an_environment_that_is_there_is_looked_at_by_the_python_that_it_is_of(tmp_path: Path) -> None:
-    """PATH may have another one first, for which all would be built anew, or a shim, which takes longer than the look."""
+    """PATH may have another first, for which all would be built anew, or a shim, which takes longer than the look."""
     (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / "own").write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/log\n')
