@@ -275,11 +275,11 @@ def test_a_gpu_for_which_even_all_of_them_are_too_few(machine: Machine) -> None:
 
 
 def test_samples_too_long_for_a_gpu_are_to_be_shorter(machine: Machine) -> None:
-    """Fewer of them would not help: one alone has more indexer scores than there is memory."""
+    """Fewer of them would not help: one alone has more queries than there is memory."""
     for gpu in machine.gpus:
         gpu.memory_bytes = 46 * GIB
-    host = machine.host(samples=2, seq_len=16384)
-    says(doctor_gpu.memory(host), FAILED, "1 GPU needs 5", "SAMPLES=2 SEQ_LEN=8192")
+    host = machine.host(samples=2, seq_len=131072)
+    says(doctor_gpu.memory(host), FAILED, "1 GPU needs 9", "SAMPLES=2 SEQ_LEN=65536")
 
 
 def test_gpus_in_health(machine: Machine) -> None:

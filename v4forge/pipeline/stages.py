@@ -149,6 +149,7 @@ STAGES: dict[str, Stage] = {
         settings=("recipe",),
         pins=STORAGE,
         after=("postprocess",),
+        gpu=True,
     ),
     "card": Stage(
         program="scripts.card",
