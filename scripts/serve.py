@@ -70,7 +70,7 @@ def show_status(arguments: argparse.Namespace) -> int:
         print(json.dumps([row.json() for row in rows], indent=1))
     else:
         table = Table(box=None)
-        columns = ("", "state", "up", "running", "waiting", "tok/s", "drafts accepted", "KV cache")
+        columns = ("", "state", "up", "running", "waiting", "tok/s", "acceptance rate", "KV cache")
         for place, column in enumerate(columns):
             table.add_column(column, justify="left" if place < 2 else "right")
         for row in rows:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -480,7 +481,7 @@ def test_tables_of_the_benches_are_made_without_matplotlib() -> None:
 
 def test_every_term_of_the_field_is_spelled_out_once_and_before_it_is_used() -> None:
     """On the page and in its Markdown."""
-    inputs = Inputs(benches=benches.told(FLASH))
+    inputs = Inputs(benches=benches.told(TINY))
     for text, form in (
         (html.unescape(page.page(inputs)), "<dt>{}</dt><dd>{}</dd>"),
         (page.markdown(inputs), "{}: {}."),
@@ -497,12 +498,12 @@ def test_the_acceptance_length_is_one_token_and_the_accepted_drafts_of_a_step() 
     (row,) = [row for row in bench_drafts.rows(FLASH["draft"]).workloads if row.workload == "code"]
     assert row.length == pytest.approx(1 + sum(part["accepted_at"]) / part["drafts"])
     assert math.isnan(terms.acceptance_length(0, 0))
-    speed = next(row for row in bench_speed.rows(FLASH["speed"]).points if row.drafts == 3)
+    speed = next(row for row in at_rates().rows.points if row.drafts == 3)
     assert bench_speed._acceptance(speed) == Cell("48.0%", "length 2.44")
 
 
 def test_itl_is_shown_where_a_file_has_it() -> None:
-    result = made.speed()
+    result = made.speed(tiny=True)
     heads = [column.title for column in section_of("speed", result).tables[0].columns]
     assert "ITL, ms" not in heads and "TPOT, ms" in heads
     result["parts"]["k0/256x256/c1"]["itl_ms"] = {"median": 9.0, "p99": 12.5}
@@ -520,33 +521,40 @@ def with_rates(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+@cache
+def at_rates() -> benches.Told:
+    """Of one shape."""
+    result = made.speed()
+    result["parts"] = {key: part for key, part in result["parts"].items() if "/256x256/" in key}
+    return benches.Told("speed", with_rates(result))
+
+
 def test_points_at_a_rate_stand_behind_those_at_a_concurrency_without_gains() -> None:
-    speed = bench_speed.rows(with_rates(made.speed()))
-    some = [row for row in speed.points if row.shape == "256x256"]
+    speed = at_rates().rows
+    some = speed.points
     assert [row.load for row in some[-8:]] == ["0.5 req/s"] * 4 + ["2 req/s"] * 4
-    assert all(row.gain is None for row in some[-8:]) and len(speed.closed) == 24
-    assert "0.5 req/s" in tables.markdown_table(section_of("speed", with_rates(made.speed())).tables[0])
+    assert all(row.gain is None for row in some[-8:]) and len(speed.closed) == 12
+    assert "0.5 req/s" in tables.markdown_table(at_rates().section.tables[0])
 
 
 def test_what_k_brings_is_one_without_drafts_and_told_at_each_k() -> None:
-    (drawn,) = [each for each in drawings_of("speed") if each.name == "speed-k-256x256"]
+    (drawn,) = [each for each in at_rates().drawn.drawings if each.name == "speed-k-256x256"]
     said = re.findall(r"<title>([^<]+)</title>", drawn.svg)
     assert "k=0: TPOT speed-up 1.00" in said and "k=3: acceptance length 2.44, acceptance rate 48.0%" in said
     assert any(re.fullmatch(r"k=3: throughput ratio 0\.\d\d", each) for each in said), "at the most at a time"
-    result = made.speed()
-    result["parts"] = {key: part for key, part in result["parts"].items() if not key.startswith("k0/")}
-    assert not [d for d in benches.Told("speed", result).drawn.drawings if d.name.startswith("speed-k-")]
+    without = [replace(row, gain=None) for row in at_rates().rows.closed]
+    assert speed_charts._by_k("a", "a", without) == []
 
 
 def test_throughput_is_per_gpu_and_pareto_s_frontier_is_what_nothing_beats() -> None:
-    speed = bench_speed.rows(with_rates(made.speed()))
+    speed = at_rates().rows
     assert (speed.gpus, speed.machine_gpus) == (2, 8)
     some = [row for row in speed.points if row.shape == "256x256"]
     best = speed_charts.frontier(some)
     for row in some:
         beats = [other for other in some if other.user_tok_s > row.user_tok_s and other.output_tok_s > row.output_tok_s]
         assert (row in best) == (not beats), row.load
-    drawn = {each.name: each for each in benches.Told("speed", with_rates(made.speed())).drawn.drawings}
+    drawn = {each.name: each for each in at_rates().drawn.drawings}
     text = drawn["speed-pareto-256x256"].svg
     assert "k=0, 2 req/s: " in text and "tok/s per GPU, " in text and "at a rate" in text
     tiny = bench_speed.rows(made.speed(tiny=True))
@@ -559,11 +567,12 @@ def csv_of(inputs: Inputs) -> list[dict[str, str]]:
 
 def test_the_csv_has_a_line_a_figure_of_every_bench_layer_and_model() -> None:
     certificate = {"ok": True, "checks": CHECKS, "deep": DEEP}
-    inputs = Inputs(certificate, [layer(0), layer(1, True)], RUN, MANIFEST, benches.told(FLASH), price=40)
+    told = {**benches.told(FLASH), "speed": at_rates()}
+    inputs = Inputs(certificate, [layer(0), layer(1, True)], RUN, MANIFEST, told, price=40)
     lines = csv_of(inputs)
     found = {(each["about"], each["part"], each["figure"]): each for each in lines}
     assert len(found) == len(lines) and {each["of"] for each in lines} == {"this artifact"}
-    part = FLASH["speed"]["parts"]["k3/256x256/c1"]
+    part = at_rates().result["parts"]["k3/256x256/c1"]
     assert float(found["speed", "k3/256x256/c1", "TPOT, median"]["value"]) == part["tpot_ms"]["median"]
     per_gpu = float(found["speed", "k3/256x256/c1", "output throughput per GPU"]["value"])
     assert per_gpu == pytest.approx(part["output_tok_s"] / 2)
@@ -578,7 +587,7 @@ def test_the_csv_has_a_line_a_figure_of_every_bench_layer_and_model() -> None:
 
 
 def test_in_the_csv_what_is_of_another_artifact_says_so() -> None:
-    inputs = Inputs(benches=benches.told(FLASH, "1" * 64))
+    inputs = Inputs(benches=benches.told(TINY, "1" * 64))
     assert {each["of"] for each in csv_of(inputs)} == {"another artifact, SHA256SUMS 555555555555…"}
     assert csv_of(Inputs()) == []
 
@@ -588,10 +597,10 @@ def test_a_price_says_what_tokens_cost_on_the_page_and_not_in_the_markdown() -> 
     assert "At 40 an hour of the machine, all of which is charged" in page.page(inputs)
     assert page.markdown(inputs) == page.markdown(replace(inputs, price=None)), "which a release is checked by"
     assert page._priced(inputs.benches["speed"], None) == inputs.benches["speed"].drawn
-    found = cost.table(bench_speed.rows(FLASH["speed"]), 40)
+    found = cost.table(at_rates().rows, 40)
     assert "of whose 8 GPUs the 2 that served are charged" in found.note
     least = [cell for row in found.rows for cell in row if cell.mark == "good"]
-    assert len(least) == 2, "one a shape"
+    assert len(least) == 1, "one a shape"
 
 
 @pytest.mark.parametrize("price", ["0", "-3", "nan", "inf"])

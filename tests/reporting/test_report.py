@@ -483,7 +483,7 @@ def test_the_page_begins_with_what_it_is_of_and_links_what_there_is(run_folder: 
 
 
 def test_contents_lead_to_each_part_and_every_part_is_in_them(run_folder: Path) -> None:
-    made.write(run_folder / "reports", *made.full())
+    made.write(run_folder / "reports", made.quality(), made.tools())
     call(run_folder)
     text = (run_folder / "reports/index.html").read_text()
     parts = re.findall(r'<section id="([\w-]+)"', text)
@@ -492,11 +492,11 @@ def test_contents_lead_to_each_part_and_every_part_is_in_them(run_folder: Path) 
 
 
 def test_results_of_another_artifact_are_never_shown_as_ours(run_folder: Path) -> None:
-    made.write(run_folder / "reports", *made.full())
+    made.write(run_folder / "reports", made.quality(), made.tools())
     call(run_folder)
     page = Page((run_folder / "reports/index.html").read_text())
     text = " ".join(page.text.split())
-    assert text.count("Not of this artifact but of another artifact, SHA256SUMS 555555555555….") == 4
+    assert text.count("Not of this artifact but of another artifact, SHA256SUMS 555555555555….") == 2
     assert "Quality not measured make bench-quality; here it is of another artifact" in text
     whole = (run_folder / "reports/index.html").read_text()
     published = whole[whole.index('<section id="published">') : whole.index('<section id="part-prediction">')]
@@ -522,3 +522,14 @@ def test_without_a_bench_the_terms_stand_with_the_published_figures(run_folder: 
     text = (run_folder / "reports/index.html").read_text()
     assert text.count("<dt>TPOT</dt>") == 1
     assert text.index("The published figures</summary>") < text.index("<dt>TPOT</dt>") < text.index("TPOT, k=0")
+
+
+def test_without_an_artifact_the_page_says_of_which_ones_the_results_are(tmp_path: Path) -> None:
+    made.write(tmp_path / "reports", made.tools(), made.quality())
+    call(tmp_path)
+    assert about(tmp_path).count(f"artifact SHA256SUMS {made.SUMS} measured") == 1
+    other = made.quality()
+    other["target"]["artifact"]["sums_sha256"] = "9" * 64
+    made.write(tmp_path / "reports", other)
+    call(tmp_path)
+    assert f"SHA256SUMS {'9' * 64}; SHA256SUMS {made.SUMS}" in about(tmp_path)

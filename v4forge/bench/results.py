@@ -173,10 +173,14 @@ class Result:
 
     @property
     def sums(self) -> str | None:
-        """Of the artifact that was measured, where it is known."""
-        artifact = self.content["target"].get("artifact")
-        found: str | None = artifact.get("sums_sha256") if isinstance(artifact, Mapping) else None
-        return found
+        return sums_of(self.content)
+
+
+def sums_of(content: Json) -> str | None:
+    """The digest of the SHA256SUMS of the artifact that a result is of, where it is known."""
+    artifact = content["target"].get("artifact")
+    found: str | None = artifact.get("sums_sha256") if isinstance(artifact, Mapping) else None
+    return found
 
 
 def command_of(bench: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from v4forge.bench.results import command_of
+from v4forge.bench.results import command_of, sums_of
 from v4forge.bench.standing import Worth, worth_of
 from v4forge.reporting import bench_drafts, bench_quality, bench_speed, bench_tools
 from v4forge.reporting.tables import Cell, Drawing, Figure, Found, Json, Section, Table
@@ -123,7 +123,7 @@ def other_than(sums: str | None, result: Json) -> str:
 
     sums: the digest of its SHA256SUMS.
     """
-    whose = (result["target"].get("artifact") or {}).get("sums_sha256")
+    whose = sums_of(result)
     if sums is None or whose == sums:
         return ""
     return f"another artifact, SHA256SUMS {str(whose)[:12]}…" if whose else "an artifact that nobody told"

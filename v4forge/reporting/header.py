@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from v4forge.bench.results import sums_of
 from v4forge.reporting.benches import machine_line
 from v4forge.reporting.inputs import Inputs
 from v4forge.reporting.tables import Json
@@ -47,8 +48,10 @@ def model(inputs: Inputs) -> str:
 
 
 def artifact(inputs: Inputs) -> str:
-    """By the digest of its SHA256SUMS, which certificate and results name it by."""
-    return f"SHA256SUMS {inputs.sums}" if inputs.sums else ""
+    """By the digest of its SHA256SUMS, which certificate and results name it by; without the folder, of what was
+    measured."""
+    measured = [] if inputs.sums else [sums_of(each.result) or UNKNOWN for each in inputs.ours.values()]
+    return "; ".join(f"SHA256SUMS {sums}" for sums in dict.fromkeys([inputs.sums] if inputs.sums else measured))
 
 
 def _made(run: Mapping[str, Json]) -> Iterator[tuple[str, str]]:
