@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", nargs="+", type=int, default=list(CONCURRENCY), metavar="N",
         help="requests that run at a time; default: 1 4 16")  # fmt: skip
     add("--request-rate", nargs="+", type=float, default=[], metavar="R",
-        help="and requests a second that come whenever earlier ones end, an open loop; default: none")  # fmt: skip
+        help="and open loops: requests a second, no matter when earlier ones end; default: none")  # fmt: skip
     add("--shapes", nargs="+", type=shape, default=[shape(each) for each in SHAPES], metavar="INxOUT",
         help=f"tokens of prompt and answer; default: {' '.join(SHAPES)}")  # fmt: skip
     add("--requests-per-concurrency", type=int, default=FEWEST, metavar="N",

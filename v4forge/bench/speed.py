@@ -32,8 +32,8 @@ Json = Mapping[str, Any]
 @dataclass(frozen=True)
 class Point:
     """Requests of `input_tokens`, answers of `output_tokens`, `drafts` a step; `concurrency` at a time, or, where that
-    is None, `request_rate` of them a second, whenever earlier ones end. `again`: a server's first point once more, in
-    the end, which tells how far it drifted meanwhile."""
+    is None, `request_rate` of them a second, no matter when earlier ones end. `again`: a server's first point once
+    more, in the end, which tells how far it drifted meanwhile."""
 
     drafts: int
     input_tokens: int

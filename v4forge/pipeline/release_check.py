@@ -151,7 +151,7 @@ def _noted(path: Path) -> str:
 
 
 def benches(release: Release) -> str:
-    found = results.newest(release.work / "reports", BENCHES, release.sums)
+    found = results.newest(release.work / "reports", BENCHES, artifact_folder.sums_sha256(release.artifact))
     for bench, result in found.items():
         again = results.again(result.path, bench)
         measured = understood(result.path, again, partial(_measured, result))
