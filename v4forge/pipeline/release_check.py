@@ -151,11 +151,12 @@ def _noted(path: Path) -> str:
 
 
 def benches(release: Release) -> str:
-    found = results.newest(release.work / "reports", BENCHES, artifact_folder.sums_sha256(release.artifact))
+    sums = artifact_folder.sums_sha256(release.work / "artifact")
+    found = results.newest(release.work / "reports", BENCHES, sums)
     for bench, result in found.items():
         again = results.again(result.path, bench)
         measured = understood(result.path, again, partial(_measured, result))
-        if measured != release.sums:
+        if measured != sums:
             whose = "another artifact" if measured else "an artifact that it does not name"
             raise UserError(f"{result.path} is of {whose}", again)
     missing = [bench for bench in BENCHES if bench not in found]
