@@ -1,12 +1,12 @@
-"""Writes all that is known of a run as one HTML page, and the tables of its benches as Markdown.
+"""Writes all that is known of a run as one HTML page, its tables as Markdown, its figures as CSV.
 
     python -m scripts.report --work scratch/tiny
     python -m scripts.report --work scratch/tiny --peer scratch/by-hand/artifact
 
 Takes what is in the folder: reports/run.json, layers/, the artifact's certificate and manifest, and the newest result
-of each bench; says which command makes what is not there. Writes reports/index.html, its tables as
-reports/benchmarks.md, and every figure as a line of reports/figures.csv. Ends
-with `certificate: ok`, or with exit code 1 when the artifact's certificate is not.
+of each bench, and of those in reports/baseline; says which command makes what is not there. Writes reports/index.html,
+reports/benchmarks.md and reports/figures.csv. Ends with `certificate: ok`, or with exit code 1 when the artifact's
+certificate is not.
 """
 
 from __future__ import annotations
