@@ -466,6 +466,10 @@ soak: env env-serve-cpu ## What make ci does a few times, many times: kills, ran
 docs-check: env ## Run every command of README.md and docs/, those for GPUs and networks dry
 	@.venv/bin/python -m dev.docs_check
 
+.PHONY: docs
+docs: env ## Run docs/tour.ipynb, then build the site of these pages, scratch/site/index.html
+	@.venv/bin/python -m dev.docs_site
+
 .PHONY: lint
 lint: env ## ruff, mypy, hadolint, shellcheck, schemas
 	@.venv/bin/python -m dev.lint

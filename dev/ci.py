@@ -27,7 +27,7 @@ from v4forge.errors import UserError, run_main
 LOGS = Path("scratch/ci")  # below the checkout
 # Parts of one row follow each other, rows run beside each other.
 Rows = Sequence[Sequence[str]]
-ROWS: Rows = (("lint", "lock-check", "test", "docs-check"), ("env-serve-cpu", "test-serve", "test-images"))
+ROWS: Rows = (("lint", "lock-check", "test", "docs-check", "docs"), ("env-serve-cpu", "test-serve", "test-images"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, the environment.
 BEFORE = "V4FORGE_CI_BEFORE"
 

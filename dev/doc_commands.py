@@ -145,7 +145,7 @@ RULES = (
         "what is served or was measured",
     ),
     Rule(SYNTAX, r"pip install .*", "a package index"),
-    Rule(USAGE, r"make (?:env|env-serve|env-serve-cpu|lock|image-lock)(?: .*)?", "a package index"),
+    Rule(USAGE, r"make (?:env|env-serve|env-serve-cpu|docs|lock|image-lock)(?: .*)?", "a package index"),
     Rule(USAGE, r"make (?:ci|soak|lint|test|test-serve|docs-check|clean)(?: .*)?", "minutes, or itself"),
     Rule(USAGE, r".*-m (?:scripts|dev|benchmarks)\.\w+(?: [a-z]+)?.*….*", "it is not written out"),
     Rule(RUN, r"\S*python -m scripts(?:\.\w+)?(?: \w+)* --help", beside=True),

@@ -50,7 +50,8 @@ _FORMS = {
     "TQDM_MININTERVAL": r"[0-9]+(\.[0-9]+)?",
     "TQDM_MAXINTERVAL": r"[0-9]+(\.[0-9]+)?",
     "TORCH_LOGS": r"",  # what torch says of itself is no part of a run
-    "MPLBACKEND": r"(?i:agg|svg|pdf)",  # we draw files, never windows
+    # We draw files, never windows; a notebook draws on its page, but no program that it starts.
+    "MPLBACKEND": r"(?i:agg|svg|pdf)" + (r"|module://matplotlib_inline\..+" if "ipykernel" in sys.modules else ""),
 }
 for _name, _form in _FORMS.items():
     if (_value := os.environ.get(_name)) and not re.fullmatch(_form, _value):

@@ -41,6 +41,8 @@ GOOD = {
     "docker/requirements-calib.in": "# names\ntorch\n",
     "docker/requirements-host.in": "docker # to run images\n",
     "docker/requirements-dev.in": "",
+    "docker/requirements-docs.in": "",
+    "docker/requirements-docs.txt": "",
     "docker/requirements-serve.in": "torch\nlm-eval[api]\n",
     "docker/requirements-serve-build.in": "",
     "docker/requirements-serve-build.txt": "",

@@ -28,6 +28,7 @@ def test_ci_runs_every_kind_of_check_and_of_test() -> None:
     assert set(ci.parts()) == {
         "lint",
         "lock-check",
+        "docs",
         "docs-check",
         "env-serve-cpu",
         *(name for name in TARGETS if name.startswith("test")),

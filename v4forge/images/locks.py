@@ -77,13 +77,15 @@ class Source:
 
 
 # In the order of resolution. The calibration environment, the host's programs on top of it, tests and lint on top of
-# both; serving is an environment of its own, with the CUDA build of torch and for the machines that have an H200;
-# serve-build is what builds vLLM from source in it. serve-cpu is vLLM built for the CPU, on the CPU build of torch: the
-# package index's torch would bring the CUDA packages, and it has no CPU build of torchvision and its kin.
+# both, the site of docs/ and its notebook on top of these; serving is an environment of its own, with the CUDA build of
+# torch and for the machines that have an H200; serve-build is what builds vLLM from source in it. serve-cpu is vLLM
+# built for the CPU, on the CPU build of torch: the package index's torch would bring the CUDA packages, and it has no
+# CPU build of torchvision and its kin.
 SOURCES = (
     Source("calib", cuda="cuda"),
     Source("host", on=("calib",)),
     Source("dev", on=("calib", "host")),
+    Source("docs", on=("calib", "host", "dev")),
     Source("serve", prefix="SERVE_", machines=("x86_64",)),
     Source("serve-build", on=("serve",), machines=("x86_64",)),
     Source("serve-cpu", prefix="SERVE_CPU_", machines=("x86_64",), without=(*TORCH_CUDA, *TORCH_KIN, *INTEL_GPU)),
