@@ -153,12 +153,13 @@ served := tests/vllm tests/project/test_upstream.py tests/project/test_metrics_p
 soaked := soak or (hypothesis and not images and not gpu and not serve)
 
 ## PYTHON=<python>: 3.11 or 3.12, with which the environment is built
-# A name on PATH may be a shim of a version that is not installed: only running it tells, which is done once. The first
-# is the one of the environment that is there, which another one would build anew, and which starts as no shim does.
+# A name on PATH may be a shim, of a version that is not installed: only running it tells, which is done once, since a shim
+# takes longer than Python does; what it leads to is called from then on. The first is the one of the environment that is
+# there, which another one would build anew.
 PYTHON = $(eval PYTHON := $(found_python))$(PYTHON)
 found_python = $(shell for python in $$(test -L .venv/bin/python && readlink -f .venv/bin/python) python3.12 python3.11 python3; do \
-	if $$python -E -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
-	then echo $$python; break; fi; done)
+	if $$python -E -S -c 'import sys; fits = (3, 11) <= sys.version_info[:2] < (3, 13); fits and print(sys.executable); sys.exit(not fits)' 2>/dev/null; \
+	then break; fi; done)
 
 ifneq ($(DEVICES),)
 export CUDA_VISIBLE_DEVICES := $(DEVICES)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -176,6 +177,19 @@ def test_variables_reach_the_stage_runner() -> None:
     options = ("--profile 'flash'", "--samples '3'", "--seq-len '5'", "--seed '7'", "--corpus 'a b.txt'")
     assert [option for option in options if option not in done.stdout] == []
     assert "--scratch '/x'" in done.stdout
+
+
+def test_a_shim_of_python_is_asked_once_what_it_leads_to(tmp_path: Path) -> None:
+    for name in ("Makefile", "scripts", "v4forge"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shim = tmp_path / "shims/python3.12"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\necho called >>{tmp_path}/log\nexec {sys.executable} "$@"\n')
+    shim.chmod(0o755)
+    environment = {"PATH": f"{shim.parent}:/usr/bin:/bin"}
+    done = subprocess.run(["make", "help"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log").read_text() == "called\n"
 
 
 @pytest.mark.parametrize("target", ["env", "lock"])
