@@ -204,7 +204,7 @@ def test_an_environment_that_is_there_is_looked_at_by_the_python_that_it_is_of(t
     """PATH may have another first, for which all would be built anew, or a shim, which takes longer than the look."""
     (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / "own").write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/log\n')
+    (tmp_path / "own").write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/log\necho "$0"\n')
     (tmp_path / "own").chmod(0o755)
     (tmp_path / ".venv/bin/python").symlink_to(tmp_path / "own")
     assert make("env", at=tmp_path).returncode == 0
