@@ -105,7 +105,8 @@ def test_the_reports_folder_has_a_place_for_it_that_report_compare_and_card_read
     assert verdict.startswith("verdict: ") and said.replace(" B is", " this artifact is") in text
     shown = card.text(card_subject.gathered(work, work / "artifact"))
     assert "### Beside the baseline, upstream (cccccccccccc…)" in shown and "/machine/place" not in shown
-    assert "| tool calls, 15 of them" in shown
+    assert "| tool calls, 15 of them" in shown and "; beyond noise)" in shown, "which has no colours"
+    assert shown.index(said[1:].replace(" B is", " this artifact is")) < shown.index("| tool calls, 15 of them")
 
 
 def test_a_baseline_s_file_of_another_form_is_named(work: Path) -> None:

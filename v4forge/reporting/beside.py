@@ -98,8 +98,8 @@ def table(found: Sequence[Comparison]) -> Table:
         rows.append([Cell(each.bench)])
         rows += [_row(delta) for delta in each.deltas]
     note = (
-        "The difference is this artifact minus the baseline, with its 95% interval; green and red are beyond noise, "
-        "all figures together (Holm)."
+        "The difference is this artifact minus the baseline, with its 95% interval; what is called beyond noise is so "
+        "with all figures together (Holm)."
     )
     heads = columns("<", "baseline", "this artifact", "difference")
     return Table("baseline", "This artifact beside the baseline", heads, rows, note)
@@ -113,5 +113,6 @@ def _row(delta: Delta) -> list[Cell]:
     digits, unit = (1, "%") if delta.relative else (2, " points" if percent else f" {delta.unit}")
     mark = ("good" if delta.better else "bad") if delta.beyond_noise else ""
     ends = "" if delta.low is None or delta.high is None else f"{delta.low:+.{digits}f} to {delta.high:+.{digits}f}"
-    note = "; ".join(part for part in (ends, "" if delta.p is None else p_value(delta.p)) if part)
+    beyond = "beyond noise" if delta.beyond_noise else ""
+    note = "; ".join(part for part in (ends, "" if delta.p is None else p_value(delta.p), beyond) if part)
     return [Cell(delta.metric, delta.note), *values, Cell(f"{delta.change:+.{digits}f}{unit}", note, mark)]

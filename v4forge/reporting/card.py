@@ -23,6 +23,7 @@ from v4forge.files import understood
 from v4forge.quantization.manifest import method_of
 from v4forge.reporting import card_tables, prediction, published_comparison, run_record, run_sections, tables
 from v4forge.reporting.benches import BENCHES
+from v4forge.reporting.beside import Beside
 from v4forge.reporting.card_subject import Subject
 from v4forge.reporting.rendering import rendered
 from v4forge.reporting.tables import Json, Table, plain
@@ -150,12 +151,17 @@ def _sections(subject: Subject) -> list[str]:
         found.append(tables.markdown_titled(prediction.table(deep), 3))
     benches = [subject.benches[name].section for name in BENCHES if name in subject.benches]
     if subject.beside:
-        said = [f"{plain(subject.beside.verdict)}.\n", *(f"- {plain(line)}" for line in subject.beside.said), ""]
-        shown = tables.markdown_titled(replace(subject.beside.table, title=subject.beside.title), 3)
-        found = [shown, "\n".join(said), *found]
+        found.insert(0, _beside(subject.beside))
     if found or benches:
         found.insert(0, f"{plain(spelled_out())}\n")
     return found + [tables.markdown_section(section, 3) for section in benches]
+
+
+def _beside(found: Beside) -> str:
+    """The verdict, the table, what to be careful of."""
+    said = f"### {plain(found.title)}\n\n{plain(found.verdict[0].upper() + found.verdict[1:])}.\n"
+    careful = "".join(f"- {plain(line)}\n" for line in found.said)
+    return "\n".join([said, tables.markdown_table(found.table), f"{plain(found.table.note)}\n", careful])
 
 
 def _by_conditions(table: Table, level: int) -> str:
