@@ -1,10 +1,10 @@
 """What CI runs (`make ci`): the parts below, each `make <part>`, and in the end what each took beside its budget.
 
-What computes runs beside servers and images, which wait often: for a disk, a daemon, the end of a stall. These two rows
-and no third: where more runs than there are cores for, what waits for a start is late. What a part says is kept in
-scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from running. Budgets are
-`[tool.v4forge.ci]` in pyproject.toml, for 2 cores: what is over one is marked and fails nothing, since seconds on a
-shared machine are noise.
+Tests, servers and images run beside each other, as servers and images wait often: for a disk, a daemon, the end of a
+stall. Images need the least of the cores, so the pages' commands follow them: all three rows end at about one time.
+What a part says is kept in scratch/ci/<part>.log and shown whole when it ends. A part that fails keeps no other from
+running. Budgets are `[tool.v4forge.ci]` in pyproject.toml, for 2 cores: what is over one is marked and fails nothing,
+since seconds on a shared machine are noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from v4forge.errors import UserError, run_main
 LOGS = Path("scratch/ci")  # below the checkout
 # Parts of one row follow each other, rows run beside each other.
 Rows = Sequence[Sequence[str]]
-ROWS: Rows = (("lint", "lock-check", "test", "docs-check", "docs"), ("env-serve-cpu", "test-serve", "test-images"))
+ROWS: Rows = (("lint", "lock-check", "test"), ("env-serve-cpu", "test-serve"), ("test-images", "docs-check", "docs"))
 # Seconds that .ci/run has spent before, NAME=SECONDS a word: packages, the docker daemon, the environment.
 BEFORE = "V4FORGE_CI_BEFORE"
 
