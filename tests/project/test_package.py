@@ -141,6 +141,7 @@ def test_a_hint_is_a_command_that_the_package_has(installed: Path, tmp_path: Pat
     certified_artifact.seal(artifact, ok=False)
     done = v4forge(installed, "verify", "--artifact", artifact, "--sums-only")
     assert done.stderr.endswith(f"hint: v4forge verify --artifact {artifact}\n")
+    assert v4forge(installed, "compare", "nowhere", "nowhere").stderr.endswith("\nhint: v4forge compare …\n")
 
 
 def test_what_a_group_brings_is_asked_for_by_name(installed: Path) -> None:
