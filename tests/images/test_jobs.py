@@ -159,7 +159,7 @@ def runner(lane: str, *options: str, profile: str = "tiny") -> Runner:
         ("calibrate", "cuda", 8),
         ("rtn", "cuda", 8),
         ("verify-deep", "cuda", 1),
-        ("verify", "cuda", 0),
+        ("verify", "cuda", 1),
         ("calibrate", "cpu", 0),
     ],
 )
