@@ -162,7 +162,7 @@ def test_a_bench_that_is_killed_goes_on_and_one_whose_server_dies_keeps_what_it_
     kill(processes(bench.port + 2))
     text, content = second.communicate()[0], bench.content
     assert second.returncode == 1, text
-    assert text.count("ready:") == 1 and "k=0" not in text, "what needs no server starts none"
+    assert text.count("ready:") == 1 and "TP=1, k=0" not in text, "what needs no server starts none"
     assert len(results.files(bench.reports, "speed")) == 1 and len(content["commands"]) == 2
     parts = content["parts"]
     assert set(parts) == {*kept, "k2/32x16/c2"} and {key: parts[key] for key in kept} == kept
