@@ -238,9 +238,9 @@ def prepared(
         text = hub_rows.named(arguments.corpus) if arguments.corpus else None
         sizes = (arguments.samples, arguments.seq_len, arguments.seed, vocab_size)
         samples = corpus.load(arguments.source, text, *sizes, arguments.bad_text)
-    cache = layer_files.digest_cache(arguments.work)
-    digests = layer_files.source_digests(arguments.source, source.shard_names, cache)
-    return samples, layer_files.fingerprint(digests, samples, settings, device)
+    cache = digests.cache_of(arguments.work.parent)
+    hashes = layer_files.source_digests(arguments.source, source.shard_names, cache)
+    return samples, layer_files.fingerprint(hashes, samples, settings, device)
 
 
 if __name__ == "__main__":

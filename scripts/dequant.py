@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from v4forge.checkpoint.layout import upstream
-from v4forge.digests import digest_of
+from v4forge.digests import cache_of, digest_of
 from v4forge.errors import run_main
 from v4forge.quantization.layer_files import source_digests
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     source = Checkpoint(arguments.source)
     source.validate(upstream(source.config))  # before every byte is read for the digests
-    cache = arguments.out.parent / ".stamps" / "digests.json"
+    cache = cache_of(arguments.out.parent)
     mark = digest_of(source_digests(arguments.source, source.shard_names, cache))
     with steps("dequant", source.config.num_hidden_layers + 2, "shards", resumes=True) as advance:
         dequantize(source, arguments.out, mark, advance)

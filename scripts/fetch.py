@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from v4forge import pins
 from v4forge.checkpoint import incoming
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError, run_main
 from v4forge.files import check_writable
 from v4forge.hub import folder_source
@@ -88,7 +88,7 @@ def main() -> None:
     source: Hub | FolderSource = Hub(args.repo, args.revision)
     if args.folder:
         source = folder_source.looked_at(args.folder, args.repo, args.revision)
-    digests = Digests(args.out.parent / ".stamps" / "digests.json")
+    digests = Digests(cache_of(args.out.parent))
     if args.dry_run:
         pending = looked_over(source, args.out, digests)
         print("\n".join([summary(source, pending), *listing_lines(pending, args.out)]))

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CARD
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError, run_main
 from v4forge.hub import publication
 from v4forge.hub.publication import Member
@@ -71,7 +71,7 @@ def checked(artifact: Path) -> list[Member]:
 
 
 def _checked(artifact: Path) -> list[Member]:
-    digests = Digests(artifact.parent / ".stamps" / "digests.json")
+    digests = Digests(cache_of(artifact.parent))
     size = sum(path.stat().st_size for path in publication.unread(artifact, digests)) // MB
     if not size:
         return publication.members(artifact, digests)

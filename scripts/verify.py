@@ -24,7 +24,7 @@ from rich.table import Table
 from v4forge import artifact_folder, certified
 from v4forge.artifact_folder import CERTIFICATE, SIGNATURE
 from v4forge.checkpoint.recipe import RECIPES
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError, run_main
 from v4forge.model.heldout import FORMS, SHORTEST
 from v4forge.outcomes import FAILED, OK, WARNING
@@ -149,7 +149,7 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     source = Checkpoint(arguments.source) if arguments.source else None
     device = torch.device(arguments.device or some_device())
-    digests = Digests(arguments.artifact.parent / ".stamps" / "digests.json")
+    digests = Digests(cache_of(arguments.artifact.parent))
     size = sum(path.stat().st_size for path in arguments.artifact.glob("*.safetensors")) >> 20
     text = chosen_text(arguments, source) if source else None  # before anything that takes long
     others = prediction.beside(arguments.beside, source) if source else {}

@@ -20,7 +20,7 @@ from v4forge import artifact_folder
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.prefetch import Reader
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.digests import Digests, digest_of
+from v4forge.digests import Digests, cache_of, digest_of
 from v4forge.errors import UserError
 from v4forge.files import make_folder, read_json
 from v4forge.model import deepseek_v4
@@ -137,6 +137,6 @@ def verify(
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist", "pass the folder of an artifact")
     against = source if isinstance(source, Checkpoint) or source is None else Checkpoint(Path(source))
-    digests = Digests(folder.parent / ".stamps" / "digests.json")
+    digests = Digests(cache_of(folder.parent))
     outcomes, not_run, _ = certificate.verify(folder, against, digests, progress, expect, hashing, recipe=recipe)
     return Verification(outcomes, not_run, certificate.content(folder, outcomes, not_run, digests))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from v4forge import digests
-from v4forge.digests import HASH_THREADS, Digests
+from v4forge.digests import HASH_THREADS, Digests, cache_of
 from v4forge.errors import UserError
 from v4forge.files import changed_json, read_json
 from v4forge.units import MB
@@ -117,7 +117,7 @@ def of(names: Sequence[str], memory: Memory, steps: Steps = silent, anew: bool =
     paths = {name: Path(memory.folder, name) for name in names}
     with _alone(memory, steps):
         memory.reload()
-        stamps = Digests(Path(memory.folder).parent / ".stamps" / "digests.json")
+        stamps = Digests(cache_of(Path(memory.folder).parent))
         found: dict[str, str] = {}
         learnt: dict[str, tuple[Identity, str]] = {}
         try:

@@ -18,6 +18,11 @@ READ_BYTES = 1 << 20  # at a time, by each of the threads
 HASH_THREADS = len(os.sched_getaffinity(0))
 
 
+def cache_of(folder: Path) -> Path:
+    """Where the digests of what a run reads and makes in `folder` are kept."""
+    return folder / ".stamps" / "digests.json"
+
+
 class Digests:
     """sha256 of files, remembered in a JSON file. Hard links share an entry: the inode is what was read.
 

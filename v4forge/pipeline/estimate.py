@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from v4forge.digests import cache_of
 from v4forge.files import read_json
 from v4forge.pipeline import disk_speed, events, reference_timings
 from v4forge.pipeline.disk_speed import Speed
@@ -222,7 +223,7 @@ def _digests_kept(case: Case) -> bool:
     """Whether the source's digests are known when calibration begins: fetch keeps those it has verified."""
     if case.values["source"] == f"{case.values['work']}/upstream":
         return True
-    kept = read_json(case.work / ".stamps" / "digests.json")
+    kept = read_json(cache_of(case.work))
     return any(Path(path).parent == case.source.absolute() or Path(path).parent == case.source for path in kept)
 
 

@@ -12,7 +12,7 @@ from v4forge import artifact_folder, certified, checkout
 from v4forge.artifact_folder import CARD, MANIFEST, RUN
 from v4forge.bench import results
 from v4forge.bench.results import Result
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError
 from v4forge.files import read, understood
 from v4forge.hub import publication
@@ -94,7 +94,7 @@ def certificate(release: Release) -> str:
 
 
 def checksums(release: Release) -> str:
-    found = publication.members(release.artifact, Digests(release.work / ".stamps" / "digests.json"))
+    found = publication.members(release.artifact, Digests(cache_of(release.work)))
     return f"{len(found)} files, {sum(member.size for member in found):,} bytes; SHA256SUMS {str(release.sums)[:12]}"
 
 

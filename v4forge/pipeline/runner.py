@@ -17,7 +17,7 @@ from typing import Any
 
 from v4forge import checkout, machine, makefile, pins
 from v4forge.checkpoint import incoming
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError, report
 from v4forge.files import changed_json, read_json
 from v4forge.images import containers, definitions
@@ -56,7 +56,7 @@ class Runner:
         self.root = root
         self.work = Path(values["work"])
         self.lock = lock
-        self.digests = Digests(self.work / ".stamps" / "digests.json")
+        self.digests = Digests(cache_of(self.work))
         self.unsaid: list[str] = []  # about stages that need not run: said once another one runs
         self.seconds: dict[str, float] = {}  # of the stages that ran
         self.fetch: Fetch | None = None  # that runs beside the stages

@@ -20,7 +20,7 @@ from torch import Tensor
 from v4forge.checkpoint import layout
 from v4forge.checkpoint.prefetch import Reader, done
 from v4forge.checkpoint.reader import Checkpoint
-from v4forge.digests import Digests, digest_of, file_sha256
+from v4forge.digests import Digests, cache_of, digest_of, file_sha256
 from v4forge.errors import UserError
 from v4forge.files import remove_leftovers
 from v4forge.model import deepseek_v4
@@ -29,7 +29,7 @@ from v4forge.model.distributed import Ranks
 from v4forge.profiling import Watch
 from v4forge.quantization import hidden_states
 from v4forge.quantization.layer import Layer, Run, groups_of, stored_parts
-from v4forge.quantization.layer_files import Settings, digest_cache, finished, layer_file
+from v4forge.quantization.layer_files import Settings, finished, layer_file
 
 READ_AHEAD_BYTES = 4 << 30
 WRITE_THREADS = 2
@@ -143,7 +143,7 @@ def _loop(run: Run, todo: list[int], corpus: Corpus | None, keep_every: int) -> 
 def _hashing(run: Run) -> Iterator[Callable[[Layer], None]]:
     """The value has a layer's file hashed on a thread, on rank 0, while it lies in the page cache and the next layers
     compute: postprocess and verify then know its digest. At the end all are kept, however the block ends."""
-    known = Digests(digest_cache(run.work))
+    known = Digests(cache_of(run.work.parent))
 
     def learn(path: Path) -> None:
         with suppress(OSError):  # who wants it later reads the file, or says why not

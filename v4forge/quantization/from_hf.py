@@ -17,7 +17,7 @@ from v4forge.checkpoint.layout import Config
 from v4forge.checkpoint.reader import INDEX, Checkpoint
 from v4forge.checkpoint.safetensors_header import carries
 from v4forge.checkpoint.writer import matrix_digest, write_shard
-from v4forge.digests import Digests
+from v4forge.digests import Digests, cache_of
 from v4forge.errors import UserError
 from v4forge.quantization import determining, layer_files
 from v4forge.quantization.hf_folder import EXPERT_NAMES, QUANTIZE_AGAIN, Foreign, Matrices, matrices, opened
@@ -76,7 +76,7 @@ def repair(
     foreign = opened(folder)
     taken = matrices(foreign, config)
     _check_values(foreign, taken, config)
-    cache = out.parent / ".stamps" / "digests.json"
+    cache = cache_of(out.parent)
     mark = _mark(source, foreign, cache)
     digest = digests.digest_of(mark)
 

@@ -71,11 +71,6 @@ def layer_report(work: Path, layer: int) -> Path:
     return work / f"layer-{layer:03}.json"
 
 
-def digest_cache(work: Path) -> Path:
-    """Where the digests of the files that a run reads and makes are kept."""
-    return work.parent / ".stamps" / "digests.json"
-
-
 def source_digests(source: Path, shards: list[str], cache_file: Path) -> dict[str, str]:
     """sha256 of config.json, the index and every shard; cached by (size, mtime_ns, inode) in `cache_file`.
 

@@ -141,7 +141,7 @@ def assemble(
     tokenizer_files(source.directory)  # before every byte is read for the digests
     mark = read_json(work / layer_files.FINGERPRINT)
     source = source.made_by(mark["settings"]["recipe"])
-    cache = layer_files.digest_cache(work)
+    cache = digests.cache_of(work.parent)
     if layer_files.source_digests(source.directory, source.shard_names, cache) != mark["source"]:
         raise UserError(
             f"{source.directory} is not the source that {work} was calibrated on",
